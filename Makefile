@@ -1,0 +1,20 @@
+# The two commands: `make bench` and `make test`. Each does all of its own set-up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+bench: .venv/.installed
+	$(BIN)/python -m minipeft.bench $(ARGS)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"minipeft needs Python 3.11 or newer, this is {sys.version}"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,report]'
+	touch $@
+
+.PHONY: bench test lint

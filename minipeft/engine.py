@@ -1,0 +1,302 @@
+"""The fused pass: many users' forward, backward and AdamW step over one read of the frozen weights.
+
+    loss      = sum over users of (mean over the user's own target tokens of -log p(token))
+    gradient  : each user's is what they would have had alone, because nobody else's loss depends on their row
+    step      : one AdamW launch over the rows in the pass, each with its own step count and learning rate
+
+`train` runs many users to the end of their own plans (schedule.py). `score` asks trained users' models questions.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.batch import Batch, Part, pack
+from minipeft.errors import InputError
+from minipeft.labels import LabelSet, Question
+from minipeft.methods.lora import LoRA, LoraBank
+from minipeft.models.decoder import Decoder, LinearFn
+from minipeft.schedule import Job, PassConfig, Run, choose
+from minipeft_kernels.adamw import AdamWSettings, adamw_
+from minipeft_kernels.cpu import tiled_linear
+from minipeft_kernels.segment_lora import lora_linear
+from minipeft_kernels.segments import TILE
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a user gets: their row and how it came about.
+
+    row:     [P] fp32, laid out as the bank of `method` on this base lays it out (Bank.tensors reads it).
+    metrics: best_epoch, epochs, steps, val_loss (after each epoch, nats per label token), stopped_early, skipped_steps.
+    """
+
+    user: str
+    method: LoRA
+    row: Tensor
+    metrics: dict = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """What a call did: passes run, rows in them (training and evaluation) and how many of those were real tokens."""
+
+    passes: int = 0
+    rows: int = 0
+    tokens: int = 0
+
+    def count(self, batch: Batch) -> None:
+        self.passes += 1
+        self.rows += len(batch.rows.tokens)
+        self.tokens += batch.num_real_rows
+
+
+class Engine:
+    """One frozen base, and the banks of the users who are resident on it.
+
+    Args:
+        model:  the frozen base. Its weights are never written.
+        labels: the task's labels.
+        passes: how users share passes.
+    """
+
+    def __init__(self, model: Decoder, labels: LabelSet, passes: PassConfig | None = None):
+        passes = passes or PassConfig()
+        passes.check()
+        self.model, self.labels, self.passes = model, labels, passes
+        self.totals = Totals()
+        self._bank_of: dict[tuple, int] = {}  # (sites, rank class) -> bank number
+        self._banks: list[LoraBank] = []
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+
+    # ---- Residents -------------------------------------------------------------------------------------------------
+
+    def admit(self, user: str, method: LoRA, row: Tensor | None = None, seed: int = 0) -> tuple[int, int]:
+        """Make a user resident, at their start value or at `row` [P]. Returns (bank number, slot)."""
+        key = (tuple(method.chosen(self.model.sites)), method.rank_class)
+        if key not in self._bank_of:
+            self._bank_of[key] = len(self._banks)
+            self._banks.append(LoraBank(method, self.model.sites, self.passes.slots, self.model.device))
+        number = self._bank_of[key]
+        bank = self._banks[number]
+        if row is None:
+            row = bank.bank.row(method.initial(self.model.sites, seed, user))
+        return number, bank.admit(user, method, row)
+
+    def evict(self, bank: int, slot: int) -> None:
+        self._banks[bank].bank.evict(slot)
+
+    # ---- One pass --------------------------------------------------------------------------------------------------
+
+    def _linear(self, batch: Batch) -> LinearFn:
+        """How the base computes its linear sites in this batch: its own product, plus each row's own adapter."""
+        tile = TILE if self.passes.deterministic else None
+        groups = []
+        for number, first_row, segments in batch.groups:
+            bank = self._banks[number]
+            full_rank = bool((bank.ranks[segments.slots] == bank.rank_class).all())
+            groups.append((bank, first_row, segments, full_rank))
+
+        def linear(site: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            acting = [bank.at(site, *where) for bank, *where in groups]
+            acting = [lora for lora in acting if lora is not None]
+            if acting:
+                return lora_linear(x, self._anchor, weight, bias, acting, tile)
+            return F.linear(x, weight, bias) if tile is None else tiled_linear(x, weight, bias, tile)
+
+        return linear
+
+    def _log_probs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the next token at the rows that were asked for: [M, vocab]."""
+        self.totals.count(batch)
+        linear = self._linear(batch)
+        hidden = self.model.hidden(batch.rows, linear)  # [T, width]
+        logits = self.model.head(hidden.index_select(0, batch.head_rows), linear)  # [M', vocab]
+        return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
+
+    def train_step(self, chosen: Sequence[tuple[Run, Part]]) -> None:
+        """One optimizer step of every chosen user, in one pass. Parts hold training reads, sorted by bank and slot."""
+        batch = pack([part for _, part in chosen], self.model.device)
+        targets, weights = [], []
+        for run, part in chosen:
+            tokens = [t for question in run.minibatch() for t in self.labels.labels[question.label]]
+            targets += tokens
+            weights += [1 / len(tokens)] * len(tokens)
+        log_probs = self._log_probs(batch)
+        losses = -log_probs.gather(1, torch.tensor(targets, device=log_probs.device)[:, None])[:, 0]  # [M]
+        (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
+
+        for number, _, segments in batch.groups:
+            runs = [run for run, part in chosen if part.bank == number]
+            bank = self._banks[number].bank
+            norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
+                           torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs))
+            for run, norm in zip(runs, norms.tolist()):
+                run.skipped_steps += not np.isfinite(norm)
+        for run, _ in chosen:
+            run.advance(len(run.minibatch()))
+
+    def score(self, asked: Iterable[tuple[int, int, Sequence[Question]]]) -> Iterator[tuple[int, np.ndarray]]:
+        """Label scores of residents' questions, in as few passes as the token budget allows.
+
+        Args:
+            asked: (bank, slot, questions) of residents.
+        Yields:
+            (position in asked, scores [questions, C] fp32, log p), a user's questions possibly in several pieces, in
+            order. A piece's size depends on the user alone.
+        """
+        pieces: list[tuple[int, Part]] = []
+        for position, (bank, slot, questions) in enumerate(asked):
+            start = 0
+            while start < len(questions):
+                reads, used = [], 0
+                while start < len(questions):
+                    more = self.labels.scoring_reads(questions[start])
+                    size = sum(len(read.tokens) for read in more)
+                    if reads and used + size > self.passes.token_budget // 4:
+                        break
+                    reads += more
+                    used += size
+                    start += 1
+                pieces.append((position, Part(bank, slot, reads)))
+        while pieces:
+            taken, left, used, owners = [], [], 0, set()
+            for position, part in pieces:  # at most one piece of a user in a pass
+                owner = (part.bank, part.slot)
+                if owner not in owners and (not taken or used + part.num_rows <= self.passes.token_budget):
+                    taken.append((position, part))
+                    used += part.num_rows
+                else:
+                    left.append((position, part))
+                owners.add(owner)
+            taken.sort(key=lambda piece: (piece[1].bank, piece[1].slot))
+            with torch.no_grad():
+                scores = self.labels.scores(self._log_probs(pack([part for _, part in taken], self.model.device)))
+            sizes = [len(part.reads) // len(self.labels.stems) for _, part in taken]
+            for (position, _), piece in zip(taken, scores.split(sizes)):
+                yield position, piece.cpu().numpy()
+            pieces = left
+
+    # ---- Whole runs ------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        jobs: Sequence[Job],
+        on_finish: Callable[[Adapter], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Adapter]:
+        """Train every job to the end of its own plan, many in each pass. Returns user -> best adapter by validation.
+
+        Users are admitted in the order given as slots come free. Neither that order nor the company changes anybody's
+        adapter: in fp32 beyond rounding, with passes.deterministic not in a single bit.
+
+        Args:
+            on_finish:   called with each adapter the moment its user is done.
+            on_progress: called with the number of training examples just worked off (all planned ones of a user who
+                         stops early count as worked off).
+        Raises:
+            InputError: a user twice, without training or validation questions, or with a configuration that makes no
+                sense for this base.
+        """
+        self._check(jobs)
+        waiting, runs, adapters = list(reversed(jobs)), [], {}
+        while waiting or runs:
+            while waiting and len(runs) < self.passes.slots:
+                job = waiting.pop()
+                runs.append(Run(job, *self.admit(job.user, job.config.method, seed=job.config.seed)))
+            training = [run for run in runs if not run.wants_evaluation]
+            # Evaluations wait until they fill a pass or nobody can train.
+            if training and len(training) > len(runs) // 2:
+                reads = {run.job.user: [self.labels.training_read(q) for q in run.minibatch()] for run in training}
+                chosen = choose(training, reads, self.passes.token_budget)
+                self.train_step(chosen)
+                worked_off = sum(len(part.reads) for _, part in chosen)
+            else:
+                evaluating = [run for run in runs if run.wants_evaluation]
+                worked_off = self._evaluate(evaluating)
+                for run in evaluating:
+                    if run.done:
+                        adapters[run.job.user] = adapter = _adapter(run)
+                        self.evict(run.bank, run.slot)
+                        if on_finish is not None:
+                            on_finish(adapter)
+                runs = [run for run in runs if not run.done]
+            if on_progress is not None:
+                on_progress(worked_off)
+        return adapters
+
+    def _evaluate(self, runs: Sequence[Run]) -> int:
+        """Close the epoch of these runs. Returns how many planned examples those who are done left undone."""
+        nats: list[list[np.ndarray]] = [[] for _ in runs]
+        for position, scores in self.score((run.bank, run.slot, run.job.val) for run in runs):
+            done = sum(len(piece) for piece in nats[position])
+            right = np.array([q.label for q in runs[position].job.val[done : done + len(scores)]])
+            nats[position].append(-scores[np.arange(len(right)), right] / self.labels.lengths.numpy()[right])
+        for run, pieces in zip(runs, nats):
+            loss = float(np.concatenate(pieces).astype(np.float64).mean())
+            run.evaluated(loss, self._banks[run.bank].bank.weights[run.slot])
+        return sum((run.job.config.epochs - run.epoch) * len(run.job.train) for run in runs if run.done)
+
+    def _check(self, jobs: Sequence[Job]) -> None:
+        seen = set()
+        for job in jobs:
+            if job.user in seen:
+                raise InputError(f"user {job.user!r} is listed twice; join the user's examples into one job")
+            seen.add(job.user)
+            for name, questions in (("training", job.train), ("validation", job.val)):
+                if not questions:
+                    raise InputError(f"user {job.user!r} has no {name} example; leave the user out or add one")
+            job.config.check()
+            job.config.method.check(self.model.sites)
+
+
+def predict(
+    model: Decoder, labels: LabelSet, adapters: dict[str, Adapter], questions: dict[str, Sequence[Question]],
+    passes: PassConfig | None = None,
+) -> dict[str, np.ndarray]:
+    """Label scores [questions, C] (log p) of every user's questions, each user with their own adapter.
+
+    Users are resident in groups of passes.slots; a pass holds many users' questions.
+    """
+    passes = passes or PassConfig()
+    engine = Engine(model, labels, passes)
+    users, answers = list(questions), {user: [] for user in questions}
+    for start in range(0, len(users), passes.slots):
+        group = users[start : start + passes.slots]
+        places = [engine.admit(user, adapters[user].method, adapters[user].row) for user in group]
+        for position, scores in engine.score((*place, questions[user]) for place, user in zip(places, group)):
+            answers[group[position]].append(scores)
+        for place in places:
+            engine.evict(*place)
+    return {user: np.concatenate(pieces) for user, pieces in answers.items()}
+
+
+def _settings(runs: Sequence[Run]) -> AdamWSettings:
+    """The runs' optimizer settings for their next step, one entry each."""
+    configs = [run.job.config for run in runs]
+    column = lambda values: torch.tensor(list(values), dtype=torch.float64)  # noqa: E731
+    return AdamWSettings(
+        lr=column(run.learning_rate for run in runs),
+        weight_decay=column(c.weight_decay for c in configs),
+        beta1=column(c.beta1 for c in configs),
+        beta2=column(c.beta2 for c in configs),
+        eps=column(c.eps for c in configs),
+        max_norm=column(c.max_grad_norm for c in configs),
+        step=column(run.step + 1 - run.skipped_steps for run in runs),
+    )
+
+
+def _adapter(run: Run) -> Adapter:
+    metrics = {
+        "best_epoch": run.best_epoch,
+        "epochs": run.epoch,
+        "steps": run.step,
+        "val_loss": run.history,
+        "stopped_early": run.stopped_early,
+        "skipped_steps": run.skipped_steps,
+    }
+    return Adapter(run.job.user, run.job.config.method, run.best, metrics)

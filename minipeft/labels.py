@@ -1,0 +1,77 @@
+"""Classification by a language model: a label is a short text, scored exactly.
+
+    score(label) = sum_i log p(label token i | prompt, label tokens before i)
+
+An example becomes a question (prompt tokens, which label is right). Training maximises the right label's score divided
+by its number of tokens; prediction takes the label with the highest score. Labels that share their first tokens share
+those rows: with one-token labels a question costs one sequence however many labels there are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipeft.batch import Read
+from minipeft.errors import InputError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One example for a model: the prompt's tokens and the number of the right label."""
+
+    prompt: tuple[int, ...]
+    label: int
+
+
+class LabelSet:
+    """The labels of a task as tokens.
+
+    Args:
+        labels: token ids of each label. None may be the beginning of another: end them with an end-of-text token.
+    """
+
+    def __init__(self, labels: Sequence[Sequence[int]]):
+        self.labels = [tuple(label) for label in labels]
+        for i, label in enumerate(self.labels):
+            for j, other in enumerate(self.labels):
+                if i != j and other[: len(label)] == label:
+                    raise InputError(
+                        f"labels {i} and {j} of the task cannot be told apart: the tokens of one begin the other's; "
+                        "end each label with an end-of-text token or rename one"
+                    )
+        # What must be read: label[:-1] after the prompt, once for labels that share it.
+        stems = sorted({label[:-1] for label in self.labels}, key=len, reverse=True)
+        self.stems: list[tuple[int, ...]] = []
+        for stem in stems:
+            if not any(kept[: len(stem)] == stem for kept in self.stems):
+                self.stems.append(stem)
+        # Where each label's tokens are predicted: (row among a question's read rows, token).
+        firsts = np.cumsum([0] + [len(stem) + 1 for stem in self.stems])
+        self.rows_per_question = int(firsts[-1])
+        rows, tokens, owners = [], [], []
+        for number, label in enumerate(self.labels):
+            home = next(k for k, stem in enumerate(self.stems) if stem[: len(label) - 1] == label[:-1])
+            rows += [int(firsts[home]) + i for i in range(len(label))]
+            tokens += label
+            owners += [number] * len(label)
+        self.rows, self.tokens, self.owners = (torch.tensor(x) for x in (rows, tokens, owners))
+        self.lengths = torch.tensor([len(label) for label in self.labels])
+
+    def training_read(self, question: Question) -> Read:
+        """The sequence that trains on a question: prompt and right label, its label tokens' rows read."""
+        label = self.labels[question.label]
+        return Read(question.prompt + label[:-1], len(label))
+
+    def scoring_reads(self, question: Question) -> list[Read]:
+        """The sequences from which every label of a question is scored."""
+        return [Read(question.prompt + stem, len(stem) + 1) for stem in self.stems]
+
+    def scores(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities of the read rows [questions * rows_per_question, vocab] -> label scores [questions, C]."""
+        per_question = log_probs.view(-1, self.rows_per_question, log_probs.shape[-1])
+        picked = per_question[:, self.rows, self.tokens]  # [questions, all label tokens]
+        scores = picked.new_zeros(len(picked), len(self.labels))
+        return scores.index_add_(1, self.owners, picked)

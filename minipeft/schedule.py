@@ -1,0 +1,167 @@
+"""Who goes into the next pass.
+
+Every user has a fixed plan of their own: epochs, each a shuffled round of minibatches, then an evaluation. The
+schedule only decides when a user's next minibatch runs, never what is in it, so it cannot change anybody's adapter. It
+works as a serving engine admits requests: users wait, occupy a slot while they train, and leave when they are done.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from minipeft.batch import Part, Read
+from minipeft.errors import InputError
+from minipeft.labels import Question
+from minipeft.methods.lora import LoRA
+from minipeft.randomness import generator
+
+MIN_IMPROVEMENT = 1e-4  # relative: a later epoch must beat the best validation loss by this to count as better
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one user trains. Users in the same run may differ in every field."""
+
+    method: LoRA = LoRA()
+    learning_rate: float = 2e-3  # peak, per step
+    weight_decay: float = 0.01  # per step, times the learning rate
+    warmup: float = 0.1  # share of the planned steps over which the learning rate rises linearly; then it falls to 0
+    epochs: int = 8  # at most
+    batch_size: int = 8  # examples per step
+    max_grad_norm: float = 1.0  # the user's whole gradient is scaled down to this norm; inf: never
+    patience: int = 2  # epochs without a better validation loss before the user stops
+    beta1: float = 0.9  # decay of AdamW's first moment per step
+    beta2: float = 0.999  # and of its second
+    eps: float = 1e-8  # added to AdamW's denominator
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InputError if a field makes no sense."""
+        for name in ("learning_rate", "max_grad_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """How users share passes. None of this changes anybody's adapter beyond the last bits of fp32."""
+
+    slots: int = 32  # users resident at a time
+    token_budget: int = 2048  # rows in a pass, at least one user's minibatch whatever its size
+    deterministic: bool = False  # also the last bits: products in fixed tiles of one user's rows
+
+    def check(self) -> None:
+        """Raises InputError if a field makes no sense."""
+        for name in ("slots", "token_budget"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A user who wants an adapter: training and validation questions, and how to train."""
+
+    user: str
+    train: Sequence[Question]
+    val: Sequence[Question]
+    config: TrainConfig = TrainConfig()
+
+
+@dataclass
+class Run:
+    """A job under way: where the user stands in their own plan.
+
+    history: validation loss (mean over questions of nats per label token) after each epoch.
+    best:    the row [P] after the best epoch so far, None before the first evaluation.
+    """
+
+    job: Job
+    bank: int
+    slot: int
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps finished
+    next_example: int = 0  # of this epoch's order
+    skipped_steps: int = 0  # steps whose gradient was not finite
+    history: list[float] = field(default_factory=list)
+    best: Tensor | None = None
+    best_epoch: int = 0
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.job.train) / self.job.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.job.config.epochs
+
+    @property
+    def wants_evaluation(self) -> bool:
+        return self.step == (self.epoch + 1) * self.steps_per_epoch
+
+    def minibatch(self) -> list[Question]:
+        """The questions of the user's next step: a slice of this epoch's order, a function of (seed, user, epoch)."""
+        if self.next_example == 0:
+            shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
+            self.order = shuffle.permutation(len(self.job.train)).tolist()
+        chosen = self.order[self.next_example : self.next_example + self.job.config.batch_size]
+        return [self.job.train[i] for i in chosen]
+
+    def advance(self, num_examples: int) -> None:
+        """One step of `num_examples` was taken."""
+        self.step += 1
+        self.next_example += num_examples
+        if self.next_example == len(self.job.train):
+            self.next_example = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step: rises linearly to the peak over the warm-up, then falls linearly; above 0 at every step."""
+        t, N = self.step + 1, self.total_steps
+        W = min(math.ceil(self.job.config.warmup * N), N - 1)
+        return self.job.config.learning_rate * min(t / (W + 1), (N + 1 - t) / (N - W))
+
+    def evaluated(self, loss: float, row: Tensor) -> None:
+        """An epoch ended with this validation loss and this row: keep the row if it is the best."""
+        self.epoch += 1
+        best_loss = self.history[self.best_epoch - 1] if self.best_epoch else math.inf
+        best_loss = best_loss if math.isfinite(best_loss) else math.inf
+        self.history.append(loss)
+        if loss < best_loss * (1 - MIN_IMPROVEMENT) or self.best is None:
+            self.best, self.best_epoch = row.clone(), self.epoch
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.epoch < self.job.config.epochs and self.epoch - self.best_epoch >= self.job.config.patience
+
+    @property
+    def done(self) -> bool:
+        return self.epoch == self.job.config.epochs or self.stopped_early
+
+
+def choose(runs: Sequence[Run], reads: dict[str, list[Read]], token_budget: int) -> list[tuple[Run, Part]]:
+    """The runs whose next minibatches go into the next pass, sorted by bank and slot.
+
+    Users with the most steps left come first, so that the longest plans do not trail behind alone; the first is taken
+    whatever its size.
+
+    Args:
+        reads: each user's next minibatch as sequences.
+    """
+    chosen, used = [], 0
+    for run in sorted(runs, key=lambda run: run.step - run.total_steps):
+        part = Part(run.bank, run.slot, reads[run.job.user])
+        if not chosen or used + part.num_rows <= token_budget:
+            chosen.append((run, part))
+            used += part.num_rows
+    return sorted(chosen, key=lambda pair: (pair[1].bank, pair[1].slot))
