@@ -21,7 +21,9 @@ def segment_lora(
     return torch.cat(parts)
 
 
-def adamw_(weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor, hyper: dict[str, Tensor]) -> Tensor:
+def adamw_(
+    weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor, hyper: dict[str, Tensor]
+) -> Tensor:
     """One AdamW step of each row in `slots`, each with its own settings. Arguments and source as in adamw.py."""
     norms = []
     for i, u in enumerate(slots.tolist()):

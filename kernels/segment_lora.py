@@ -159,6 +159,7 @@ def lora_linear(
     for g in groups:
         if g.segments.gather is not None:
             raise ValueError("lora_linear: segments must be multiples of their tile; pad the batch (minipeft.batch).")
-        _check("lora_linear", x[g.first_row : g.first_row + g.segments.num_rows], g.A, g.Bt, g.scale, g.segments, g.ranks)
+        mine = x[g.first_row : g.first_row + g.segments.num_rows]
+        _check("lora_linear", mine, g.A, g.Bt, g.scale, g.segments, g.ranks)
     assert backend(x.device) == "cpu"
     return _LoraLinear.apply(x, anchor, weight, bias, groups, tile)

@@ -13,50 +13,54 @@ from torch import Tensor
 SPAN = 64  # numbers; every parameter starts at a multiple of it within the row, so vector loads stay aligned
 
 
-class Bank:
-    """Rows of numbers for up to U resident users of one method configuration.
-
-    weights, grads, exp_avg, exp_avg_sq: [U, P] fp32.
+class Layout:
+    """Where each parameter of a user lies in their row of P numbers.
 
     Args:
         shapes: parameter name -> its shape for one user.
-        num_slots: U.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], num_slots: int, device: torch.device | str = "cpu"):
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
         self.shapes = dict(shapes)
         self.offsets, P = {}, 0
         for name, shape in self.shapes.items():
             self.offsets[name] = P
             P += -(-math.prod(shape) // SPAN) * SPAN
         self.row_size = P
-        self.weights, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(num_slots, P, device=device) for _ in range(4)
-        )
-        self.users: list[str | None] = [None] * num_slots
 
-    def view(self, buffer: Tensor, name: str) -> Tensor:
-        """Parameter `name` of all slots: [U, *shape], a view of buffer [U, P]."""
-        return self.cut(buffer, name).view(-1, *self.shapes[name])
-
-    def cut(self, rows: Tensor, name: str) -> Tensor:
-        """The numbers of parameter `name` in rows [..., P]: a view [..., count]."""
-        return rows[..., self.offsets[name] : self.offsets[name] + math.prod(self.shapes[name])]
+    def view(self, rows: Tensor, name: str) -> Tensor:
+        """Parameter `name` in rows [..., P]: [..., *shape], a view."""
+        start, shape = self.offsets[name], self.shapes[name]
+        return rows[..., start : start + math.prod(shape)].unflatten(-1, shape)
 
     def row(self, tensors: dict[str, Tensor]) -> Tensor:
         """One user's parameters by name -> their row [P], zeros between the spans."""
         if tensors.keys() != self.shapes.keys():
-            raise ValueError(f"Bank.row: needs parameters {sorted(self.shapes)}, got {sorted(tensors)}.")
+            raise ValueError(f"Layout.row: needs parameters {sorted(self.shapes)}, got {sorted(tensors)}.")
         row = torch.zeros(self.row_size)
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != self.shapes[name]:
-                raise ValueError(f"Bank.row: {name} must be {self.shapes[name]}, got {tuple(tensor.shape)}.")
-            self.cut(row, name).copy_(tensor.reshape(-1))
+                raise ValueError(f"Layout.row: {name} must be {self.shapes[name]}, got {tuple(tensor.shape)}.")
+            self.view(row, name).copy_(tensor)
         return row
 
     def tensors(self, row: Tensor) -> dict[str, Tensor]:
         """One row [P] -> the user's parameters by name. Undoes `row`; views, not copies."""
-        return {name: self.cut(row, name).view(shape) for name, shape in self.shapes.items()}
+        return {name: self.view(row, name) for name in self.shapes}
+
+
+class Bank:
+    """Rows of numbers for up to U resident users of one method configuration.
+
+    weights, grads, exp_avg, exp_avg_sq: [U, P] fp32. users: who has each slot, None where it is free.
+    """
+
+    def __init__(self, layout: Layout, num_slots: int, device: torch.device | str = "cpu"):
+        self.layout = layout
+        self.weights, self.grads, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(num_slots, layout.row_size, device=device) for _ in range(4)
+        )
+        self.users: list[str | None] = [None] * num_slots
 
     def admit(self, user: str, row: Tensor) -> int:
         """Put a user's row into a free slot, with zero moments. Returns the slot.
@@ -68,8 +72,8 @@ class Bank:
             raise ValueError(f"Bank.admit: {user!r} already has slot {self.users.index(user)}.")
         if None not in self.users:
             raise ValueError(f"Bank.admit: all {len(self.users)} slots are taken; evict a user first.")
-        if row.shape != (self.row_size,):
-            raise ValueError(f"Bank.admit: the row must have {self.row_size} numbers, got {tuple(row.shape)}.")
+        if row.shape != (self.layout.row_size,):
+            raise ValueError(f"Bank.admit: the row must have {self.layout.row_size} numbers, got {tuple(row.shape)}.")
         slot = self.users.index(None)
         self.users[slot] = user
         self.weights[slot] = row

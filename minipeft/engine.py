@@ -31,7 +31,7 @@ from minipeft_kernels.segments import TILE
 class Adapter:
     """What a user gets: their row and how it came about.
 
-    row:     [P] fp32, laid out as the bank of `method` on this base lays it out (Bank.tensors reads it).
+    row:     [P] fp32, laid out as `method.layout(model.sites)` says.
     metrics: best_epoch, epochs, steps, val_loss (after each epoch, nats per label token), stopped_early, skipped_steps.
     """
 
@@ -84,7 +84,7 @@ class Engine:
         number = self._bank_of[key]
         bank = self._banks[number]
         if row is None:
-            row = bank.bank.row(method.initial(self.model.sites, seed, user))
+            row = method.initial_row(self.model.sites, seed, user)
         return number, bank.admit(user, method, row)
 
     def evict(self, bank: int, slot: int) -> None:

@@ -24,7 +24,7 @@ MIN_IMPROVEMENT = 1e-4  # relative: a later epoch must beat the best validation 
 class TrainConfig:
     """How one user trains. Users in the same run may differ in every field."""
 
-    method: LoRA = LoRA()
+    method: LoRA = field(default_factory=LoRA)
     learning_rate: float = 2e-3  # peak, per step
     weight_decay: float = 0.01  # per step, times the learning rate
     warmup: float = 0.1  # share of the planned steps over which the learning rate rises linearly; then it falls to 0

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minipeft.bank import Bank
+from minipeft.bank import Bank, Layout
 from minipeft.errors import InputError
 from minipeft.randomness import generator
 from minipeft_kernels.segment_lora import LoraRows
@@ -44,7 +44,7 @@ class LoRA:
                 raise InputError(f"LoRA: no site of this base is called {name!r}; it has {', '.join(kinds)}")
         for site, (K, N) in self.chosen(all_sites).items():
             if self.rank > min(K, N):
-                raise InputError(f"LoRA rank {self.rank} is above the width of {site} ({K} in, {N} out); use a lower rank")
+                raise InputError(f"LoRA rank {self.rank} is above the width of {site} ({K} in, {N} out); lower it")
 
     def chosen(self, all_sites: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """The sites it acts at, with their (K, N)."""
@@ -55,25 +55,26 @@ class LoRA:
         """The rank its bank is padded to: the next power of two from 8. A function of this user's rank alone."""
         return max(8, 1 << (self.rank - 1).bit_length())
 
-    def shapes(self, all_sites: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, padded to the rank class: "<site>.A" [R, K] and "<site>.Bt" [R, N]."""
+    def layout(self, all_sites: dict[str, tuple[int, int]]) -> Layout:
+        """A user's row: for every chosen site "<site>.A" [R, K] and "<site>.Bt" [R, N], R the rank class."""
         shapes = {}
         for site, (K, N) in self.chosen(all_sites).items():
             shapes[f"{site}.A"] = (self.rank_class, K)
             shapes[f"{site}.Bt"] = (self.rank_class, N)
-        return shapes
+        return Layout(shapes)
 
     def count(self, all_sites: dict[str, tuple[int, int]]) -> int:
         """Trained numbers of one user, padding not counted."""
         return sum(self.rank * (K + N) for K, N in self.chosen(all_sites).values())
 
-    def initial(self, all_sites: dict[str, tuple[int, int]], seed: int, user: str) -> dict[str, Tensor]:
-        """Start values by name, shapes as in `shapes`; rows past the rank are zero."""
-        tensors = {name: torch.zeros(shape) for name, shape in self.shapes(all_sites).items()}
+    def initial_row(self, all_sites: dict[str, tuple[int, int]], seed: int, user: str) -> Tensor:
+        """A new user's row [P]: see `start` above. Matrix rows past the rank are zero."""
+        layout = self.layout(all_sites)
+        row = torch.zeros(layout.row_size)
         for site, (K, _) in self.chosen(all_sites).items():
             draw = generator(seed, user, "lora", site).uniform(-1, 1, (self.rank, K)) / np.sqrt(K)
-            tensors[f"{site}.A"][: self.rank] = torch.from_numpy(draw)
-        return tensors
+            layout.view(row, f"{site}.A")[: self.rank] = torch.from_numpy(draw)
+        return row
 
 
 def _picks(name: str, site: str) -> bool:
@@ -85,18 +86,20 @@ def _picks(name: str, site: str) -> bool:
 class LoraBank:
     """All resident users whose LoRA has the same sites and rank class: their rows, and each slot's scale and rank.
 
-    bank:  [U, P] buffers; parameters as in LoRA.shapes.
+    bank:  [U, P] buffers; parameters as in LoRA.layout.
     scale: [U] fp32, alpha / rank. ranks: [U] int64.
     """
 
-    def __init__(self, method: LoRA, all_sites: dict[str, tuple[int, int]], num_slots: int, device: torch.device | str):
-        self.bank = Bank(method.shapes(all_sites), num_slots, device)
+    def __init__(
+        self, method: LoRA, all_sites: dict[str, tuple[int, int]], num_slots: int, device: torch.device | str
+    ):
+        self.bank = Bank(method.layout(all_sites), num_slots, device)
         self.rank_class = method.rank_class
         self.scale = torch.zeros(num_slots, device=device)
         self.ranks = torch.zeros(num_slots, dtype=torch.int64, device=device)
         weights, grads = self.bank.weights, self.bank.grads
         self._views = {
-            site: [self.bank.view(buffer, f"{site}.{name}") for buffer in (weights, grads) for name in ("A", "Bt")]
+            site: [self.bank.layout.view(buffer, f"{site}.{name}") for buffer in (weights, grads) for name in ("A", "Bt")]
             for site in method.chosen(all_sites)
         }
 

@@ -24,6 +24,7 @@ class Rows:
     index:     [M] int64. Padded layout -> row: buckets one after another, each [sequences, padded length] flattened.
     inverse:   [T] int64. Row -> its place in the padded layout.
     buckets:   (number of sequences, padded length) of each bucket, in the order of `index`.
+    longest:   tokens of the longest sequence.
     """
 
     tokens: Tensor
@@ -31,6 +32,7 @@ class Rows:
     index: Tensor
     inverse: Tensor
     buckets: tuple[tuple[int, int], ...]
+    longest: int
 
     @staticmethod
     def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "Rows":
@@ -57,7 +59,7 @@ class Rows:
             filled += rows.size
         as_tensor = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
         return Rows(as_tensor(tokens), as_tensor(positions), as_tensor(np.concatenate(index)), as_tensor(inverse),
-                    tuple(buckets))
+                    tuple(buckets), int(lengths.max()))
 
 
 def padded_length(lengths: np.ndarray) -> np.ndarray:
@@ -98,7 +100,7 @@ class _Ungroup(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
         grad_x = grad.new_zeros(ctx.places, *grad.shape[1:])
-        grad_x[inverse] = grad
+        grad_x.index_copy_(0, inverse, grad)
         return grad_x, None
 
 

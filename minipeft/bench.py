@@ -1,0 +1,398 @@
+"""python -m minipeft.bench: the main job, measured.
+
+Suite `quick`, the default: many users' LoRA train together in one fused pass over one frozen base, then the same users
+one by one in the same engine. It prints how much faster together is, how good the personal adapters are beside the
+baselines, and whether anybody's adapter depends on the company. Without --task it makes synthetic users whose truth is
+known, so that the best possible scores can be printed too.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minipeft.default_base import default_base
+from minipeft.engine import Adapter, Engine, predict
+from minipeft.errors import InputError
+from minipeft.labels import Question
+from minipeft.methods.lora import LoRA
+from minipeft.models.decoder import Decoder
+from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
+from minipeft.prompts import Encoded, encode_task
+from minipeft.schedule import Job, PassConfig, TrainConfig
+from minipeft.stats import Interval, bootstrap_mean
+from minipeft.store import save_adapter
+from minipeft.tasks.synthetic import (
+    SyntheticConfig, Truth, ceiling_personal, ceiling_shared, logistic_on_features, make_synthetic,
+)
+from minipeft.tasks.task import Task, load_task, majority_labels, nominal_alpha
+from minipeft_kernels.backend import backend
+
+PERSONAL = TrainConfig(method=LoRA(rank=8, alpha=16, sites=("q", "v", "o", "gate", "up", "down")), learning_rate=5e-3)
+SHARED = replace(PERSONAL, epochs=2, batch_size=32)
+EVERYONE = "(everyone)"  # the one "user" of the shared adapter
+ACTIVE = 100  # training examples from which a user counts as active in the table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    args = parse(argv)
+    finished: list[str] = []
+    try:
+        run_quick(args, finished)
+    except InputError as error:
+        print(f"minipeft.bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nminipeft.bench: interrupted. {len(finished)} users had finished"
+              + (f"; their adapters are in {args.out / 'adapters'}" if finished else ""), file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minipeft.bench", description=__doc__.split("\n\n")[1])
+    parser.add_argument("suite", nargs="?", default="quick", choices=["quick"], help="what to measure (default: quick)")
+    parser.add_argument("--task", type=Path, metavar="DIR", help="a prepared task (default: synthetic users)")
+    parser.add_argument("--model", type=Path, metavar="DIR",
+                        help="a Hugging Face model folder (default: a small base trained on the task's pooled examples)")
+    parser.add_argument("--users", type=int, metavar="N", help="how many users (default: 128 synthetic, or all)")
+    parser.add_argument("--seed", type=int, default=0, help="of users, base and training (default: 0)")
+    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"), metavar="DIR",
+                        help="folder for result.json, gains.png and adapters/ (default: runs/<time>)")
+    return parser.parse_args(argv)
+
+
+def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
+    """The whole suite. Appends to `finished` each user whose adapter is on disk."""
+    began = time.perf_counter()
+    try:
+        backend(args.device)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--device {args.device}: {error}") from None
+    prepare_out(args.out)
+    task, truth = get_task(args)
+    model, encoded, base_name = get_base(args, task)
+    print(describe(args, task, model, base_name, encoded), flush=True)
+
+    def keep(adapter: Adapter) -> None:
+        save_adapter(args.out / "adapters", adapter, model.sites)
+        finished.append(adapter.user)
+
+    jobs = [Job(user, encoded.train[user], encoded.val[user], replace(PERSONAL, seed=args.seed)) for user in task.users]
+    order = sorted(jobs, key=lambda job: -len(job.train))  # longest first: nobody is left to finish alone
+    together = timed_training(model, encoded, order, PassConfig(), "all together", keep)
+    alone = timed_training(model, encoded, order, PassConfig(slots=1), "one by one")
+    everyone = Job(EVERYONE, pooled(encoded.train), pooled(encoded.val), replace(SHARED, seed=args.seed))
+    shared = timed_training(model, encoded, [everyone], PassConfig(slots=1), "shared LoRA")
+
+    correct = {
+        "own_majority": majority_hits(task),
+        "base": hits(model, encoded, None),
+        "shared": hits(model, encoded, {user: shared.adapters[EVERYONE] for user in task.users}),
+        "personal": hits(model, encoded, together.adapters),
+    }
+    apart = {user: relative_difference(together.adapters[user], alone.adapters[user]) for user in task.users}
+    accuracy = {name: float(values.mean()) for name, values in correct.items()}
+    result = {
+        "suite": "quick", "task": task.name, "num_users": len(task.users), "seed": args.seed, "base": base_name,
+        "base_numbers": sum(p.numel() for p in model.parameters()),
+        "adapter_numbers": PERSONAL.method.count(model.sites),
+        "fused": together.figures(), "one_by_one": alone.figures(), "speedup": alone.seconds / together.seconds,
+        "accuracy": accuracy | {
+            "ceiling_shared": truth and ceiling_shared(task, truth),
+            "ceiling_personal": truth and ceiling_personal(task, truth),
+            "logistic_on_features": truth and logistic_on_features(task, truth),
+            "ci": {name: interval(values) for name, values in correct.items()},
+            "personal_minus_shared": interval(correct["personal"] - correct["shared"]),
+        },
+        "active": active_figures(task, truth, correct),
+        "alpha": nominal_alpha(task),
+        "num_cut_texts": encoded.num_cut,
+        "independence": {
+            "max_relative_difference": max(apart.values()),
+            "bitwise_isolated": bitwise_isolated(model, encoded, jobs),
+        },
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
+        "seconds": time.perf_counter() - began,
+    }
+    print(table(result))
+    plot_gains(args.out / "gains.png", correct["personal"] - correct["shared"], result)
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {args.out}/result.json, gains.png, adapters/ ({len(finished)} users)")
+    print(json.dumps(result))
+    return result
+
+
+# ---- Inputs --------------------------------------------------------------------------------------------------------
+
+
+def prepare_out(out: Path) -> None:
+    """Make the folder and see that it can be written. Adapters of an earlier run in it are removed."""
+    try:
+        (out / "adapters").mkdir(parents=True, exist_ok=True)
+        for old in (out / "adapters").glob("*.safetensors"):
+            old.unlink()
+        probe = out / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def get_task(args: argparse.Namespace) -> tuple[Task, Truth | None]:
+    """The task of --task with its first --users users, or synthetic users and their truth."""
+    if args.users is not None and args.users < 1:
+        raise InputError(f"--users must be at least 1, got {args.users}")
+    if args.task is None:
+        return make_synthetic(SyntheticConfig(seed=args.seed, users=args.users or SyntheticConfig.users))
+    task = load_task(args.task)
+    for split in ("val", "test"):
+        without = [user for user in task.users if not task.split(split)[user]]
+        if without:
+            raise InputError(f"task {args.task}: {len(without)} users have no {split} example, e.g. {without[0]!r}; "
+                             "leave them out or split again")
+    if args.users is not None:
+        if args.users > len(task.users):
+            raise InputError(f"--users {args.users}: task {args.task} has {len(task.users)} users")
+        task = task.subset(task.users[: args.users])
+    return task, None
+
+
+def get_base(args: argparse.Namespace, task: Task) -> tuple[Decoder, Encoded, str]:
+    """The base of --model, or the embedded default made for this task; the task in its tokens; and its name."""
+    if args.model is None:
+        with progress("training the default base") as bar:
+            folder = default_base(task, args.seed, on_step=bar)
+        name = "default"
+    else:
+        folder, name = args.model, args.model.name
+    model = load_model(folder, device=args.device)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, model)
+    return model, encode_task(task, tokenizer, model.config.max_positions), name
+
+
+# ---- The measurements ----------------------------------------------------------------------------------------------
+
+
+class Trained:
+    """A finished training run and how long it took."""
+
+    def __init__(self, adapters: dict[str, Adapter], engine: Engine, seconds: float):
+        self.adapters, self.totals, self.seconds = adapters, engine.totals, seconds
+
+    def figures(self) -> dict:
+        return {
+            "seconds": self.seconds,
+            "users_per_s": len(self.adapters) / self.seconds,
+            "tokens_per_s": self.totals.tokens / self.seconds,
+            "passes": self.totals.passes,
+            "tokens": self.totals.tokens,
+            "filler_share": 1 - self.totals.tokens / self.totals.rows,
+        }
+
+
+def timed_training(
+    model: Decoder, encoded: Encoded, jobs: Sequence[Job], passes: PassConfig, title: str,
+    on_finish: Callable[[Adapter], None] | None = None,
+) -> Trained:
+    engine = Engine(model, encoded.labels, passes)
+    total = sum(len(job.train) * job.config.epochs for job in jobs)
+    with progress(f"training {title}") as bar:
+        done = 0
+
+        def count(examples: int) -> None:
+            nonlocal done
+            done += examples
+            bar(done, total)
+
+        began = time.perf_counter()
+        adapters = engine.train(jobs, on_finish, count)
+        seconds = time.perf_counter() - began
+    return Trained(adapters, engine, seconds)
+
+
+def hits(model: Decoder, encoded: Encoded, adapters: dict[str, Adapter] | None) -> np.ndarray:
+    """[users] percent of each user's test questions answered right, with these adapters; None: the base alone."""
+    if adapters is None:
+        silent = LoRA(rank=1, sites=PERSONAL.method.sites)  # at its start value a LoRA changes nothing
+        row = silent.initial_row(model.sites, 0, "")
+        adapters = {user: Adapter(user, silent, row) for user in encoded.test}
+    scores = predict(model, encoded.labels, adapters, encoded.test)
+    return np.array([
+        100 * np.mean(scores[user].argmax(1) == [question.label for question in questions])
+        for user, questions in encoded.test.items()
+    ])
+
+
+def majority_hits(task: Task) -> np.ndarray:
+    """[users] percent of each user's test examples that carry the user's most frequent training label."""
+    majority = majority_labels(task)
+    return np.array([100 * np.mean([e.label == majority[user] for e in task.test[user]]) for user in task.users])
+
+
+def relative_difference(a: Adapter, b: Adapter) -> float:
+    """|a - b| / |b| over the user's whole row."""
+    return float((a.row - b.row).norm() / b.row.norm())
+
+
+def bitwise_isolated(model: Decoder, encoded: Encoded, jobs: Sequence[Job], num_users: int = 8) -> bool:
+    """Rewrite one user's examples, lengths kept: does every other user in the same passes keep every bit?"""
+    few = [replace(job, train=job.train[:16], config=replace(job.config, epochs=2)) for job in jobs[:num_users]]
+    rng = np.random.default_rng(0)
+    num_labels = len(encoded.labels.labels)
+    rewritten = [
+        Question(tuple(rng.permutation(q.prompt).tolist()), (q.label + 1) % num_labels) for q in few[0].train
+    ]
+    changed = [replace(few[0], train=rewritten), *few[1:]]
+    rows = [Engine(model, encoded.labels, PassConfig()).train(some) for some in (few, changed)]
+    others = [job.user for job in few[1:]]
+    if torch.equal(rows[0][few[0].user].row, rows[1][few[0].user].row):
+        raise AssertionError("the rewritten user's adapter did not change: the isolation check checked nothing")
+    return all(torch.equal(rows[0][user].row, rows[1][user].row) for user in others)
+
+
+def active_figures(task: Task, truth: Truth | None, correct: dict[str, np.ndarray]) -> dict | None:
+    """The accuracies over users with at least ACTIVE training examples; None where there is no such user."""
+    some = task.with_training(ACTIVE)
+    if not some.users:
+        return None
+    chosen = np.array([len(task.train[user]) >= ACTIVE for user in task.users])
+    return {"num_users": len(some.users), **{name: float(values[chosen].mean()) for name, values in correct.items()},
+            "ceiling_shared": truth and ceiling_shared(some, truth),
+            "ceiling_personal": truth and ceiling_personal(some, truth),
+            "logistic_on_features": truth and logistic_on_features(some, truth)}
+
+
+def pooled(split: dict[str, list[Question]]) -> list[Question]:
+    return [question for questions in split.values() for question in questions]
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """[low, high] of the 95 % bootstrap interval over users."""
+    bounds: Interval = bootstrap_mean(values)
+    return [bounds.low, bounds.high]
+
+
+# ---- What is shown -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(title: str):
+    """A progress bar on a terminal, one line when done elsewhere. Yields a function of (done, total)."""
+    began = time.perf_counter()
+    with tqdm(desc=title, disable=None, leave=False, bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+              ) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+    print(f"{title}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def describe(args: argparse.Namespace, task: Task, model: Decoder, base_name: str, encoded: Encoded) -> str:
+    sizes = sorted(len(examples) for examples in task.train.values())
+    lines = [
+        f"task {task.name}: {len(task.users)} users, {sum(sizes)} training examples ({sizes[0]} to {sizes[-1]} a user, "
+        f"median {sizes[len(sizes) // 2]}), labels {', '.join(task.labels)}, alpha {nominal_alpha(task):.2f}",
+        f"base {base_name}: {sum(p.numel() for p in model.parameters()):,} frozen numbers; LoRA of rank "
+        f"{PERSONAL.method.rank}: {PERSONAL.method.count(model.sites):,} numbers a user",
+        f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32",
+    ]
+    if encoded.num_cut:
+        lines.append(f"{encoded.num_cut} texts were longer than the base's {model.config.max_positions} positions "
+                     "and were cut at their end")
+    return "\n".join(lines)
+
+
+def table(result: dict) -> str:
+    """The figures for a person."""
+    fused, alone, accuracy, active = result["fused"], result["one_by_one"], result["accuracy"], result["active"]
+    lines = [
+        "",
+        f"{'training':<28}{'users/s':>10}{'tokens/s':>12}{'seconds':>10}{'passes':>9}",
+        f"{'all together, fused':<28}{fused['users_per_s']:>10.2f}{fused['tokens_per_s']:>12,.0f}"
+        f"{fused['seconds']:>10.1f}{fused['passes']:>9,}",
+        f"{'one by one, same engine':<28}{alone['users_per_s']:>10.2f}{alone['tokens_per_s']:>12,.0f}"
+        f"{alone['seconds']:>10.1f}{alone['passes']:>9,}",
+        f"speedup {result['speedup']:.2f}x; peak memory {result['peak_memory_mb']:.0f} MB",
+        "",
+        f"{'accuracy %, mean over users':<28}{'all users':>10}{'95 % interval':>18}"
+        + (f"{f'>= {ACTIVE} examples':>18}" if active else ""),
+    ]
+    names = {"own_majority": "own majority", "base": "one model for all (base)", "shared": "one shared LoRA",
+             "personal": "personal LoRA", "ceiling_shared": "best of any shared model",
+             "logistic_on_features": "logistic, true features", "ceiling_personal": "best of any personal one"}
+    for key, name in names.items():
+        if accuracy[key] is not None:
+            bounds = accuracy["ci"].get(key)
+            between = f"{bounds[0]:.1f} to {bounds[1]:.1f}" if bounds else ""
+            lines.append(f"{name:<28}{accuracy[key]:>10.1f}{between:>18}"
+                         + (f"{active[key]:>18.1f}" if active else ""))
+    low, high = accuracy["personal_minus_shared"]
+    lines.append(f"personal minus shared: {accuracy['personal'] - accuracy['shared']:+.1f} points "
+                 f"(paired 95 % interval {low:+.1f} to {high:+.1f})")
+    if accuracy["ceiling_shared"] is not None:
+        way = [f"{100 * way_to_ceiling(part):.0f} % {who}" for part, who in
+               ((accuracy, "over all users"), (active, f"over the {active['num_users']} active ones" if active else ""))
+               if part]
+        lines.append(f"way from the shared ceiling to the personal one: {', '.join(way)}")
+    independence = result["independence"]
+    lines += [
+        "",
+        f"together = alone: largest relative difference of an adapter {independence['max_relative_difference']:.1e}",
+        "one user's examples rewritten: everybody else "
+        + ("bit-identical" if independence["bitwise_isolated"] else "CHANGED"),
+        f"{result['seconds']:.0f} s in all",
+    ]
+    return "\n".join(lines)
+
+
+def way_to_ceiling(accuracy: dict) -> float:
+    """0 at the best shared model, 1 at the best personal one."""
+    span = accuracy["ceiling_personal"] - accuracy["ceiling_shared"]
+    return (accuracy["personal"] - accuracy["ceiling_shared"]) / span if span else float("nan")
+
+
+def plot_gains(path: Path, gains: np.ndarray, result: dict) -> None:
+    """One bar per user: personal minus shared accuracy, sorted."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no gains.png: matplotlib is not installed (pip install 'minipeft[report]')", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    gains = np.sort(gains)[::-1]
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    axes.bar(np.arange(1, len(gains) + 1), gains, width=1.0, color=np.where(gains >= 0, "#0072b2", "#d55e00"))
+    axes.axhline(0, color="black", linewidth=0.8)
+    mean = gains.mean()
+    axes.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean {mean:+.1f} points")
+    axes.set(xlabel="users, sorted by gain", ylabel="personal minus shared accuracy, points",
+             title=f"{result['task']}: {np.mean(gains > 0):.0%} of {len(gains)} users gain, {np.mean(gains < 0):.0%} lose",
+             xlim=(0.4, len(gains) + 0.6))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Adapters on disk: one file per finished user, each whole or absent.
+
+    FOLDER/<user id, percent-encoded>.safetensors      the tensors "<site>.A" [rank, K] and "<site>.B" [N, rank]
+                                                       and, as metadata, user, method and metrics
+
+A file is written under a temporary name, fsynced and renamed, so whoever reads sees all of it or none.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from minipeft.engine import Adapter
+from minipeft.errors import InputError
+from minipeft.methods.lora import LoRA
+
+MAX_NAME = 200  # bytes of a file name before its ending; file systems stop at 255
+
+
+def adapter_path(folder: Path, user: str) -> Path:
+    """Where a user's adapter lies. Any text is a safe user id: everything but letters, digits, _ . - ~ is escaped.
+
+    Raises:
+        InputError: the escaped id is too long for a file name.
+    """
+    name = quote(user, safe="")
+    if name in ("", ".", ".."):
+        name = "".join(f"%{byte:02X}" for byte in user.encode()) or "%"
+    if len(name) > MAX_NAME:
+        raise InputError(f"user id of {len(user)} characters is too long for a file name; use ids of up to 60")
+    return Path(folder) / f"{name}.safetensors"
+
+
+def save_adapter(folder: Path, adapter: Adapter, sites: dict[str, tuple[int, int]]) -> Path:
+    """Write one adapter; replaces an earlier one of the same user. `sites` are the base's (Decoder.sites)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, tensor in adapter.method.layout(sites).tensors(adapter.row).items():
+        used = tensor[: adapter.method.rank]
+        site, _, kind = name.rpartition(".")
+        tensors[name if kind == "A" else f"{site}.B"] = (used if kind == "A" else used.T).contiguous()
+    metadata = {"user": adapter.user, "method": json.dumps({"name": "lora", **asdict(adapter.method)}),
+                "metrics": json.dumps(adapter.metrics)}
+    path = adapter_path(folder, adapter.user)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(save(tensors, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return path
+
+
+def load_adapter(folder: Path, user: str, sites: dict[str, tuple[int, int]]) -> Adapter:
+    """Read one adapter back, bit for bit.
+
+    Raises:
+        InputError: no adapter of this user here, a damaged file, or one made for another base (names the site).
+    """
+    path = adapter_path(folder, user)
+    if not path.exists():
+        raise InputError(f"no adapter of user {user!r} in {folder}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    fields = json.loads(metadata["method"])
+    method = LoRA(fields["rank"], fields["alpha"], tuple(fields["sites"]))
+    layout = method.layout(sites)
+    row = torch.zeros(layout.row_size)
+    for name, shape in layout.shapes.items():
+        site, _, kind = name.rpartition(".")
+        key = name if kind == "A" else f"{site}.B"
+        expected = (method.rank, shape[1]) if kind == "A" else (shape[1], method.rank)
+        if key not in tensors or tuple(tensors[key].shape) != expected:
+            came = tuple(tensors[key].shape) if key in tensors else "nothing"
+            raise InputError(f"{path}: {key} is {came}, this base needs {expected}; was it trained on another base?")
+        used = tensors.pop(key)
+        layout.view(row, name)[: method.rank] = used if kind == "A" else used.T
+    if tensors:
+        raise InputError(f"{path}: {sorted(tensors)[0]} is no site of this base; was it trained on another base?")
+    return Adapter(metadata["user"], method, row, json.loads(metadata["metrics"]))

@@ -1,0 +1,302 @@
+"""Is the decoder the model that transformers runs, for Llama, Mistral, Qwen2 and Qwen3?"""
+
+import tempfile
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipeft.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    RMSNorm,
+    plain_linear,
+    rope_frequencies,
+    stable_sigmoid,
+)
+from minipeft.models.loading import _checkpoint_key, load_model
+from minipeft.models.rows import Rows
+
+SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 128}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+ROPES = {"default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 3.0}, "llama3": LLAMA3}
+CASES = {  # family, settings beyond SIZES, rope
+    "llama": ("llama", {}, "default"),
+    "llama tied": ("llama", {"tie_word_embeddings": True}, "default"),
+    "llama linear": ("llama", {"num_key_value_heads": 6}, "linear"),
+    "llama llama3": ("llama", {"num_key_value_heads": 1, "head_dim": 16}, "llama3"),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}, "default"),
+    "llama odd heads": ("llama", {"hidden_size": 30, "num_attention_heads": 5, "num_key_value_heads": 5}, "default"),
+    "mistral": ("mistral", {"sliding_window": 7}, "default"),
+    "mistral no window": ("mistral", {"sliding_window": None, "head_dim": 6}, "default"),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}, "default"),
+    "qwen2 window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "default"),
+    "qwen3": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}, "default"),
+    "qwen3 window": ("qwen3", {"head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 9,
+                               "layer_types": ["sliding_attention", "full_attention"]}, "linear"),
+}  # fmt: skip
+RAGGED = [3, 100, 1, 17, 8, 9, 64, 40, 2]
+
+
+def make_reference(family, changes, rope="default", seed=0):
+    """A transformers model with eager attention whose every weight, norm and bias is far from its start value."""
+    fields = {**SIZES, **changes, "rope_parameters": {"rope_theta": 1000.0, **ROPES[rope]}}
+    config = transformers.AutoConfig.for_model(family, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise)
+            else:
+                weight.copy_(noise / weight.shape[1] ** 0.5)
+    return model
+
+
+def make_sequences(lengths, vocab_size=61, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def reference_logits(reference, sequences):
+    """Each sequence alone, so that nothing is padded."""
+    return [reference(torch.tensor([s]), use_cache=False).logits[0] for s in sequences]
+
+
+def largest_difference(one, other):
+    assert [x.shape for x in one] == [y.shape for y in other]
+    return max((x.double() - y.double()).abs().max().item() for x, y in zip(one, other))
+
+
+def compare(family, changes, rope, lengths):
+    reference = make_reference(family, changes, rope)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        model = load_model(folder)
+    sequences = make_sequences(lengths)
+    expected = reference_logits(reference, sequences)
+    assert max(x.std() for x in expected) > 0.1  # a model that says something
+    return largest_difference(model.logits(sequences), expected)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_logits_match_transformers(case):
+    assert compare(*case, RAGGED) < 1e-4
+
+
+@st.composite
+def configurations(draw):
+    family = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    heads = kv_heads * group
+    changes = {
+        "vocab_size": 61, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "hidden_size": heads * 8 * draw(st.integers(1, 3)), "intermediate_size": draw(st.integers(1, 50)),
+        "num_hidden_layers": draw(st.integers(1, 3)), "tie_word_embeddings": draw(st.booleans()),
+    }  # fmt: skip
+    if family == "qwen3" or draw(st.booleans()):
+        changes["head_dim"] = 2 * draw(st.integers(1, 12))
+    if family in ("llama", "qwen3"):
+        changes["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        changes["mlp_bias"] = draw(st.booleans())
+    if family == "mistral":
+        changes["sliding_window"] = draw(st.none() | st.integers(1, 30))
+    if family in ("qwen2", "qwen3") and draw(st.booleans()):
+        changes |= {"use_sliding_window": True, "sliding_window": draw(st.integers(1, 30)),
+                    "max_window_layers": draw(st.integers(0, 3))}  # fmt: skip
+    return family, changes, draw(st.sampled_from(list(ROPES)))
+
+
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@given(case=configurations(), lengths=st.lists(st.integers(1, 100), min_size=1, max_size=17))
+def test_logits_match_transformers_on_drawn_configurations(case, lengths):
+    assert compare(*case, lengths) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bf16_is_as_accurate_as_transformers(family, tmp_path):
+    reference = make_reference(family, {"head_dim": 16}, "llama3").bfloat16()
+    reference.save_pretrained(tmp_path)
+    sequences = make_sequences(RAGGED)
+    ours = load_model(tmp_path, torch.bfloat16)
+    assert {weight.dtype for weight in ours.parameters()} == {torch.bfloat16}
+    exact = load_model(tmp_path, torch.float64).logits(sequences)
+    error = largest_difference(ours.logits(sequences), exact)
+    assert 0 < error <= 2 * largest_difference(reference_logits(reference, sequences), exact)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("head_dim", [20, 64, 128])
+@pytest.mark.parametrize("rope", ROPES)
+def test_frequencies_match_transformers(rope, head_dim, theta):
+    fields = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "head_dim": head_dim}
+    config = transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": theta, **ROPES[rope]})
+    expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
+    scaling = {} if rope == "default" else ROPES[rope]
+    shape = DecoderConfig(1, 2 * head_dim, 1, 2, 2, head_dim, 1, rope_theta=theta, rope_scaling=scaling)
+    ours = rope_frequencies(shape)
+    assert ((ours - expected) / expected).abs().max() < 2e-7  # two units in the last place of fp32
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_gradients_match_transformers(case, tmp_path):
+    """Of every weight, so of every step between it and the logits."""
+    reference = make_reference(*case)
+    reference.save_pretrained(tmp_path)
+    model, sequences = load_model(tmp_path).requires_grad_(True), make_sequences([3, 40, 17, 1])
+    pull = torch.randn(61, 61, generator=torch.Generator().manual_seed(3))  # [token, C]: what each logit's gradient is
+    rows = Rows.pack(sequences)
+    (model.head(model.hidden(rows)) * pull[rows.tokens]).sum().backward()
+    for s in sequences:
+        (reference(torch.tensor([s]), use_cache=False).logits[0] * pull[s]).sum().backward()
+    theirs = {name: weight.grad for name, weight in reference.named_parameters()}
+    assert len(theirs) == len(list(model.parameters()))
+    for name, weight in model.named_parameters():
+        expected = theirs[_checkpoint_key(name)]
+        assert (weight.grad - expected).norm() < 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradients_of_a_layer_match_finite_differences(window):
+    """In fp64, which is also the proof that nothing falls back to fp32 on the way."""
+    layer = make_model(qk_norm=True, windows=(window,) * 2).double().layers[0].requires_grad_(True)
+    rows = Rows.pack([[0] * 4, [0]])
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    angles = torch.randn(5, 1, 4, dtype=torch.float64, generator=generator)
+    norms = [m.weight for m in layer.modules() if isinstance(m, RMSNorm)]
+    assert len(norms) == 4
+    assert torch.autograd.gradcheck(
+        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), plain_linear), (x, *norms), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (400, 100), (999, 33), (2048, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_sigmoid_depend_on_the_element_alone(shape, dtype):
+    x = 4 * torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    y, threads = stable_sigmoid(x), torch.get_num_threads()
+    assert (y.double() - x.double().sigmoid()).abs().max() <= torch.finfo(dtype).eps
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            for start, end in ((0, 1), (0, shape[0]), (shape[0] // 3, shape[0]), (shape[0] // 2, shape[0] // 2 + 1)):
+                assert torch.equal(stable_sigmoid(x[start:end]), y[start:end])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=25, derandomize=True, database=None, deadline=None)
+@given(
+    length=st.integers(1, 40), before=st.lists(st.integers(1, 40), max_size=5),
+    after=st.lists(st.integers(1, 40), max_size=5), mlp_width=st.sampled_from([33, 40, 64]), qk_norm=st.booleans(),
+)  # fmt: skip
+def test_bits_do_not_depend_on_company_where_those_of_linear_do_not(length, before, after, mlp_width, qk_norm):
+    """With a matrix product that takes each row alone: all else in the decoder keeps a sequence's bits."""
+    model = make_model(mlp_width=mlp_width, qk_norm=qk_norm)
+
+    def linear(site, x, weight, bias):
+        return torch.stack([plain_linear(site, row, weight, bias) for row in x])
+
+    mine, *others = make_sequences([length, *before, *after])
+    company = [*others[: len(before)], mine, *others[len(before) :]]
+    grads, outputs = [], []
+    for sequences in ([mine], company):
+        rows = Rows.pack(sequences)
+        added = torch.zeros(len(rows.tokens), 24, requires_grad=True)  # [T, width], to receive the first gradient
+
+        def tuned(site, x, weight, bias, added=added):
+            return linear(site, x + added if site == "layers.0.attn.v" else x, weight, bias)
+
+        h = model.hidden(rows, tuned)
+        h.square().sum().backward()
+        start = 0 if sequences[0] is mine else sum(before)
+        outputs.append(h[start : start + length])
+        grads.append(added.grad[start : start + length])
+    assert torch.equal(*outputs) and torch.equal(*grads) and grads[0].abs().max() > 0
+
+
+def test_a_sequence_longer_than_the_positions_is_refused():
+    model = make_model(max_positions=8)
+    model.logits([[1] * 8])
+    with pytest.raises(ValueError, match="9 tokens but this base has 8 positions"):
+        model.logits([[1], [1] * 9])
+
+
+def make_model(**changes):
+    """A small decoder with biases and a head of its own, from the loader's point of view a Llama."""
+    shape = {"vocab_size": 61, "width": 24, "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8,
+             "mlp_width": 40, "qkv_bias": True, "o_bias": True, "mlp_bias": True}  # fmt: skip
+    model = Decoder(DecoderConfig(**shape | changes))
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.copy_(1 + 0.3 * noise if weight.ndim == 1 else noise / weight.shape[1] ** 0.5)
+    return model
+
+
+def test_every_linear_map_is_a_site_in_forward_order():
+    model, calls = make_model(), []
+
+    def linear(site, x, weight, bias):
+        assert bias is not None or site == "head"
+        calls.append((site, (weight.shape[1], weight.shape[0])))
+        return plain_linear(site, x, weight, bias)
+
+    rows = Rows.pack(make_sequences([5, 1, 30]))
+    h = model.hidden(rows, linear)
+    assert calls == list(model.sites.items()) and len(calls) == 14
+    model.head(h[[4, 5, 35]], linear)
+    assert calls[14:] == [("head", (24, 61))]
+    assert model.sites["layers.1.attn.k"] == (24, 16) and model.sites["layers.0.mlp.down"] == (40, 24)
+
+
+def test_what_linear_adds_at_a_site_equals_an_edited_weight():
+    rows = Rows.pack(make_sequences([5, 1, 30]))
+    for site, (K, N) in make_model().sites.items():
+        edited, delta = make_model(), torch.randn(N, K, generator=torch.Generator().manual_seed(2)) / K
+
+        def linear(at, x, weight, bias, site=site, delta=delta):
+            y = plain_linear(at, x, weight, bias)
+            return y + x @ delta.T if at == site else y
+
+        plain, added = edited.hidden(rows), edited.hidden(rows, linear)
+        next(m for m in edited.layers.modules() if getattr(m, "site", None) == site).weight += delta
+        assert (added - edited.hidden(rows)).abs().max() < 1e-4, site
+        assert (added - plain).abs().max() > 1e-2, site
+
+
+def test_weights_are_frozen_and_gradients_reach_the_first_site():
+    model, tuned = make_model(), torch.zeros(24, requires_grad=True)
+
+    def linear(site, x, weight, bias):
+        return plain_linear(site, x + tuned if site == "layers.0.attn.q" else x, weight, bias)
+
+    model.head(model.hidden(Rows.pack(make_sequences([5, 1, 30])), linear)).square().sum().backward()
+    assert tuned.grad.abs().min() > 0
+    assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
+
+
+def test_converting_a_model_leaves_its_angles_in_fp32():
+    model = make_model()
+    rope = model.rope.clone()
+    for converted in (model.bfloat16(), model.double(), model.to(torch.float16)):
+        assert converted.rope.dtype == torch.float32 and torch.equal(converted.rope, rope)
+    assert "rope" not in model.state_dict()
+
+
+def test_tied_head_is_the_embedding():
+    model = make_model(tied_head=True)
+    assert model.head_linear.weight is model.embed.weight
+    assert model.double().head_linear.weight is model.embed.weight
+
+
+def test_each_layer_has_a_window():
+    with pytest.raises(AssertionError, match="1 windows for 2 layers"):
+        make_model(windows=(3,))

@@ -1,0 +1,439 @@
+"""Does a model folder come in and go out whole, and is every other folder refused with one clear line?"""
+
+import json
+import shutil
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_decoder import CASES, RAGGED, largest_difference, make_model, make_reference, make_sequences, reference_logits
+
+from minipeft.errors import InputError
+from minipeft.models import loading
+from minipeft.models.decoder import DecoderConfig
+from minipeft.models.loading import check_vocabulary, fingerprint, load_model, load_tokenizer, read_config, save_model
+
+EMBED, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+def make_tokenizer(size=61):
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A Llama folder and one with a tied head, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("originals")
+    for name, changes in (("llama", {}), ("tied", {"tie_word_embeddings": True})):
+        make_reference("llama", changes).save_pretrained(folder / name)
+        make_tokenizer().save(str(folder / name / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def folder(originals, tmp_path):
+    return shutil.copytree(originals / "llama", tmp_path / "llama")
+
+
+@pytest.fixture
+def tied(originals, tmp_path):
+    return shutil.copytree(originals / "tied", tmp_path / "tied")
+
+
+def edit_config(folder, **changes):
+    """Rewrite config.json; a field set to ... is taken out."""
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
+
+
+def edit_weights(folder, edit):
+    """Rewrite model.safetensors after `edit` changed its dictionary of tensors in place."""
+    weights = {key: weight.clone() for key, weight in load_file(folder / "model.safetensors").items()}
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+# out and in
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_saved_model_is_the_same_model_to_transformers_and_to_us(case, dtype, tmp_path):
+    make_reference(*case).save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original", dtype)
+    save_model(model, make_tokenizer(), tmp_path / "new" / "saved")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["saved"]
+
+    again = load_model(tmp_path / "new" / "saved", dtype)
+    assert again.config == model.config and fingerprint(again) == fingerprint(model)
+    sequences = make_sequences(RAGGED)
+    assert all(torch.equal(x, y) for x, y in zip(model.logits(sequences), again.logits(sequences)))
+    assert load_tokenizer(tmp_path / "new" / "saved").to_str() == make_tokenizer().to_str()
+
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new" / "saved", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    family = "llama" if case[0] == "mistral" and not model.config.windows else case[0]  # without windows: a Llama
+    assert theirs.dtype == dtype and theirs.config.model_type == family
+    if dtype == torch.float32:
+        assert largest_difference(model.logits(sequences), reference_logits(theirs, sequences)) < 1e-4
+
+
+def test_save_model_is_all_or_nothing(tmp_path, monkeypatch):
+    model, tokenizer = make_model(), make_tokenizer()
+
+    def break_off(path):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "_sync", break_off)
+        with pytest.raises(OSError, match="disk full"):
+            save_model(model, tokenizer, tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
+
+    save_model(model, tokenizer, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    with pytest.raises(InputError, match="exists already"):
+        save_model(make_model(vocab_size=70), tokenizer, tmp_path / "base")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_saved_files_are_as_readable_as_any_other(tmp_path):
+    save_model(make_model(), make_tokenizer(), tmp_path / "base")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "base").iterdir()}
+    assert modes == {(tmp_path / "plain" / "file").stat().st_mode}
+    assert (tmp_path / "base").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("changes", [{"o_bias": False}, {"windows": (3, 4)}, {"windows": (3, None)}])
+def test_save_model_refuses_what_no_family_has(changes, tmp_path):
+    with pytest.raises(InputError, match="none of llama, mistral"):
+        save_model(make_model(**changes), make_tokenizer(), tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sharded_folder_is_the_same_model(folder, tmp_path):
+    make_reference("llama", {}).save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    assert fingerprint(load_model(tmp_path / "sharded")) == fingerprint(load_model(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_converted_to_the_asked_dtype(dtype, folder):
+    single = load_model(folder)
+    edit_weights(folder, lambda weights: weights.update({key: w.to(dtype) for key, w in weights.items()}))
+    for wanted in (torch.float32, torch.bfloat16):
+        converted = load_model(folder, wanted)
+        for x, y in zip(single.parameters(), converted.parameters()):
+            assert torch.equal(y, x.to(dtype).to(wanted))
+    with pytest.raises(ValueError, match=r"dtype is torch.float16, needed one of torch.float32"):
+        load_model(folder, torch.float16)
+
+
+def test_loaded_weights_are_frozen_and_a_later_change_of_the_file_cannot_move_them(folder):
+    model = load_model(folder)
+    before = fingerprint(model)
+    with open(folder / "model.safetensors", "r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    assert fingerprint(model) == before != fingerprint(load_model(folder))
+    assert not any(weight.requires_grad or weight.is_meta for weight in [*model.parameters(), *model.buffers()])
+
+
+def test_fingerprint_sees_one_bit_a_name_and_a_dtype():
+    model = make_model()
+    prints = [fingerprint(model), fingerprint(make_model())]
+    assert prints[0] == prints[1]
+    model.layers[1].mlp.down.weight.view(torch.int32)[3, 5] ^= 1
+    prints += [fingerprint(model), fingerprint(make_model(tied_head=True)), fingerprint(make_model().bfloat16())]
+    assert len(set(prints)) == 4
+    for weight in model.parameters():
+        weight.zero_()
+    assert fingerprint(model.bfloat16()) != fingerprint(model.half())  # the same bytes, another meaning
+
+
+def test_tied_head_may_be_repeated_in_the_file(tied):
+    before = fingerprint(load_model(tied))
+    edit_weights(tied, lambda weights: weights.update({HEAD: weights[EMBED].clone()}))
+    model = load_model(tied)
+    assert fingerprint(model) == before and model.head_linear.weight is model.embed.weight
+
+
+def test_rotary_frequencies_in_old_files_are_derived_not_unexpected(folder):
+    names = ("model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq")
+    before = fingerprint(load_model(folder))
+    edit_weights(folder, lambda weights: weights.update({name: torch.ones(2) for name in names}))
+    assert fingerprint(load_model(folder)) == before
+
+
+# config.json as found in the wild: (fields, what they mean)
+
+LLAMA_32_1B = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+    "vocab_size": 128256,
+}  # fmt: skip
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
+    "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "vocab_size": 32000,
+}  # fmt: skip
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 3,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+    "tie_word_embeddings": False, "vocab_size": 32000,
+}  # fmt: skip
+QWEN2_05B = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
+    "intermediate_size": 4864, "max_position_embeddings": 131072, "max_window_layers": 24, "model_type": "qwen2",
+    "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+FOUND = {
+    "llama 3.2": (LLAMA_32_1B, DecoderConfig(
+        128256, 2048, 16, 32, 8, 64, 8192, 1e-5, 500000.0, LLAMA_32_1B["rope_scaling"], True, max_positions=131072)),
+    "llama 2": (LLAMA_2_7B, DecoderConfig(32000, 4096, 32, 32, 32, 128, 11008, 1e-5, max_positions=4096)),
+    "llama 2, linear, old name": (
+        {**LLAMA_2_7B, "rope_scaling": {"type": "linear", "factor": 2.5}},
+        DecoderConfig(32000, 4096, 32, 32, 32, 128, 11008, 1e-5,
+                      rope_scaling={"rope_type": "linear", "factor": 2.5}, max_positions=4096)),
+    "mistral": (MISTRAL_7B, DecoderConfig(
+        32000, 4096, 3, 32, 8, 128, 14336, 1e-5, windows=(4096,) * 3, max_positions=32768)),
+    "mistral, window off": ({**MISTRAL_7B, "sliding_window": None}, DecoderConfig(
+        32000, 4096, 3, 32, 8, 128, 14336, 1e-5, max_positions=32768)),
+    "qwen2": (QWEN2_05B, DecoderConfig(
+        151936, 896, 24, 14, 2, 64, 4864, 1e-6, 1e6, tied_head=True, qkv_bias=True, max_positions=131072)),
+    "qwen2, window on": ({**QWEN2_05B, "use_sliding_window": True, "max_window_layers": 21}, DecoderConfig(
+        151936, 896, 24, 14, 2, 64, 4864, 1e-6, 1e6, tied_head=True, qkv_bias=True,
+        windows=(None,) * 21 + (131072,) * 3, max_positions=131072)),
+    "qwen3": (QWEN3_06B, DecoderConfig(
+        151936, 1024, 28, 16, 8, 128, 3072, 1e-6, 1e6, tied_head=True, qk_norm=True, max_positions=40960)),
+}  # fmt: skip
+
+
+def spell_as_transformers_5(fields):
+    fields = dict(fields)
+    rope = fields.pop("rope_scaling", None) or {"rope_type": "default"}
+    theta = fields.pop("rope_theta", 10000.0)
+    return {**fields, "dtype": fields.pop("torch_dtype", "float32"), "rope_parameters": {**rope, "rope_theta": theta}}
+
+
+@pytest.mark.parametrize("spell", [dict, spell_as_transformers_5], ids=["transformers 4", "transformers 5"])
+@pytest.mark.parametrize("fields, expected", FOUND.values(), ids=FOUND.keys())
+def test_config_of_published_models(fields, expected, spell, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(spell(fields)))
+    assert read_config(tmp_path) == expected
+
+
+def test_config_spelled_as_transformers_4_gives_the_same_logits(tmp_path):
+    reference = make_reference("llama", {"tie_word_embeddings": True}, "llama3")
+    reference.save_pretrained(tmp_path)
+    rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 61, "hidden_size": 24,
+        "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "rope_theta": 1000.0,
+        "rope_scaling": {"type": "llama3", **rope}, "tie_word_embeddings": True,
+        "torch_dtype": "float32"}))  # fmt: skip
+    sequences = make_sequences(RAGGED)
+    assert largest_difference(load_model(tmp_path).logits(sequences), reference_logits(reference, sequences)) < 1e-4
+
+
+# what is refused: how the folder was spoilt -> words the error must have
+
+
+def config(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def write(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(share):
+    def spoil(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: int(share * len(data))])
+    return spoil
+
+
+def weights(edit):
+    return lambda folder: edit_weights(folder, edit)
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def make_index(spoil_index=lambda where: None, spoil_shard=lambda shard: None):
+    """Split the weights into a.safetensors and b.safetensors with an index, then spoil the map and the second shard."""
+    def spoil(folder):
+        all_weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        keys = sorted(all_weights)
+        shards = {"a.safetensors": keys[:9], "b.safetensors": keys[9:]}
+        for name, members in shards.items():
+            shard = {key: all_weights[key] for key in members}
+            if name == "b.safetensors":
+                spoil_shard(shard)
+            save_file(shard, folder / name)
+        where = {key: name for name, members in shards.items() for key in members}
+        spoil_index(where)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return spoil
+
+
+REFUSED = {
+    "no folder": (shutil.rmtree, ["no such folder", "download"]),
+    "no config": (remove("config.json"), ["not a model folder", "config.json"]),
+    "broken json": (write("config.json", b'{"model_type": "llama",\n'), ["config.json", "JSON"]),
+    "not text": (write("config.json", b"\xff\xfe\x00"), ["config.json", "JSON"]),
+    "not an object": (write("config.json", b"[1]"), ["needed a JSON object, got list"]),
+    "unknown architecture": (config(model_type="gpt2"), ["'gpt2'", "llama, mistral, qwen2, qwen3"]),
+    "no architecture": (config(model_type=...), ["model_type is None"]),
+    "quantised": (config(quantization_config={"quant_method": "gptq"}), ["quantised"]),
+    "activation": (config(hidden_act="gelu"), ["'gelu'", "'silu'"]),
+    **{f"no {name}": (config(**{name: ...}), [f"{name!r} is missing", "config.json"]) for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")},
+    "size not whole": (config(hidden_size="24"), ["hidden_size is '24'", "whole number"]),
+    "size zero": (config(num_hidden_layers=0), ["num_hidden_layers is 0"]),
+    "size true": (config(vocab_size=True), ["vocab_size is True"]),
+    "eps": (config(rms_norm_eps=-1), ["rms_norm_eps is -1", "positive number"]),
+    "flag": (config(tie_word_embeddings="yes"), ["tie_word_embeddings is 'yes'"]),
+    "groups": (config(num_key_value_heads=4), ["6 is not a multiple of num_key_value_heads 4"]),
+    "heads": (config(hidden_size=25, head_dim=None), ["hidden_size 25 is not a multiple", "head_dim"]),
+    "odd head": (config(head_dim=5), ["head_dim is 5", "even"]),
+    **{kind: (config(rope_parameters={"rope_type": kind, "factor": 2.0}), [repr(kind), "default, linear, llama3"])
+       for kind in ("yarn", "dynamic", "longrope")},
+    "yarn, old name": (config(rope_scaling={"type": "yarn", "factor": 2.0}), ["'yarn'", "default, linear, llama3"]),
+    "rope field": (config(rope_parameters={"rope_type": "linear"}), ["'factor' is missing"]),
+    "rope per layer": (config(rope_parameters={"full_attention": {"rope_type": "default"}}), ["one flat object"]),
+    "rope partial": (config(partial_rotary_factor=0.5), ["partial_rotary_factor is 0.5"]),
+    "rope factors": (config(rope_scaling={
+        "rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+        "original_max_position_embeddings": 32}), ["low_freq_factor must be below"]),
+    "window": (config(model_type="mistral", sliding_window=0), ["sliding_window is 0"]),
+    "layer types": (config(model_type="qwen2", layer_types=["chunked_attention"] * 2), ["chunked_attention"]),
+    "layer types, number": (config(layer_types=["full_attention"]), ["needed 2 names"]),
+    "layer types, llama": (config(layer_types=["sliding_attention"] * 2), ["does not go with llama's"]),
+    "layer types, no window": (config(
+        model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), ["sliding_window None"]),
+    "no weights": (remove("model.safetensors"), ["no weights", "model.safetensors.index.json"]),
+    "only pickle": (only_pickle, [".bin", "run code", "save_pretrained"]),
+    "empty file": (write("model.safetensors", b""), ["model.safetensors", "damaged or cut short"]),
+    "pointer file": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
+    "cut in the header": (cut(0.01), ["damaged or cut short", "Download it again"]),
+    "cut in the data": (cut(0.7), ["damaged or cut short"]),
+    "last byte lost": (cut(0.99999), ["damaged or cut short"]),
+    "key missing": (weights(lambda w: w.pop(Q)), [f"{Q} is missing, needed [24, 24]"]),
+    "head missing": (weights(lambda w: w.pop(HEAD)), [f"{HEAD} is missing, needed [61, 24]"]),
+    "key unexpected": (weights(lambda w: w.update(score=torch.ones(2, 24))), ["score [2, 24] is unexpected"]),
+    "wrong shape": (weights(lambda w: w.update({Q: torch.ones(24, 23)})), [f"{Q} is [24, 23], needed [24, 24]"]),
+    "integers": (weights(lambda w: w.update({Q: w[Q].to(torch.int8)})), [f"{Q} is I8, needed one of F32"]),
+    "many": (weights(lambda w: [w.pop(key) for key in list(w) if "layers" in key]), ["is missing", "and 14 more"]),
+    "other config": (config(vocab_size=62), [f"{EMBED} is [61, 24], needed [62, 24]"]),
+    "index broken": (lambda folder: (make_index()(folder), write("model.safetensors.index.json", b"{")(folder)), [
+        "model.safetensors.index.json", "JSON"]),
+    "index without map": (lambda folder: (
+        make_index()(folder), write("model.safetensors.index.json", b"{}")(folder)), ["weight_map"]),
+    "shard missing": (lambda folder: (make_index()(folder), remove("b.safetensors")(folder)), [
+        "b.safetensors", "no such file"]),
+    "shard elsewhere": (make_index(lambda where: where.update({Q: "../b.safetensors"})), [
+        "../b.safetensors", "no such file in the folder"]),
+    "shard lacks a key": (make_index(spoil_shard=lambda shard: shard.pop("model.norm.weight")), [
+        "b.safetensors", "says it holds model.norm.weight"]),
+    "shard has one more": (make_index(spoil_shard=lambda shard: shard.update(extra=torch.ones(1))), [
+        "b.safetensors", "holds extra"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, words", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_with_one_clear_line(spoil, words, folder):
+    load_model(folder)
+    spoil(folder)
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    for word in words:
+        assert word in message
+
+
+def test_split_in_two_is_the_same_model(folder):
+    before = fingerprint(load_model(folder))
+    make_index()(folder)
+    assert fingerprint(load_model(folder)) == before
+
+
+def test_tied_head_that_differs_is_refused(tied):
+    edit_weights(tied, lambda w: w.update({HEAD: w[EMBED] + 1}))
+    with pytest.raises(InputError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        load_model(tied)
+    edit_weights(tied, lambda w: w.update({HEAD: w[HEAD][:5]}))
+    with pytest.raises(InputError, match=r"lm_head.weight is \[5, 24\], needed \[61, 24\]"):
+        load_model(tied)
+
+
+# tokenizer.json
+
+
+def test_tokenizer_neither_cuts_nor_pads(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("w5 w6 w7 w8 w9").ids == [5, 6, 7, 8, 9]
+
+
+def test_tokenizer_missing_or_broken(folder):
+    (folder / "tokenizer.json").write_text('{"version": "1.0",\n')
+    with pytest.raises(InputError, match=r"tokenizer.json: broken .*Download it again") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer.json: no such file"):
+        load_tokenizer(folder)
+
+
+def test_vocabulary_must_fit_the_model(tmp_path):
+    model, tokenizer = make_model(), make_tokenizer()
+    check_vocabulary(tokenizer, model)
+    check_vocabulary(make_tokenizer(40), model)
+    check_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE()), model)  # empty
+    tokenizer.add_tokens(["extra"])
+    with pytest.raises(InputError, match=r"token 'extra' has id 61 but the model's vocabulary ends at 60"):
+        check_vocabulary(tokenizer, model)
+    with pytest.raises(InputError, match="'extra'"):
+        save_model(model, tokenizer, tmp_path / "base")
+    assert list(tmp_path.iterdir()) == []
