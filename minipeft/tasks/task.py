@@ -211,30 +211,36 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 # ------------------------------------------------------------------------------------------------ what is known
 
 
-def macro_accuracy(task: Task, predicted: dict[str, list[tuple[str, ...]]]) -> float:
-    """Percent of test labels predicted exactly, per user, averaged over the users who have test examples.
+def user_accuracy(task: Task, predicted: dict[str, list[tuple[str, ...]]]) -> dict[str, float]:
+    """Percent of each user's test labels that are predicted exactly, of the users who have test examples.
 
     Args:
         predicted: for each of those users one label set per test example, in order. Several labels match as a set.
     Raises:
         InputError: a user's predictions are missing or not as many as the test examples, or nobody has any.
     """
-    shares = []
+    accuracy = {}
     for user, examples in task.test.items():
         answers = predicted.get(user, [])
         if len(answers) != len(examples):
-            raise InputError(f"macro_accuracy: user {user!r} came with {len(answers)} predictions; "
+            raise InputError(f"user_accuracy: user {user!r} came with {len(answers)} predictions; "
                              f"needed {len(examples)}, one per test example")
         if examples:
             hits = [set(answer) == set(example.label) for answer, example in zip(answers, examples)]
-            shares.append(sum(hits) / len(hits))
-    if not shares:
-        raise InputError(f"macro_accuracy: no user of task {task.name!r} has a test example; needed at least one")
-    return 100 * sum(shares) / len(shares)
+            accuracy[user] = 100 * sum(hits) / len(hits)
+    if not accuracy:
+        raise InputError(f"user_accuracy: no user of task {task.name!r} has a test example; needed at least one")
+    return accuracy
 
 
-def own_majority(task: Task) -> float:
-    """Macro accuracy in percent of always answering a user's most frequent training label set.
+def macro_accuracy(task: Task, predicted: dict[str, list[tuple[str, ...]]]) -> float:
+    """The mean of `user_accuracy` over users, in percent: everybody counts the same."""
+    accuracy = user_accuracy(task, predicted)
+    return sum(accuracy.values()) / len(accuracy)
+
+
+def majority_answers(task: Task) -> dict[str, list[tuple[str, ...]]]:
+    """Each user's most frequent training label set as the answer to each of their test examples.
 
     Of equally frequent sets, the one whose labels come first in `task.labels`. The baseline that costs nothing.
     """
@@ -243,7 +249,12 @@ def own_majority(task: Task) -> float:
         counts = Counter(tuple(sorted(map(task.labels.index, example.label))) for example in examples)
         best = min(counts, key=lambda label: (-counts[label], label))
         predicted[user] = [tuple(task.labels[index] for index in best)] * len(task.test[user])
-    return macro_accuracy(task, predicted)
+    return predicted
+
+
+def own_majority(task: Task) -> float:
+    """Macro accuracy in percent of `majority_answers`."""
+    return macro_accuracy(task, majority_answers(task))
 
 
 def nominal_alpha(task: Task) -> float:
