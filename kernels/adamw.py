@@ -13,6 +13,7 @@ a thread's share; and the norm is summed in fixed blocks of a row.
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NORM_BLOCK = 64  # numbers summed first in the gradient norm; rows are padded to a multiple of it
@@ -51,8 +52,10 @@ def adamw_(weights: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, 
         raise ValueError(f"adamw_: rows of {weights.shape[1]} numbers; pad them to a multiple of {NORM_BLOCK}.")
     column = lambda x: x.to(weights.dtype)[:, None]  # noqa: E731  [S, 1]
     grad = grads.index_select(0, slots)  # [S, P]
-    blocks = (grad * grad).view(len(slots), -1, NORM_BLOCK).sum(-1)  # [S, P / 64]
-    norms = blocks.sum(-1).sqrt()
+    sums = (grad * grad).view(len(slots), -1, NORM_BLOCK).sum(-1)  # [S, P / 64]
+    while sums.shape[1] > 1:  # blocks of blocks: PyTorch shares one long sum among threads, but only if S is 1
+        sums = F.pad(sums, (0, -sums.shape[1] % NORM_BLOCK)).view(len(slots), -1, NORM_BLOCK).sum(-1)
+    norms = sums[:, 0].sqrt()
     finite = torch.isfinite(norms)
     if not finite.all():
         slots, grad = slots[finite], grad[finite]

@@ -50,7 +50,7 @@ class Segments:
         """
         slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         if slots.shape != lengths.shape or slots.ndim != 1:
-            raise ValueError(f"Segments.build: {len(slots)} slots but {len(lengths)} lengths; give one length per slot.")
+            raise ValueError(f"Segments.build: {len(slots)} slots but {len(lengths)} lengths; give one per slot.")
         if len(slots) and (slots.min() < 0 or lengths.min() < 0):
             raise ValueError(f"Segments.build: negative slot or length (slots {slots}, lengths {lengths}).")
         if len(np.unique(slots)) != len(slots):
@@ -77,7 +77,7 @@ class Segments:
         return int(self.starts[-1])
 
     def tiles(self, x: Tensor) -> Tensor:
-        """Rows [T, K] -> tiles [n, tile, K]: a view if all segments are multiples of the tile, else a zero-padded copy."""
+        """Rows [T, K] -> tiles [n, tile, K]: a view if all segments are multiples of the tile, else a padded copy."""
         if self.gather is not None:
             x = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.gather)
         return x.view(-1, self.tile, x.shape[-1])

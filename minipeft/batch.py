@@ -69,7 +69,7 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu") -> Batch:
     """The batch of these parts, which must be sorted by (bank, slot), one part per user.
 
     Raises:
-        ValueError: not sorted, or a user without rows.
+        ValueError: not sorted, a user without rows, or a read of more rows than its sequence has.
     """
     owners = [(part.bank, part.slot) for part in parts]
     if owners != sorted(set(owners)):
@@ -81,6 +81,9 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu") -> Batch:
     for part in parts:
         first_row, first_head_row = row, len(head_rows)
         for sequence in part.reads:
+            if sequence.num_read > len(sequence.tokens):
+                raise ValueError(f"batch.pack: bank {part.bank}, slot {part.slot} reads {sequence.num_read} rows of a "
+                                 f"sequence of {len(sequence.tokens)}; was its prompt empty?")
             sequences.append(sequence.tokens)
             row += len(sequence.tokens)
             read.extend(range(len(head_rows), len(head_rows) + sequence.num_read))

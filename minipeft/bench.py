@@ -29,6 +29,7 @@ from minipeft.methods.lora import LoRA
 from minipeft.models.decoder import Decoder
 from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
 from minipeft.prompts import Encoded, encode_task
+from minipeft.report import plot_gains, table
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
 from minipeft.store import save_adapter
@@ -76,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("suite", nargs="?", default="quick", choices=["quick"], help="what to measure (default: quick)")
     parser.add_argument("--task", type=Path, metavar="DIR", help="a prepared task (default: synthetic users)")
     parser.add_argument("--model", type=Path, metavar="DIR",
-                        help="a Hugging Face model folder (default: a small base trained on the task's pooled examples)")
+                        help="a Hugging Face model folder (default: a small base made from the task's pooled examples)")
     parser.add_argument("--users", type=int, metavar="N", help="how many users (default: 128 synthetic, or all)")
     parser.add_argument("--seed", type=int, default=0, help="of users, base and training (default: 0)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
@@ -128,9 +129,7 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
         "training": together.figures(), "trial_steps": trial.steps,
         "fused": trial.figures(), "one_by_one": trial_alone.figures(), "speedup": trial_alone.seconds / trial.seconds,
         "accuracy": accuracy | {
-            "ceiling_shared": truth and ceiling_shared(task, truth),
-            "ceiling_personal": truth and ceiling_personal(task, truth),
-            "logistic_on_features": truth and logistic_on_features(task, truth),
+            **known_truth(task, truth),
             "ci": {name: interval(values) for name, values in correct.items()},
             "personal_minus_shared": interval(correct["personal"] - correct["shared"]),
         },
@@ -303,10 +302,19 @@ def active_figures(task: Task, truth: Truth | None, correct: dict[str, np.ndarra
     if not some.users:
         return None
     chosen = np.array([len(task.train[user]) >= ACTIVE for user in task.users])
-    return {"num_users": len(some.users), **{name: float(values[chosen].mean()) for name, values in correct.items()},
-            "ceiling_shared": truth and ceiling_shared(some, truth),
-            "ceiling_personal": truth and ceiling_personal(some, truth),
-            "logistic_on_features": truth and logistic_on_features(some, truth)}
+    return {
+        "at_least": ACTIVE,
+        "num_users": len(some.users),
+        **{name: float(values[chosen].mean()) for name, values in correct.items()},
+        **known_truth(some, truth),
+    }
+
+
+def known_truth(task: Task, truth: Truth | None) -> dict:
+    """What can be reached on synthetic users, in percent; null on real ones, whose truth nobody knows."""
+    figures = {"ceiling_shared": ceiling_shared, "ceiling_personal": ceiling_personal,
+               "logistic_on_features": logistic_on_features}
+    return {name: None if truth is None else figure(task, truth) for name, figure in figures.items()}
 
 
 def pooled(split: dict[str, list[Question]]) -> list[Question]:
@@ -319,15 +327,15 @@ def interval(values: np.ndarray) -> list[float]:
     return [bounds.low, bounds.high]
 
 
-# ---- What is shown -------------------------------------------------------------------------------------------------
+# ---- What is shown on the way ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def progress(title: str):
     """A progress bar on a terminal, one line when done elsewhere. Yields a function of (done, total)."""
     began = time.perf_counter()
-    with tqdm(desc=title, disable=None, leave=False, bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
-              ) as bar:
+    form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+    with tqdm(desc=title, disable=None, leave=False, bar_format=form) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total
@@ -350,82 +358,6 @@ def describe(args: argparse.Namespace, task: Task, model: Decoder, base_name: st
         lines.append(f"{encoded.num_cut} texts were longer than the base's {model.config.max_positions} positions "
                      "and were cut at their end")
     return "\n".join(lines)
-
-
-def table(result: dict) -> str:
-    """The figures for a person."""
-    accuracy, active = result["accuracy"], result["active"]
-    lines = [
-        "",
-        f"{'training':<28}{'users/s':>10}{'tokens/s':>12}{'seconds':>10}{'passes':>9}",
-        *(
-            f"{name:<28}{part['users_per_s']:>10.2f}{part['tokens_per_s']:>12,.0f}{part['seconds']:>10.1f}"
-            f"{part['passes']:>9,}"
-            for name, part in (("whole plans, together", result["training"]), ("trial, together", result["fused"]),
-                               ("trial, one by one", result["one_by_one"]))
-        ),
-        f"together is {result['speedup']:.2f}x as fast as one by one in the same engine (trial: all {result['num_users']}"
-        f" users, {result['trial_steps']} steps both ways); peak memory {result['peak_memory_mb']:.0f} MB",
-        "",
-        f"{'accuracy %, mean over users':<28}{'all users':>10}{'95 % interval':>18}"
-        + (f"{f'>= {ACTIVE} examples':>18}" if active else ""),
-    ]
-    names = {"own_majority": "own majority", "base": "one model for all (base)", "shared": "one shared LoRA",
-             "personal": "personal LoRA", "ceiling_shared": "best of any shared model",
-             "logistic_on_features": "logistic, true features", "ceiling_personal": "best of any personal one"}
-    for key, name in names.items():
-        if accuracy[key] is not None:
-            bounds = accuracy["ci"].get(key)
-            between = f"{bounds[0]:.1f} to {bounds[1]:.1f}" if bounds else ""
-            lines.append(f"{name:<28}{accuracy[key]:>10.1f}{between:>18}"
-                         + (f"{active[key]:>18.1f}" if active else ""))
-    low, high = accuracy["personal_minus_shared"]
-    lines.append(f"personal minus shared: {accuracy['personal'] - accuracy['shared']:+.1f} points "
-                 f"(paired 95 % interval {low:+.1f} to {high:+.1f})")
-    if accuracy["ceiling_shared"] is not None:
-        way = [f"{100 * way_to_ceiling(part):.0f} % {who}" for part, who in
-               ((accuracy, "over all users"), (active, f"over the {active['num_users']} active ones" if active else ""))
-               if part]
-        lines.append(f"way from the shared ceiling to the personal one: {', '.join(way)}")
-    independence = result["independence"]
-    lines += [
-        "",
-        f"together = alone: largest relative difference of an adapter {independence['max_relative_difference']:.1e}",
-        "one user's examples rewritten: everybody else "
-        + ("bit-identical" if independence["bitwise_isolated"] else "CHANGED"),
-        f"{result['seconds']:.0f} s in all",
-    ]
-    return "\n".join(lines)
-
-
-def way_to_ceiling(accuracy: dict) -> float:
-    """0 at the best shared model, 1 at the best personal one."""
-    span = accuracy["ceiling_personal"] - accuracy["ceiling_shared"]
-    return (accuracy["personal"] - accuracy["ceiling_shared"]) / span if span else float("nan")
-
-
-def plot_gains(path: Path, gains: np.ndarray, result: dict) -> None:
-    """One bar per user: personal minus shared accuracy, sorted."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no gains.png: matplotlib is not installed (pip install 'minipeft[report]')", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    gains = np.sort(gains)[::-1]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    axes.bar(np.arange(1, len(gains) + 1), gains, width=1.0, color=np.where(gains >= 0, "#0072b2", "#d55e00"))
-    axes.axhline(0, color="black", linewidth=0.8)
-    mean = gains.mean()
-    axes.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean {mean:+.1f} points")
-    axes.set(xlabel="users, sorted by gain", ylabel="personal minus shared accuracy, points",
-             title=f"{result['task']}: {np.mean(gains > 0):.0%} of {len(gains)} users gain, {np.mean(gains < 0):.0%} lose",
-             xlim=(0.4, len(gains) + 0.6))
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class Engine:
         """One optimizer step of every chosen user, in one pass. Parts hold training reads, sorted by bank and slot."""
         batch = pack([part for _, part in chosen], self.model.device)
         targets, weights = [], []
-        for run, part in chosen:
+        for run, _ in chosen:
             tokens = [t for question in run.minibatch() for t in self.labels.labels[question.label]]
             targets += tokens
             weights += [1 / len(tokens)] * len(tokens)
@@ -131,7 +131,7 @@ class Engine:
         (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
 
         for number, _, segments in batch.groups:
-            runs = [run for run, part in chosen if part.bank == number]
+            runs = [run for run, _ in chosen if run.bank == number]
             bank = self._banks[number].bank
             norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
                            torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs))
@@ -199,8 +199,8 @@ class Engine:
             on_progress: called with the number of training examples just worked off (all planned ones of a user who
                          stops early count as worked off).
         Raises:
-            InputError: a user twice, without training or validation questions, or with a configuration that makes no
-                sense for this base.
+            InputError: a user twice, without training or validation questions, with an empty prompt or an unknown label,
+                or with a configuration that makes no sense for this base.
         """
         self._check(jobs)
         waiting, runs, adapters = list(reversed(jobs)), [], {}
@@ -250,6 +250,12 @@ class Engine:
             for name, questions in (("training", job.train), ("validation", job.val)):
                 if not questions:
                     raise InputError(f"user {job.user!r} has no {name} example; leave the user out or add one")
+                for question in questions:
+                    if not question.prompt:
+                        raise InputError(f"user {job.user!r} has a {name} example without a token; leave it out")
+                    if not 0 <= question.label < len(self.labels.labels):
+                        raise InputError(f"user {job.user!r} has a {name} example with label number {question.label}; "
+                                         f"this task's labels are 0 to {len(self.labels.labels) - 1}")
             job.config.check()
             job.config.method.check(self.model.sites)
 
@@ -261,10 +267,16 @@ def predict(
     """Label scores [questions, C] (log p) of every user's questions, each user with their own adapter.
 
     Users are resident in groups of passes.slots; a pass holds many users' questions.
+
+    Raises:
+        InputError: a user without an adapter.
     """
     passes = passes or PassConfig()
     engine = Engine(model, labels, passes)
     users, answers = list(questions), {user: [] for user in questions}
+    unknown = [user for user in users if user not in adapters]
+    if unknown:
+        raise InputError(f"no adapter of user {unknown[0]!r}; train the user first or leave the user's questions out")
     for start in range(0, len(users), passes.slots):
         group = users[start : start + passes.slots]
         places = [engine.admit(user, adapters[user].method, adapters[user].row) for user in group]
@@ -272,7 +284,8 @@ def predict(
             answers[group[position]].append(scores)
         for place in places:
             engine.evict(*place)
-    return {user: np.concatenate(pieces) for user, pieces in answers.items()}
+    none = np.zeros((0, len(labels.labels)), np.float32)  # of a user without questions
+    return {user: np.concatenate([none, *pieces]) for user, pieces in answers.items()}
 
 
 def _settings(runs: Sequence[Run]) -> AdamWSettings:

@@ -38,6 +38,8 @@ class LoRA:
         """Raises InputError if this configuration cannot act on a base with these sites."""
         if self.rank < 1:
             raise InputError(f"LoRA rank must be at least 1, got {self.rank}")
+        if not self.sites:
+            raise InputError("LoRA: no sites, so nothing would be trained; name at least one, e.g. q")
         for name in self.sites:
             if not any(_picks(name, site) for site in all_sites):
                 kinds = sorted({site.rsplit(".", 1)[-1] for site in all_sites})
@@ -97,9 +99,10 @@ class LoraBank:
         self.rank_class = method.rank_class
         self.scale = torch.zeros(num_slots, device=device)
         self.ranks = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        weights, grads = self.bank.weights, self.bank.grads
-        self._views = {
-            site: [self.bank.layout.view(buffer, f"{site}.{name}") for buffer in (weights, grads) for name in ("A", "Bt")]
+        view = self.bank.layout.view
+        self._views = {  # A, Bt and their gradients
+            site: [view(numbers, f"{site}.{name}") for numbers in (self.bank.weights, self.bank.grads)
+                   for name in ("A", "Bt")]
             for site in method.chosen(all_sites)
         }
 

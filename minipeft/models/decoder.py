@@ -184,7 +184,10 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A frozen decoder on packed rows. `hidden` then `head` is the forward pass; `logits` is the same for people."""
+    """A frozen decoder on packed rows. `hidden` then `head` is the forward pass; `logits` is the same for people.
+
+    sites: site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -198,6 +201,8 @@ class Decoder(nn.Module):
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
         self.register_buffer("rope", rope_table(config), persistent=False)
+        linears = [module for module in self.layers.modules() if isinstance(module, Linear)]
+        self.sites = {m.site: (m.weight.shape[1], m.weight.shape[0]) for m in linears}
         self.requires_grad_(False)
 
     def _apply(self, fn, recurse=True):
@@ -205,12 +210,6 @@ class Decoder(nn.Module):
         super()._apply(fn, recurse)
         self.rope = rope_table(self.config).to(self.device)
         return self
-
-    @property
-    def sites(self) -> dict[str, tuple[int, int]]:
-        """Site name -> (in features K, out features N) of every linear map a method may act at, in forward order."""
-        linears = [m for m in self.layers.modules() if isinstance(m, Linear)]
-        return {m.site: (m.weight.shape[1], m.weight.shape[0]) for m in linears}
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,536 @@
+"""Does every user get from the fused engine what they would have got alone, and nothing of anybody else?"""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minipeft.batch import Part, filled
+from minipeft.engine import Adapter, Engine, predict
+from minipeft.errors import InputError
+from minipeft.labels import LabelSet, Question
+from minipeft.methods.lora import LoRA
+from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.models.loading import fingerprint
+from minipeft.models.rows import Rows
+from minipeft.schedule import Job, PassConfig, Run, TrainConfig
+
+# An MLP that is no multiple of 64 wide: elements then lie anywhere in a vector register and a thread's share.
+BASE = DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=75,
+                     qkv_bias=True, max_positions=64)  # fmt: skip
+LABELS = LabelSet([[5], [6, 7], [8, 9]])  # one token, two tokens; a question is scored from two sequences
+RANKS = (1, 3, 8, 12)  # the first three in rank class 8, the last in rank class 16
+SITES = (LoRA().sites, ("q", "v"), ("o", "down"), ("layers.1.mlp.gate", "k"))
+COMPANIES = {  # order of admission, slots, token budget
+    "all at once": ("given", 32, 4096),
+    "few slots": ("given", 3, 300),
+    "backwards": ("backwards", 7, 150),
+    "shuffled, tiny passes": ("shuffled", 16, 1),
+}
+
+
+def make_model(seed=0, config=BASE):
+    """A decoder whose every weight is far from zero, and whose answers depend on the whole prompt."""
+    model, draw = Decoder(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=draw)
+            weight.copy_(noise / weight.shape[1] ** 0.5 if weight.ndim == 2 else 1 + 0.3 * noise)
+        model.embed.weight.mul_(4)
+    return model
+
+
+def make_questions(rng, number, flip, noisy=False, longest=20):
+    """Prompts whose first token says which label this user gives; with `noisy`, labels that nothing says."""
+    questions = []
+    for _ in range(number):
+        prompt = tuple(rng.integers(10, 60, size=rng.integers(2, longest)).tolist())
+        label = rng.integers(3) if noisy else (prompt[0] + flip) % 3
+        questions.append(Question(prompt, int(label)))
+    return questions
+
+
+def make_job(i):
+    """User i of sixteen: each has another mixture of rank, sites, data and settings."""
+    rng = np.random.default_rng(100 + i)
+    config = TrainConfig(
+        method=LoRA(RANKS[i % 4], alpha=(16.0, 4.0, 8.0)[i % 3], sites=SITES[i // 4]),
+        learning_rate=(2e-3, 1e-2, 5e-3, 4e-2)[(i + i // 4) % 4], weight_decay=(0.01, 0.0, 0.1)[i % 3],
+        warmup=(0.1, 0.0, 0.5)[i % 3], epochs=2 + i % 5, batch_size=1 + i % 6, patience=1 + i % 2,
+        max_grad_norm=(1.0, math.inf, 0.1)[i % 3], beta1=(0.9, 0.5)[i % 2], beta2=(0.999, 0.9)[i % 2], seed=i % 3,
+    )  # fmt: skip
+    train = make_questions(rng, int(rng.integers(3, 12)), i)
+    return Job(f"user {i}", train, make_questions(rng, int(rng.integers(2, 6)), i, noisy=i % 3 == 0), config)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return [make_job(i) for i in range(16)]
+
+
+@pytest.fixture(scope="module")
+def alone(model, jobs):
+    """What each user gets when nobody else is there, in the default mode."""
+    return {job.user: train(model, [job])[job.user] for job in jobs}
+
+
+@pytest.fixture(scope="module")
+def exactly_alone(model, jobs):
+    """The same in deterministic mode."""
+    return {job.user: train(model, [job], deterministic=True)[job.user] for job in jobs}
+
+
+def train(model, jobs, slots=1, token_budget=2048, deterministic=False):
+    return Engine(model, LABELS, PassConfig(slots, token_budget, deterministic)).train(jobs)
+
+
+def arranged(jobs, order):
+    if order == "shuffled":
+        return [jobs[i] for i in np.random.default_rng(5).permutation(len(jobs))]
+    return jobs if order == "given" else jobs[::-1]
+
+
+def assert_same(one: Adapter, other: Adapter):
+    assert torch.equal(one.row, other.row), f"{one.user}: rows differ by {(one.row - other.row).abs().max():.1e}"
+    assert one.metrics == other.metrics, f"{one.user}: {one.metrics} but {other.metrics}"
+
+
+def relative(row, exact):
+    return float((row.double() - exact.double()).norm() / exact.double().norm())
+
+
+def random_row(model, method, seed=0):
+    """A row far from the start value: B is not zero, so every gradient is there. Unused rank rows are zero."""
+    layout, draw = method.layout(model.sites), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in layout.shapes.items():
+        tensors[name] = torch.zeros(shape)
+        tensors[name][: method.rank] = 0.3 * torch.randn((method.rank, shape[1]), generator=draw) / method.rank**0.5
+    return layout.row(tensors)
+
+
+def admit(engine, jobs, rows):
+    """Every job resident at its row, and its run."""
+    return [Run(job, *engine.admit(job.user, job.config.method, row)) for job, row in zip(jobs, rows)]
+
+
+def chosen(engine, runs):
+    """All runs' next minibatches as parts, in the order a pass needs."""
+    pairs = [(run, Part(run.bank, run.slot, [engine.labels.training_read(q) for q in run.minibatch()])) for run in runs]
+    return sorted(pairs, key=lambda pair: (pair[1].bank, pair[1].slot))
+
+
+def matrices(model, method, row):
+    """site -> (A [rank, K], B [N, rank]) as in the paper."""
+    layout = method.layout(model.sites)
+    A, Bt = ({s: layout.view(row, f"{s}.{name}")[: method.rank] for s in method.chosen(model.sites)}
+             for name in ("A", "Bt"))  # fmt: skip
+    return {site: (A[site].clone(), Bt[site].T.clone()) for site in A}
+
+
+# ---- Fairness ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sixteen_users_really_differ(jobs, alone):
+    stopped = [adapter.metrics["stopped_early"] for adapter in alone.values()]
+    assert 3 <= sum(stopped) <= 13
+    assert len({adapter.metrics["steps"] for adapter in alone.values()}) >= 8
+    assert len({adapter.metrics["best_epoch"] for adapter in alone.values()}) >= 3
+    assert {job.config.method.rank_class for job in jobs} == {8, 16}
+    assert {q.label for job in jobs for q in job.train} == {0, 1, 2}
+    assert any(len(job.train) % job.config.batch_size for job in jobs)  # a last minibatch that is smaller
+
+
+@pytest.mark.parametrize("order, slots, token_budget", COMPANIES.values(), ids=COMPANIES.keys())
+def test_training_together_is_training_alone(model, jobs, alone, order, slots, token_budget):
+    together = train(model, arranged(jobs, order), slots, token_budget)
+    assert together.keys() == alone.keys()
+    for user, expected in alone.items():
+        assert relative(together[user].row, expected.row) <= 1e-5, user
+        got, wanted = dict(together[user].metrics), dict(expected.metrics)
+        assert got.pop("val_loss") == pytest.approx(wanted.pop("val_loss"), rel=1e-5), user
+        assert got == wanted, user
+
+
+@pytest.mark.parametrize("order, slots, token_budget", COMPANIES.values(), ids=COMPANIES.keys())
+def test_deterministic_mode_gives_the_same_bits_in_any_company(model, jobs, exactly_alone, order, slots, token_budget):
+    together = train(model, arranged(jobs, order), slots, token_budget, deterministic=True)
+    for user, expected in exactly_alone.items():
+        assert_same(together[user], expected)
+
+
+def test_deterministic_mode_gives_the_same_bits_on_any_number_of_threads(model):
+    rng = np.random.default_rng(0)
+    jobs = [Job(f"user {i}", make_questions(rng, 20, i, longest=60), make_questions(rng, 20, i, longest=60),
+                TrainConfig(LoRA(RANKS[i % 4]), learning_rate=1e-2, batch_size=20 - i, epochs=1)) for i in range(6)]  # fmt: skip
+    before, results = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            engine = Engine(model, LABELS, PassConfig(6, 4096, deterministic=True))
+            results[threads] = engine.train(jobs)
+            # Enough rows that element by element work is really shared out.
+            assert engine.totals.rows / engine.totals.passes * BASE.mlp_width > 65536
+        by_one = train(model, jobs[:2], deterministic=True)
+    finally:
+        torch.set_num_threads(before)
+    for user, expected in results[1].items():
+        assert_same(results[2][user], expected)
+        assert_same(results[3][user], expected)
+    for user, adapter in by_one.items():  # alone and on three threads
+        assert_same(adapter, results[1][user])
+
+
+# ---- Isolation -----------------------------------------------------------------------------------------------------
+
+
+def rewritten(job, seed=7):
+    """The job with every token and every label changed, each prompt and training label as long as it was."""
+    rng = np.random.default_rng(seed)
+    swap = {0: 0, 1: 2, 2: 1}  # training labels of the same length
+
+    def other(question, labels):
+        prompt = tuple((10 + (np.array(question.prompt) - 10 + rng.integers(1, 50, len(question.prompt))) % 50).tolist())
+        return Question(prompt, labels[question.label])
+
+    return replace(job, train=[other(q, swap) for q in job.train], val=[other(q, {0: 1, 1: 2, 2: 0}) for q in job.val])
+
+
+@pytest.mark.parametrize("victim", [2, 7])  # one in each rank class
+def test_rewriting_a_users_examples_changes_nobody_else(model, jobs, victim):
+    jobs = list(jobs)
+    # The victim must not stop at another time, or the others' passes would have other sizes.
+    jobs[victim] = replace(jobs[victim], config=replace(jobs[victim].config, patience=99))
+    user = jobs[victim].user
+    one = train(model, jobs, 6, 400)
+    other = train(model, [rewritten(job) if job.user == user else job for job in jobs], 6, 400)
+    assert relative(one[user].row, other[user].row) > 0.01
+    assert one[user].metrics["val_loss"] != other[user].metrics["val_loss"]
+    for bystander in one.keys() - {user}:
+        assert_same(one[bystander], other[bystander])
+
+
+def test_deterministic_mode_isolates_whatever_the_lengths_and_the_company(model, jobs, exactly_alone):
+    rng = np.random.default_rng(3)
+    company = [replace(job, train=make_questions(rng, 17, 0, longest=40)) if i == 2 else job for i, job in enumerate(jobs)]
+    together = train(model, company[:9], 32, 700, deterministic=True)
+    assert not torch.equal(together["user 2"].row, exactly_alone["user 2"].row)
+    for user in together.keys() - {"user 2"}:
+        assert_same(together[user], exactly_alone[user])
+
+
+def test_a_user_who_diverges_is_reported_and_changes_nobody_else(model, jobs):
+    tame = replace(jobs[0], config=replace(jobs[0].config, patience=99))
+    wild = replace(tame, config=replace(tame.config, learning_rate=math.inf))
+    one, other = train(model, [tame, *jobs[1:8]], 4, 400), train(model, [wild, *jobs[1:8]], 4, 400)
+    skipped = other["user 0"].metrics["skipped_steps"]
+    assert skipped == other["user 0"].metrics["steps"] - 1  # the first step ruins the row, every later one is skipped
+    for bystander in one.keys() - {"user 0"}:
+        assert one[bystander].metrics["skipped_steps"] == 0
+        assert_same(one[bystander], other[bystander])
+
+
+def test_a_row_of_nan_changes_nobody_else_and_takes_no_step(model, jobs):
+    def three_steps(ruined):
+        engine = Engine(model, LABELS)
+        rows = [random_row(model, job.config.method, i) for i, job in enumerate(jobs)]
+        rows = [row * math.nan if ruined and i in (4, 7) else row for i, row in enumerate(rows)]
+        runs = admit(engine, jobs, rows)
+        for _ in range(3):
+            engine.train_step(chosen(engine, runs))
+        banks = [engine._banks[run.bank].bank for run in runs]
+        return [b.weights[run.slot] for b, run in zip(banks, runs)], [b.exp_avg[run.slot] for b, run in zip(banks, runs)], runs
+
+    (rows, moments, _), (rows_beside_nan, moments_beside_nan, runs) = three_steps(False), three_steps(True)
+    for i, run in enumerate(runs):
+        if i in (4, 7):
+            assert run.skipped_steps == 3 and rows_beside_nan[i].isnan().all() and not moments_beside_nan[i].any()
+        else:
+            assert run.skipped_steps == 0
+            assert torch.equal(rows[i], rows_beside_nan[i]) and torch.equal(moments[i], moments_beside_nan[i]), run.job.user
+
+
+# ---- Gradients and steps -------------------------------------------------------------------------------------------
+
+
+def own_gradient(model, job, row, questions):
+    """The user's gradient [P] by autograd through dense weights W + s B A, sequence by sequence: the definition."""
+    method = job.config.method
+    dtype = model.embed.weight.dtype
+    own = {site: tuple(m.to(dtype).requires_grad_() for m in pair)
+           for site, pair in matrices(model, method, row).items()}  # fmt: skip
+
+    def linear(site, x, weight, bias):
+        if site in own:
+            A, B = own[site]
+            weight = weight + method.alpha / method.rank * (B @ A)
+        return F.linear(x, weight, bias)
+
+    nats = []
+    for question in questions:
+        label = LABELS.labels[question.label]
+        hidden = model.hidden(Rows.pack([question.prompt + label[:-1]]), linear)[-len(label) :]
+        nats.append(-F.log_softmax(model.head(hidden), -1)[torch.arange(len(label)), torch.tensor(label)])
+    torch.cat(nats).mean().backward()
+    layout = method.layout(model.sites)
+    grad = torch.zeros(layout.row_size, dtype=dtype)
+    for site, (A, B) in own.items():
+        layout.view(grad, f"{site}.A")[: method.rank] = A.grad
+        layout.view(grad, f"{site}.Bt")[: method.rank] = B.grad.T
+    return grad
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_fused_gradients_are_each_users_own(model, jobs, deterministic):
+    engine = Engine(model, LABELS, PassConfig(deterministic=deterministic))
+    rows = [random_row(model, job.config.method, i) for i, job in enumerate(jobs)]
+    runs = admit(engine, jobs, rows)
+    minibatches = [run.minibatch() for run in runs]
+    engine.train_step(chosen(engine, runs))
+    assert len(engine._banks) == 8  # four choices of sites, two rank classes
+    exact_model = copy.deepcopy(model).double()
+    for job, row, run, questions in zip(jobs, rows, runs, minibatches):
+        fused = engine._banks[run.bank].bank.grads[run.slot]
+        plain = own_gradient(model, job, row, questions)
+        exact = own_gradient(exact_model, job, row, questions)
+        assert exact.norm() > 0
+        # Norms over the row, not the worst number: rank 1 leaves few numbers, whose worst error is a matter of luck.
+        assert relative(fused, exact) <= 2 * relative(plain, exact) + 1e-7, job.user
+
+
+def test_a_step_uses_the_users_own_settings(model, jobs):
+    """One fused step is torch.optim.AdamW with clipping on each user's own gradient."""
+    engine = Engine(model, LABELS)
+    rows = [random_row(model, job.config.method, i) for i, job in enumerate(jobs)]
+    runs = admit(engine, jobs, rows)
+    for run in runs[::2]:
+        run.step = 1  # users need not stand at the same step
+    rates = [run.learning_rate for run in runs]
+    engine.train_step(chosen(engine, runs))
+    for job, row, run, rate in zip(jobs, rows, runs, rates):
+        bank, config = engine._banks[run.bank].bank, job.config
+        w = row.clone().requires_grad_()
+        w.grad = bank.grads[run.slot].clone()
+        torch.nn.utils.clip_grad_norm_([w], config.max_grad_norm)
+        optimizer = torch.optim.AdamW([w], rate, (config.beta1, config.beta2), config.eps, config.weight_decay)
+        optimizer.state[w] = {"step": torch.tensor(run.step - 1.0), "exp_avg": torch.zeros_like(w),
+                              "exp_avg_sq": torch.zeros_like(w)}  # fmt: skip
+        optimizer.step()
+        assert relative(bank.weights[run.slot], w.detach()) <= 1e-6, job.user
+
+
+def test_every_trained_tensor_moved_and_nothing_else(jobs):
+    model = make_model()
+    before = fingerprint(model)
+    adapters = train(model, jobs, 16)
+    for job in jobs:
+        method, layout = job.config.method, job.config.method.layout(model.sites)
+        start, end = method.initial_row(model.sites, job.config.seed, job.user), adapters[job.user].row
+        mine = torch.zeros(layout.row_size, dtype=torch.bool)
+        for name in layout.shapes:
+            moved = (layout.view(start, name) != layout.view(end, name)).any(-1)  # [R]
+            assert moved[: method.rank].all(), f"{job.user}: {name} did not move in rank rows {(~moved).nonzero()}"
+            layout.view(mine, name)[: method.rank] = True
+        assert not end[~mine].any(), f"{job.user}: numbers outside rank {method.rank} are not 0"
+    assert fingerprint(model) == before
+    assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
+
+
+def test_the_best_row_by_validation_is_kept(model, jobs, alone):
+    scores = predict(model, LABELS, alone, {job.user: job.val for job in jobs})
+    for job in jobs:
+        metrics = alone[job.user].metrics
+        right = [q.label for q in job.val]
+        nats = -scores[job.user][np.arange(len(right)), right] / np.array([1, 2, 2])[right]
+        best = metrics["val_loss"][metrics["best_epoch"] - 1]
+        assert nats.mean() == pytest.approx(best, rel=1e-5), job.user
+        assert best <= min(metrics["val_loss"]) * (1 + 1.1e-4)
+        assert len(metrics["val_loss"]) == metrics["epochs"] <= job.config.epochs
+        assert metrics["stopped_early"] == (metrics["epochs"] < job.config.epochs)
+        if metrics["stopped_early"]:
+            assert metrics["epochs"] - metrics["best_epoch"] == job.config.patience
+        assert metrics["steps"] == metrics["epochs"] * math.ceil(len(job.train) / job.config.batch_size)
+    assert any(len(a.metrics["val_loss"]) > a.metrics["best_epoch"] for a in alone.values())
+
+
+def test_progress_adds_up_and_every_user_finishes_once(model, jobs):
+    finished, progress = [], []
+    engine = Engine(model, LABELS, PassConfig(slots=5))
+    adapters = engine.train(jobs, finished.append, progress.append)
+    assert sum(progress) == sum(job.config.epochs * len(job.train) for job in jobs)
+    assert [adapter.user for adapter in finished] == list(adapters) and len(adapters) == len(jobs)
+    assert all(bank.bank.users == [None] * 5 for bank in engine._banks)  # all have left
+    assert 0 < engine.totals.tokens < engine.totals.rows and engine.totals.passes > 0
+    again = engine.train(jobs[:2])
+    assert again.keys() == {"user 0", "user 1"}
+
+
+# ---- Scoring -------------------------------------------------------------------------------------------------------
+
+
+def dense_scores(model, adapter, questions):
+    """Label scores by a model of this user's own, its weights W + s B A, one whole sequence per label."""
+    merged, method = copy.deepcopy(model), adapter.method
+    modules = {module.site: module for module in merged.modules() if hasattr(module, "site")}
+    for site, (A, B) in matrices(model, method, adapter.row).items():
+        with torch.no_grad():
+            modules[site].weight += (method.alpha / method.rank * (B.double() @ A.double())).to(merged.embed.weight.dtype)
+    pairs = [(question, label) for question in questions for label in LABELS.labels]
+    scores = []
+    for (_, label), logits in zip(pairs, merged.logits([question.prompt + label for question, label in pairs])):
+        log_probs = F.log_softmax(logits, -1)[-len(label) - 1 : -1]
+        scores.append(float(log_probs[torch.arange(len(label)), torch.tensor(label)].sum()))
+    return np.array(scores).reshape(len(questions), len(LABELS.labels))
+
+
+@pytest.fixture(scope="module")
+def asked(model, jobs):
+    """Adapters far from the start value, and many questions for some users."""
+    adapters = {job.user: Adapter(job.user, job.config.method, random_row(model, job.config.method, i))
+                for i, job in enumerate(jobs)}  # fmt: skip
+    rng = np.random.default_rng(9)
+    return adapters, {job.user: make_questions(rng, 1 + 3 * i, i) for i, job in enumerate(jobs)}
+
+
+def test_predict_scores_as_a_merged_model_does(model, asked):
+    adapters, questions = asked
+    scores = predict(model, LABELS, adapters, questions)
+    exact_model, errors, plain_errors = copy.deepcopy(model).double(), [], []
+    assert list(scores) == list(questions)
+    for user in questions:
+        exact = dense_scores(exact_model, adapters[user], questions[user])
+        errors.append((scores[user] - exact).ravel())
+        plain_errors.append((dense_scores(model, adapters[user], questions[user]) - exact).ravel())
+        assert (scores[user].argmax(1) == exact.argmax(1)).all()
+    rms = lambda parts: np.sqrt(np.mean(np.concatenate(parts) ** 2))  # noqa: E731
+    assert rms(errors) <= 2 * rms(plain_errors) + 1e-7
+
+
+@pytest.mark.parametrize("slots, token_budget", [(1, 2048), (3, 1), (5, 100), (16, 500)])
+def test_scores_do_not_depend_on_how_they_are_cut_into_passes(model, asked, slots, token_budget):
+    adapters, questions = asked
+    for deterministic in (False, True):
+        whole = predict(model, LABELS, adapters, questions, PassConfig(32, 100_000, deterministic))
+        cut = predict(model, LABELS, adapters, questions, PassConfig(slots, token_budget, deterministic))
+        for user in questions:
+            if deterministic:
+                assert np.array_equal(cut[user], whole[user]), user
+            else:
+                np.testing.assert_allclose(cut[user], whole[user], rtol=1e-5, atol=1e-5)
+
+
+def test_scores_come_in_pieces_in_order_whose_sizes_depend_on_the_user_alone(model, asked):
+    adapters, questions = asked
+
+    def sizes(users):
+        engine = Engine(model, LABELS, PassConfig(token_budget=400))
+        places = [engine.admit(user, adapters[user].method, adapters[user].row) for user in users]
+        pieces = {user: [] for user in users}
+        for position, scores in engine.score((*place, questions[user]) for place, user in zip(places, users)):
+            pieces[users[position]].append(len(scores))
+        return pieces
+
+    together = sizes(list(questions))
+    assert max(map(len, together.values())) >= 3
+    for user, pieces in together.items():
+        assert sum(pieces) == len(questions[user])
+        assert sizes([user])[user] == pieces
+
+
+def test_the_head_runs_only_on_rows_that_are_read(model, jobs, monkeypatch):
+    heads, bodies = [], []
+    head, hidden = Decoder.head, Decoder.hidden
+    monkeypatch.setattr(Decoder, "head", lambda self, h, *rest: heads.append(len(h)) or head(self, h, *rest))
+    monkeypatch.setattr(Decoder, "hidden", lambda self, r, *rest: bodies.append(len(r.tokens)) or hidden(self, r, *rest))
+    engine = Engine(model, LABELS)
+    runs = admit(engine, jobs, [None] * len(jobs))
+    parts = chosen(engine, runs)
+    read = [sum(len(LABELS.labels[q.label]) for q in run.minibatch()) for run in runs]
+    engine.train_step(parts)
+    assert heads == [sum(filled(n) for n in read)]
+    assert bodies == [sum(part.num_rows for _, part in parts)] and heads[0] < bodies[0]
+    list(engine.score([(run.bank, run.slot, run.job.val) for run in runs]))
+    assert heads[1] == sum(filled(len(job.val) * LABELS.rows_per_question) for job in jobs) < bodies[1]
+
+
+# ---- Errors --------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_make_no_sense_are_refused(model, jobs):
+    cases = {
+        "user 'user 0' is listed twice": [jobs[0], jobs[0]],
+        "user 'user 0' has no training example": [replace(jobs[0], train=[])],
+        "user 'user 0' has no validation example": [replace(jobs[0], val=[])],
+        "learning_rate must be above 0": [replace(jobs[0], config=TrainConfig(learning_rate=0.0))],
+        "rank must be at least 1": [replace(jobs[0], config=TrainConfig(LoRA(rank=0)))],
+        "a validation example without a token": [replace(jobs[0], val=[Question((), 0)])],
+        "a training example with label number -1; this task's labels are 0 to 2":
+            [replace(jobs[0], train=[Question((10,), -1)])],
+        "a training example with label number 3": [replace(jobs[0], train=[Question((10,), 3)])],
+    }
+    for message, wrong in cases.items():
+        engine = Engine(model, LABELS)
+        with pytest.raises(InputError, match=message):
+            engine.train(wrong)
+        assert engine.totals.passes == 0 and not engine._banks  # before anything was done
+
+
+def test_predicting_takes_users_without_questions_but_not_without_adapters(model, asked):
+    adapters, questions = asked
+    scores = predict(model, LABELS, adapters, {"user 3": [], "user 1": questions["user 1"]})
+    assert scores["user 3"].shape == (0, 3) and scores["user 1"].shape == (4, 3)
+    with pytest.raises(InputError, match="no adapter of user 'nobody'"):
+        predict(model, LABELS, adapters, {"user 1": questions["user 1"], "nobody": []})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "max_grad_norm", "eps"])
+def test_settings_that_must_be_positive(name):
+    for value in (0.0, -1.0, math.nan):
+        with pytest.raises(InputError, match=f"{name} must be above 0"):
+            TrainConfig(**{name: value}).check()
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "patience"])
+def test_settings_that_must_be_at_least_one(name):
+    for value in (0, -3):
+        with pytest.raises(InputError, match=f"{name} must be at least 1"):
+            TrainConfig(**{name: value}).check()
+
+
+@pytest.mark.parametrize("name", ["warmup", "beta1", "beta2"])
+def test_settings_that_are_shares(name):
+    for value in (-0.1, 1.0, 2.0, math.nan):
+        with pytest.raises(InputError, match=f"{name} must be at least 0 and below 1"):
+            TrainConfig(**{name: value}).check()
+
+
+def test_other_settings(model):
+    TrainConfig().check()
+    TrainConfig(max_grad_norm=math.inf, weight_decay=0.0, warmup=0.0).check()
+    for value in (-0.01, math.nan):
+        with pytest.raises(InputError, match="weight_decay must not be negative"):
+            TrainConfig(weight_decay=value).check()
+    for name in ("slots", "token_budget"):
+        with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+            Engine(model, LABELS, PassConfig(**{name: 0}))
+
+
+@pytest.mark.parametrize("method, message", [
+    (LoRA(rank=0), "rank must be at least 1, got 0"),
+    (LoRA(rank=17), "LoRA rank 17 is above the width of layers.0.attn.k"),
+    (LoRA(sites=("q", "gat")), "no site of this base is called 'gat'; it has down, gate, k, o, q, up, v"),
+    (LoRA(sites=("layers.2.attn.q",)), "no site of this base is called 'layers.2.attn.q'"),
+    (LoRA(sites=()), "LoRA: no sites"),
+])  # fmt: skip
+def test_methods_that_do_not_fit_the_base(model, method, message):
+    with pytest.raises(InputError, match=message):
+        method.check(model.sites)
