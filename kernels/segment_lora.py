@@ -8,6 +8,9 @@ Gradients, per segment of slot u, with v = s A x (kept) and w = s B^T grad_y:
 
 Both matrices are stored rank-major, A [U, R, K] and Bt = B^T [U, R, N], so forward and backward are the same three
 families: shrink (K -> R), expand (R -> N) and weight gradient (cpu.py).
+
+`segment_lora` is the op by itself, for tests and for readers. Training calls `lora_linear`: the same arithmetic around
+the frozen product, adding in place instead of making one more [T, N] tensor, and writing gradients into the bank.
 """
 
 from dataclasses import dataclass
@@ -21,12 +24,24 @@ from minipeft_kernels.backend import backend
 from minipeft_kernels.segments import Segments
 
 
+def _forward(x: Tensor, A: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tiles x [n, tile, K] -> v^T = scale * A x^T [n, R, tile], and the scale of every tile [n]."""
+    tile_scale = scale.index_select(0, segments.tile_slots).to(x.dtype)
+    return cpu.shrink(x, cpu.tile_matrices(A, segments, ranks), tile_scale), tile_scale
+
+
+def _backward(
+    x: Tensor, grad_y: Tensor, v: Tensor, Bt: Tensor, tile_scale: Tensor, segments: Segments, ranks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles x [n, tile, K], grad_y [n, tile, N] and v^T -> w^T [n, R, tile], grad_A and grad_Bt of the live slots."""
+    w = cpu.shrink(grad_y, cpu.tile_matrices(Bt, segments, ranks), tile_scale)
+    return w, cpu.wgrad(w, x, segments), cpu.wgrad(v, grad_y, segments)
+
+
 class _SegmentLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, Bt, scale, segments, ranks):
-        tiles = segments.tiles(x)
-        tile_scale = scale.index_select(0, segments.tile_slots).to(x.dtype)
-        v = cpu.shrink(tiles, cpu.tile_matrices(A, segments, ranks), tile_scale)  # [n, R, tile]
+        v, tile_scale = _forward(segments.tiles(x), A, scale, segments, ranks)
         ctx.save_for_backward(x, v, A, Bt, tile_scale)
         ctx.segments, ctx.ranks = segments, ranks
         return segments.rows(torch.bmm(v.transpose(1, 2), cpu.tile_matrices(Bt, segments, ranks)))
@@ -36,11 +51,11 @@ class _SegmentLora(torch.autograd.Function):
         x, v, A, Bt, tile_scale = ctx.saved_tensors
         segments, ranks = ctx.segments, ctx.ranks
         grad_tiles = segments.tiles(grad_y.contiguous())  # [n, tile, N]
-        w = cpu.shrink(grad_tiles, cpu.tile_matrices(Bt, segments, ranks), tile_scale)  # [n, R, tile]
+        w, grad_A_live, grad_Bt_live = _backward(segments.tiles(x), grad_tiles, v, Bt, tile_scale, segments, ranks)
         grad_x = segments.rows(torch.bmm(w.transpose(1, 2), cpu.tile_matrices(A, segments, ranks)))
         grad_A, grad_Bt = torch.zeros_like(A), torch.zeros_like(Bt)
-        grad_A[segments.tile_segment_slots] = cpu.wgrad(w, segments.tiles(x), segments)
-        grad_Bt[segments.tile_segment_slots] = cpu.wgrad(v, grad_tiles, segments)
+        grad_A[segments.live_slots] = grad_A_live
+        grad_Bt[segments.live_slots] = grad_Bt_live
         return grad_x, grad_A, grad_Bt, None, None, None
 
 
@@ -72,7 +87,8 @@ def segment_lora(
         x:      [T, K]. Packed rows, in segment order.
         A, Bt:  [U, R, K] and [U, R, N], dtype of x, views of the bank: any stride between slots.
         scale:  [U] fp32, no unit. alpha / rank.
-        ranks:  [U] int64, or None where every slot uses all R. Rank rows at or past ranks[u] are never read.
+        ranks:  [U] int64, or None where every slot uses all R. Rank rows at or past ranks[u] have no
+                effect, whatever they hold, and get gradient 0.
     Returns:
         [T, N], dtype of x. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
@@ -114,8 +130,7 @@ class _LoraLinear(torch.autograd.Function):
         y = F.linear(x, weight, bias) if tile is None else cpu.tiled_linear(x, weight, bias, tile)
         kept = []
         for g in groups:
-            tile_scale = g.scale.index_select(0, g.segments.tile_slots).to(x.dtype)
-            v = cpu.shrink(g.tiles(x), cpu.tile_matrices(g.A, g.segments, g.ranks), tile_scale)
+            v, tile_scale = _forward(g.tiles(x), g.A, g.scale, g.segments, g.ranks)
             cpu.expand_add_(g.tiles(y), v, cpu.tile_matrices(g.Bt, g.segments, g.ranks))
             kept += [v, tile_scale]
         ctx.save_for_backward(x, weight, *kept)
@@ -133,10 +148,9 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 grad_x = cpu.tiled_linear(grad_y, weight.t(), None, ctx.tile)
         for g, v, tile_scale in zip(ctx.groups, kept[::2], kept[1::2]):
-            grad_tiles = g.tiles(grad_y)
-            w = cpu.shrink(grad_tiles, cpu.tile_matrices(g.Bt, g.segments, g.ranks), tile_scale)
-            g.grad_A[g.segments.tile_segment_slots] = cpu.wgrad(w, g.tiles(x), g.segments)
-            g.grad_Bt[g.segments.tile_segment_slots] = cpu.wgrad(v, grad_tiles, g.segments)
+            w, grad_A, grad_Bt = _backward(g.tiles(x), g.tiles(grad_y), v, g.Bt, tile_scale, g.segments, g.ranks)
+            g.grad_A[g.segments.live_slots] = grad_A
+            g.grad_Bt[g.segments.live_slots] = grad_Bt
             if grad_x is not None:
                 cpu.expand_add_(g.tiles(grad_x), w, cpu.tile_matrices(g.A, g.segments, g.ranks))
         return grad_x, None, None, None, None, None

@@ -23,9 +23,8 @@ class Segments:
     starts:     [S + 1] int64 on the host.
     tile:       rows per tile.
     tile_slots: [n] int64 on the device. Which slot each tile belongs to.
-    first_tile: [S] int64 on the device. Each segment's first tile; tiles of a segment are consecutive. A segment
-                without rows has no tile and does not appear: this and `tile_segment_slots` list non-empty ones.
-    tile_segment_slots: [S'] int64 on the device. Slots of the non-empty segments, beside `first_tile`.
+    live_slots: [S'] int64 on the device. Slots of the segments that have rows, in row order.
+    first_tile: [S'] int64 on the device. The first tile of each of those; a segment's tiles are consecutive.
     gather:     [n * tile] int64 on the device, row of each place of each tile, T where there is none; None if aligned.
     scatter:    [T] int64 on the device, place of each row; None if aligned.
     """
@@ -35,7 +34,7 @@ class Segments:
     tile: int
     tile_slots: Tensor
     first_tile: Tensor
-    tile_segment_slots: Tensor
+    live_slots: Tensor
     gather: Tensor | None
     scatter: Tensor | None
 

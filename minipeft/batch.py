@@ -22,10 +22,14 @@ from minipeft_kernels.segments import TILE, Segments
 
 @dataclass(frozen=True)
 class Read:
-    """A token sequence whose last `num_read` rows are read: row i predicts the token after tokens[i]."""
+    """A token sequence whose last `num_read` rows are read: row i predicts the token after tokens[i].
+
+    targets: in training, the tokens that these rows shall predict; else empty.
+    """
 
     tokens: tuple[int, ...]
     num_read: int
+    targets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

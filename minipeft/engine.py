@@ -118,12 +118,13 @@ class Engine:
         logits = self.model.head(hidden.index_select(0, batch.head_rows), linear)  # [M', vocab]
         return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
 
-    def train_step(self, chosen: Sequence[tuple[Run, Part]]) -> None:
-        """One optimizer step of every chosen user, in one pass. Parts hold training reads, sorted by bank and slot."""
-        batch = pack([part for _, part in chosen], self.model.device)
+    def train_step(self, chosen: Sequence[Run]) -> None:
+        """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
+        parts = [run.minibatch(self.labels) for run in chosen]
+        batch = pack(parts, self.model.device)
         targets, weights = [], []
-        for run, _ in chosen:
-            tokens = [t for question in run.minibatch() for t in self.labels.labels[question.label]]
+        for part in parts:
+            tokens = [token for read in part.reads for token in read.targets]
             targets += tokens
             weights += [1 / len(tokens)] * len(tokens)
         log_probs = self._log_probs(batch)
@@ -131,14 +132,14 @@ class Engine:
         (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
 
         for number, _, segments in batch.groups:
-            runs = [run for run, _ in chosen if run.bank == number]
+            runs = [run for run in chosen if run.bank == number]
             bank = self._banks[number].bank
             norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
                            torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs))
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
-        for run, _ in chosen:
-            run.advance(len(run.minibatch()))
+        for run in chosen:
+            run.advance()
 
     def score(self, asked: Iterable[tuple[int, int, Sequence[Question]]]) -> Iterator[tuple[int, np.ndarray]]:
         """Label scores of residents' questions, in as few passes as the token budget allows.
@@ -199,8 +200,8 @@ class Engine:
             on_progress: called with the number of training examples just worked off (all planned ones of a user who
                          stops early count as worked off).
         Raises:
-            InputError: a user twice, without training or validation questions, with an empty prompt or an unknown label,
-                or with a configuration that makes no sense for this base.
+            InputError: a user twice, without training or validation questions, with an empty prompt or an unknown
+                label, or with a configuration that makes no sense for this base.
         """
         self._check(jobs)
         waiting, runs, adapters = list(reversed(jobs)), [], {}
@@ -211,10 +212,9 @@ class Engine:
             training = [run for run in runs if not run.wants_evaluation]
             # Evaluations wait until they fill a pass or nobody can train.
             if training and len(training) > len(runs) // 2:
-                reads = {run.job.user: [self.labels.training_read(q) for q in run.minibatch()] for run in training}
-                chosen = choose(training, reads, self.passes.token_budget)
+                chosen = choose(training, self.labels, self.passes.token_budget)
+                worked_off = sum(len(run.minibatch(self.labels).reads) for run in chosen)
                 self.train_step(chosen)
-                worked_off = sum(len(part.reads) for _, part in chosen)
             else:
                 evaluating = [run for run in runs if run.wants_evaluation]
                 worked_off = self._evaluate(evaluating)

@@ -63,7 +63,7 @@ class LabelSet:
     def training_read(self, question: Question) -> Read:
         """The sequence that trains on a question: prompt and right label, its label tokens' rows read."""
         label = self.labels[question.label]
-        return Read(question.prompt + label[:-1], len(label))
+        return Read(question.prompt + label[:-1], len(label), label)
 
     def scoring_reads(self, question: Question) -> list[Read]:
         """The sequences from which every label of a question is scored."""

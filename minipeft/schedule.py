@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from minipeft.batch import Part, Read
+from minipeft.batch import Part
 from minipeft.errors import InputError
-from minipeft.labels import Question
+from minipeft.labels import LabelSet, Question
 from minipeft.methods.lora import LoRA
 from minipeft.randomness import generator
 
@@ -96,6 +96,7 @@ class Run:
     best: Tensor | None = None
     best_epoch: int = 0
     order: list[int] = field(default_factory=list)
+    part: Part | None = None  # the next minibatch, once it was asked for
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,20 +110,23 @@ class Run:
     def wants_evaluation(self) -> bool:
         return self.step == (self.epoch + 1) * self.steps_per_epoch
 
-    def minibatch(self) -> list[Question]:
-        """The questions of the user's next step: a slice of this epoch's order, a function of (seed, user, epoch)."""
-        if self.next_example == 0:
-            shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
-            self.order = shuffle.permutation(len(self.job.train)).tolist()
-        chosen = self.order[self.next_example : self.next_example + self.job.config.batch_size]
-        return [self.job.train[i] for i in chosen]
+    def minibatch(self, labels: LabelSet) -> Part:
+        """The user's next step: a slice of this epoch's order, which is a function of (seed, user, epoch)."""
+        if self.part is None:
+            if self.next_example == 0:
+                shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
+                self.order = shuffle.permutation(len(self.job.train)).tolist()
+            chosen = self.order[self.next_example : self.next_example + self.job.config.batch_size]
+            self.part = Part(self.bank, self.slot, [labels.training_read(self.job.train[i]) for i in chosen])
+        return self.part
 
-    def advance(self, num_examples: int) -> None:
-        """One step of `num_examples` was taken."""
+    def advance(self) -> None:
+        """The step of the minibatch was taken."""
         self.step += 1
-        self.next_example += num_examples
+        self.next_example += len(self.part.reads)
         if self.next_example == len(self.job.train):
             self.next_example = 0
+        self.part = None
 
     @property
     def learning_rate(self) -> float:
@@ -149,19 +153,16 @@ class Run:
         return self.epoch == self.job.config.epochs or self.stopped_early
 
 
-def choose(runs: Sequence[Run], reads: dict[str, list[Read]], token_budget: int) -> list[tuple[Run, Part]]:
+def choose(runs: Sequence[Run], labels: LabelSet, token_budget: int) -> list[Run]:
     """The runs whose next minibatches go into the next pass, sorted by bank and slot.
 
     Users with the most steps left come first, so that the longest plans do not trail behind alone; the first is taken
     whatever its size.
-
-    Args:
-        reads: each user's next minibatch as sequences.
     """
     chosen, used = [], 0
     for run in sorted(runs, key=lambda run: run.step - run.total_steps):
-        part = Part(run.bank, run.slot, reads[run.job.user])
-        if not chosen or used + part.num_rows <= token_budget:
-            chosen.append((run, part))
-            used += part.num_rows
-    return sorted(chosen, key=lambda pair: (pair[1].bank, pair[1].slot))
+        num_rows = run.minibatch(labels).num_rows
+        if not chosen or used + num_rows <= token_budget:
+            chosen.append(run)
+            used += num_rows
+    return sorted(chosen, key=lambda run: (run.bank, run.slot))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minipeft.batch import Part, filled
+from minipeft.batch import filled
 from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question
@@ -17,6 +17,7 @@ from minipeft.methods.lora import LoRA
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import fingerprint
 from minipeft.models.rows import Rows
+from minipeft.randomness import generator
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
 
 # An MLP that is no multiple of 64 wide: elements then lie anywhere in a vector register and a thread's share.
@@ -123,10 +124,15 @@ def admit(engine, jobs, rows):
     return [Run(job, *engine.admit(job.user, job.config.method, row)) for job, row in zip(jobs, rows)]
 
 
-def chosen(engine, runs):
-    """All runs' next minibatches as parts, in the order a pass needs."""
-    pairs = [(run, Part(run.bank, run.slot, [engine.labels.training_read(q) for q in run.minibatch()])) for run in runs]
-    return sorted(pairs, key=lambda pair: (pair[1].bank, pair[1].slot))
+def in_order(runs):
+    """All runs in the order that a pass needs."""
+    return sorted(runs, key=lambda run: (run.bank, run.slot))
+
+
+def first_minibatch(job):
+    """The questions of the user's first step, from the promise: a shuffle that belongs to (seed, user, epoch)."""
+    order = generator(job.config.seed, job.user, "shuffle", 0).permutation(len(job.train))
+    return [job.train[i] for i in order[: job.config.batch_size]]
 
 
 def matrices(model, method, row):
@@ -170,8 +176,11 @@ def test_deterministic_mode_gives_the_same_bits_in_any_company(model, jobs, exac
 
 def test_deterministic_mode_gives_the_same_bits_on_any_number_of_threads(model):
     rng = np.random.default_rng(0)
-    jobs = [Job(f"user {i}", make_questions(rng, 20, i, longest=60), make_questions(rng, 20, i, longest=60),
-                TrainConfig(LoRA(RANKS[i % 4]), learning_rate=1e-2, batch_size=20 - i, epochs=1)) for i in range(6)]  # fmt: skip
+    jobs = []
+    for i in range(6):
+        config = TrainConfig(LoRA(RANKS[i % 4]), learning_rate=1e-2, batch_size=20 - i, epochs=1)
+        data, val = (make_questions(rng, 20, i, longest=60) for _ in range(2))
+        jobs.append(Job(f"user {i}", data, val, config))
     before, results = torch.get_num_threads(), {}
     try:
         for threads in (1, 2, 3):
@@ -190,6 +199,18 @@ def test_deterministic_mode_gives_the_same_bits_on_any_number_of_threads(model):
         assert_same(adapter, results[1][user])
 
 
+def test_each_mode_takes_its_own_path(model, jobs, monkeypatch):
+    """Many sizes give the same bits by luck; in deterministic mode there is no product over everybody's rows at all."""
+    taken, plain = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: taken.append("forward") or plain(*args))
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: taken.append("backward") or matmul(a, b))
+    train(model, jobs[:8], 8, deterministic=True)
+    assert not taken
+    train(model, jobs[:8], 8)
+    assert set(taken) == {"forward", "backward"}
+
+
 # ---- Isolation -----------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +220,8 @@ def rewritten(job, seed=7):
     swap = {0: 0, 1: 2, 2: 1}  # training labels of the same length
 
     def other(question, labels):
-        prompt = tuple((10 + (np.array(question.prompt) - 10 + rng.integers(1, 50, len(question.prompt))) % 50).tolist())
-        return Question(prompt, labels[question.label])
+        moves = rng.integers(1, 50, len(question.prompt))  # never 0: every token becomes another
+        return Question(tuple(((np.array(question.prompt) - 10 + moves) % 50 + 10).tolist()), labels[question.label])
 
     return replace(job, train=[other(q, swap) for q in job.train], val=[other(q, {0: 1, 1: 2, 2: 0}) for q in job.val])
 
@@ -221,8 +242,9 @@ def test_rewriting_a_users_examples_changes_nobody_else(model, jobs, victim):
 
 def test_deterministic_mode_isolates_whatever_the_lengths_and_the_company(model, jobs, exactly_alone):
     rng = np.random.default_rng(3)
-    company = [replace(job, train=make_questions(rng, 17, 0, longest=40)) if i == 2 else job for i, job in enumerate(jobs)]
-    together = train(model, company[:9], 32, 700, deterministic=True)
+    company = list(jobs[:9])
+    company[2] = replace(jobs[2], train=make_questions(rng, 17, 0, longest=40))
+    together = train(model, company, 32, 700, deterministic=True)
     assert not torch.equal(together["user 2"].row, exactly_alone["user 2"].row)
     for user in together.keys() - {"user 2"}:
         assert_same(together[user], exactly_alone[user])
@@ -246,9 +268,9 @@ def test_a_row_of_nan_changes_nobody_else_and_takes_no_step(model, jobs):
         rows = [row * math.nan if ruined and i in (4, 7) else row for i, row in enumerate(rows)]
         runs = admit(engine, jobs, rows)
         for _ in range(3):
-            engine.train_step(chosen(engine, runs))
-        banks = [engine._banks[run.bank].bank for run in runs]
-        return [b.weights[run.slot] for b, run in zip(banks, runs)], [b.exp_avg[run.slot] for b, run in zip(banks, runs)], runs
+            engine.train_step(in_order(runs))
+        banks = [(engine._banks[run.bank].bank, run.slot) for run in runs]
+        return [bank.weights[slot] for bank, slot in banks], [bank.exp_avg[slot] for bank, slot in banks], runs
 
     (rows, moments, _), (rows_beside_nan, moments_beside_nan, runs) = three_steps(False), three_steps(True)
     for i, run in enumerate(runs):
@@ -256,7 +278,8 @@ def test_a_row_of_nan_changes_nobody_else_and_takes_no_step(model, jobs):
             assert run.skipped_steps == 3 and rows_beside_nan[i].isnan().all() and not moments_beside_nan[i].any()
         else:
             assert run.skipped_steps == 0
-            assert torch.equal(rows[i], rows_beside_nan[i]) and torch.equal(moments[i], moments_beside_nan[i]), run.job.user
+            assert torch.equal(rows[i], rows_beside_nan[i]), run.job.user
+            assert torch.equal(moments[i], moments_beside_nan[i]), run.job.user
 
 
 # ---- Gradients and steps -------------------------------------------------------------------------------------------
@@ -294,11 +317,11 @@ def test_fused_gradients_are_each_users_own(model, jobs, deterministic):
     engine = Engine(model, LABELS, PassConfig(deterministic=deterministic))
     rows = [random_row(model, job.config.method, i) for i, job in enumerate(jobs)]
     runs = admit(engine, jobs, rows)
-    minibatches = [run.minibatch() for run in runs]
-    engine.train_step(chosen(engine, runs))
+    engine.train_step(in_order(runs))
     assert len(engine._banks) == 8  # four choices of sites, two rank classes
     exact_model = copy.deepcopy(model).double()
-    for job, row, run, questions in zip(jobs, rows, runs, minibatches):
+    for job, row, run in zip(jobs, rows, runs):
+        questions = first_minibatch(job)
         fused = engine._banks[run.bank].bank.grads[run.slot]
         plain = own_gradient(model, job, row, questions)
         exact = own_gradient(exact_model, job, row, questions)
@@ -315,7 +338,7 @@ def test_a_step_uses_the_users_own_settings(model, jobs):
     for run in runs[::2]:
         run.step = 1  # users need not stand at the same step
     rates = [run.learning_rate for run in runs]
-    engine.train_step(chosen(engine, runs))
+    engine.train_step(in_order(runs))
     for job, row, run, rate in zip(jobs, rows, runs, rates):
         bank, config = engine._banks[run.bank].bank, job.config
         w = row.clone().requires_grad_()
@@ -383,7 +406,8 @@ def dense_scores(model, adapter, questions):
     modules = {module.site: module for module in merged.modules() if hasattr(module, "site")}
     for site, (A, B) in matrices(model, method, adapter.row).items():
         with torch.no_grad():
-            modules[site].weight += (method.alpha / method.rank * (B.double() @ A.double())).to(merged.embed.weight.dtype)
+            update = method.alpha / method.rank * (B.double() @ A.double())
+            modules[site].weight += update.to(merged.embed.weight.dtype)
     pairs = [(question, label) for question in questions for label in LABELS.labels]
     scores = []
     for (_, label), logits in zip(pairs, merged.logits([question.prompt + label for question, label in pairs])):
@@ -449,15 +473,15 @@ def test_scores_come_in_pieces_in_order_whose_sizes_depend_on_the_user_alone(mod
 def test_the_head_runs_only_on_rows_that_are_read(model, jobs, monkeypatch):
     heads, bodies = [], []
     head, hidden = Decoder.head, Decoder.hidden
-    monkeypatch.setattr(Decoder, "head", lambda self, h, *rest: heads.append(len(h)) or head(self, h, *rest))
-    monkeypatch.setattr(Decoder, "hidden", lambda self, r, *rest: bodies.append(len(r.tokens)) or hidden(self, r, *rest))
+    monkeypatch.setattr(Decoder, "head", lambda self, h, *fn: heads.append(len(h)) or head(self, h, *fn))
+    monkeypatch.setattr(Decoder, "hidden", lambda self, r, *fn: bodies.append(len(r.tokens)) or hidden(self, r, *fn))
     engine = Engine(model, LABELS)
     runs = admit(engine, jobs, [None] * len(jobs))
-    parts = chosen(engine, runs)
-    read = [sum(len(LABELS.labels[q.label]) for q in run.minibatch()) for run in runs]
-    engine.train_step(parts)
+    read = [sum(len(LABELS.labels[q.label]) for q in first_minibatch(job)) for job in jobs]
+    num_rows = [run.minibatch(LABELS).num_rows for run in runs]
+    engine.train_step(in_order(runs))
     assert heads == [sum(filled(n) for n in read)]
-    assert bodies == [sum(part.num_rows for _, part in parts)] and heads[0] < bodies[0]
+    assert bodies == [sum(num_rows)] and heads[0] < bodies[0]
     list(engine.score([(run.bank, run.slot, run.job.val) for run in runs]))
     assert heads[1] == sum(filled(len(job.val) * LABELS.rows_per_question) for job in jobs) < bodies[1]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.models.rows import AttentionPlan, Rows, packed_attention, padded_length
+from minipeft.models.rows import Rows, packed_attention, padded_length
 
 LENGTHS = {"one row": [1], "one sequence": [37], "one row each": [1, 1, 1], "ragged": [5, 100, 1, 17, 8, 9, 64, 33, 17]}
 HEADS = {"equal": (4, 4), "grouped": (6, 2), "odd": (3, 1), "single": (1, 1)}
@@ -29,8 +29,7 @@ def plain_attention(q, k, v, lengths, window):
 
 
 def packed(q, k, v, lengths, window):
-    plan = AttentionPlan.build(Rows.pack([[0] * n for n in lengths]), q.shape[1], k.shape[1])
-    return packed_attention(q, k, v, plan, window)
+    return packed_attention(q, k, v, Rows.pack([[0] * n for n in lengths]), window)
 
 
 def make_inputs(lengths, heads, dtype=torch.float32, seed=0, head_dim=20):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.models.rows import AttentionPlan, Rows, packed_attention
+from minipeft.models.rows import Rows, packed_attention
 
 LinearFn = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -111,11 +111,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, plan: AttentionPlan, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
         q, k, v = (p(x, linear).view(x.shape[0], -1, self.head_dim) for p in (self.q, self.k, self.v))  # [T, H, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = packed_attention(rotate(q, *rope), rotate(k, *rope), v, plan, self.window)
+        y = packed_attention(rotate(q, *rope), rotate(k, *rope), v, rows, self.window)
         return self.o(y.flatten(1), linear)
 
 
@@ -178,13 +178,15 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"{site}.mlp", config)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), plan, rope, linear)
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rows, rope, linear)
         return x + self.mlp(self.mlp_norm(x), linear)
 
 
 class Decoder(nn.Module):
     """A frozen decoder on packed rows. `hidden` then `head` is the forward pass; `logits` is the same for people.
+
+    Weights are unset until somebody fills them in: loading.load_model, or default_base.initialise.
 
     sites: site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
     """
@@ -222,9 +224,8 @@ class Decoder(nn.Module):
                              f"{self.config.max_positions} positions; shorten the text.")
         x = self.embed(rows.tokens)  # [T, width]
         rope = tuple(self.rope[:, rows.positions, None].to(x.dtype))  # cos and sin, each [T, 1, D / 2]
-        plan = AttentionPlan.build(rows, self.config.num_heads, self.config.num_kv_heads)
         for layer in self.layers:
-            x = layer(x, plan, rope, linear)
+            x = layer(x, rows, rope, linear)
         return self.norm(x)
 
     def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:

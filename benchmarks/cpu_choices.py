@@ -1,0 +1,75 @@
+"""Why is the CPU path written as it is? Each choice against what one would write first, side by side in one process.
+
+    python benchmarks/cpu_choices.py            medians of 25 alternating calls, and one JSON object as the last line
+"""
+
+import json
+import platform
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minipeft.models.decoder import RMSNorm
+from minipeft_kernels import cpu, reference
+from minipeft_kernels.segment_lora import segment_lora
+from minipeft_kernels.segments import TILE, Segments
+
+T, K, R = 2048, 128, 8  # rows, features, rank: about a pass of the default base
+
+
+def median_us(**calls) -> dict[str, float]:
+    """Median time of each call in microseconds, the calls taking turns."""
+    times = {name: [] for name in calls}
+    for _ in range(27):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: 1e6 * float(np.median(taken[2:])) for name, taken in times.items()}
+
+
+def forward_backward(function, *inputs):
+    """A call that runs function and its backward with respect to the inputs that require grad."""
+    wanted = [x for x in inputs if x.requires_grad]
+    grad = torch.randn_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*inputs), wanted, grad)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(T, K, requires_grad=True)
+    tiles = x.detach().view(-1, TILE, K)
+    A = torch.randn(T // TILE, R, K)
+    one = torch.ones(T // TILE)
+    norm = RMSNorm(K, 1e-6).requires_grad_(False)
+
+    users, rows = 128, 16
+    segments = Segments.build(range(users), [rows] * users)
+    bank_A, bank_Bt = torch.randn(users, R, 768, requires_grad=True), torch.randn(users, R, 768, requires_grad=True)
+    wide, scale = torch.randn(users * rows, 768, requires_grad=True), torch.ones(users)
+
+    def lora(op):
+        return forward_backward(lambda x, A, Bt: op(x, A, Bt, scale, segments), wide, bank_A, bank_Bt)
+
+    result = {
+        "shrink": median_us(
+            rank_first=lambda: cpu.shrink(tiles, A, one),
+            rank_last=lambda: torch.bmm(tiles, A.transpose(1, 2)) * one[:, None, None],
+        ),
+        "rms_norm": median_us(
+            by_hand=forward_backward(norm, x),
+            torch=forward_backward(lambda x: F.rms_norm(x, (K,), norm.weight, 1e-6), x),
+        ),
+        "lora_128_users_16_rows": median_us(tiles=lora(segment_lora), loop_over_users=lora(reference.segment_lora)),
+    }
+    print(f"{T} rows, {K} features, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
+    for name, times in result.items():
+        (ours, ours_us), (other, other_us) = times.items()
+        print(f"{name:>24}: {ours} {ours_us:7.0f} us, {other} {other_us:7.0f} us: {other_us / ours_us:.1f}x")
+    print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "median_us": result}))
+
+
+if __name__ == "__main__":
+    main()

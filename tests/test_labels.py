@@ -1,0 +1,56 @@
+"""Is a label's score the log-probability of its tokens, whatever labels share with each other?"""
+
+import pytest
+import torch
+
+from minipeft.errors import InputError
+from minipeft.labels import LabelSet, Question
+
+LABELS = {
+    "one token each": ([[5], [6], [7]], 1, 1),  # label tokens, sequences per question, rows per question
+    "different lengths": ([[5], [6, 7], [8, 9, 3]], 2, 5),
+    "shared stems": ([[5, 6, 7], [5, 6, 8], [5, 9], [4]], 1, 3),
+    "one label": ([[5, 6]], 1, 2),
+}
+
+
+@pytest.mark.parametrize("labels, num_sequences, num_rows", LABELS.values(), ids=LABELS.keys())
+def test_scores_are_sums_of_the_tokens_log_probabilities(labels, num_sequences, num_rows):
+    """A made-up language model: log p of the next token is a fixed function of all tokens before it."""
+
+    def log_probs(tokens):
+        draw = torch.Generator().manual_seed(hash(tokens) % 2**31)
+        return torch.log_softmax(torch.randn(10, generator=draw), 0)  # [vocab]
+
+    label_set = LabelSet(labels)
+    questions = [Question((1, 2, 3), 0), Question((4,), 0)]
+    rows = []
+    for question in questions:
+        reads = label_set.scoring_reads(question)
+        assert len(reads) == num_sequences == len(label_set.stems)
+        for read in reads:
+            assert read.tokens[: len(question.prompt)] == question.prompt
+            n = len(read.tokens)
+            rows += [log_probs(read.tokens[: i + 1]) for i in range(n - read.num_read, n)]
+    assert len(rows) == 2 * num_rows == 2 * label_set.rows_per_question
+    scores = label_set.scores(torch.stack(rows))
+    assert scores.shape == (2, len(labels))
+    for question, mine in zip(questions, scores):
+        for label, score in zip(labels, mine):
+            before = [question.prompt + tuple(label[:i]) for i in range(len(label))]
+            expected = sum(log_probs(tokens)[token] for tokens, token in zip(before, label))
+            torch.testing.assert_close(score, expected)
+
+
+def test_training_reads_the_rows_that_predict_the_right_label():
+    labels = LabelSet([[5], [6, 7], [8, 9, 3]])
+    assert labels.lengths.tolist() == [1, 2, 3]
+    for number, tokens, targets in [(0, (1, 2), (5,)), (1, (1, 2, 6), (6, 7)), (2, (1, 2, 8, 9), (8, 9, 3))]:
+        read = labels.training_read(Question((1, 2), number))
+        assert (read.tokens, read.num_read, read.targets) == (tokens, len(targets), targets)
+
+
+@pytest.mark.parametrize("labels", [[[5], [5, 6]], [[5, 6], [5]], [[4], [5, 6], [5, 6]], [[], [5]]])
+def test_labels_that_begin_alike_are_refused(labels):
+    with pytest.raises(InputError, match="cannot be told apart: the tokens of one begin the other's"):
+        LabelSet(labels)

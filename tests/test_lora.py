@@ -1,0 +1,119 @@
+"""Is LoRA what its docstring says: how many numbers, zero at the start, every user's own draw?"""
+
+import math
+
+import pytest
+import torch
+
+from minipeft.bank import SPAN
+from minipeft.errors import InputError
+from minipeft.methods.lora import LoRA, LoraBank
+from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft_kernels.segments import Segments
+
+SITES = Decoder(DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                              mlp_width=75)).sites  # fmt: skip
+
+
+def used(method, row):
+    """The numbers of a row that the method trains, as one vector, and all others."""
+    layout, mine = method.layout(SITES), torch.zeros(len(row), dtype=torch.bool)
+    for name in layout.shapes:
+        layout.view(mine, name)[: method.rank] = True
+    return row[mine], row[~mine]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 12, 16])
+def test_number_of_trained_numbers(rank):
+    method = LoRA(rank)
+    # q and o 32 x 32, k and v 32 x 16, gate and up 32 x 75, down 75 x 32, in two layers
+    assert method.count(SITES) == 2 * rank * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 75))
+    trained, _ = used(method, torch.zeros(method.layout(SITES).row_size))
+    assert len(trained) == method.count(SITES)
+
+
+@pytest.mark.parametrize("rank, rank_class", [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16), (17, 32), (64, 64), (65, 128)])
+def test_rank_class_is_the_next_power_of_two_from_eight(rank, rank_class):
+    assert LoRA(rank).rank_class == rank_class
+
+
+def test_layout_is_rank_major_and_padded_to_the_rank_class():
+    layout = LoRA(3, sites=("k", "down")).layout(SITES)
+    assert layout.shapes == {
+        "layers.0.attn.k.A": (8, 32), "layers.0.attn.k.Bt": (8, 16),
+        "layers.0.mlp.down.A": (8, 75), "layers.0.mlp.down.Bt": (8, 32),
+        "layers.1.attn.k.A": (8, 32), "layers.1.attn.k.Bt": (8, 16),
+        "layers.1.mlp.down.A": (8, 75), "layers.1.mlp.down.Bt": (8, 32),
+    }  # fmt: skip
+    assert all(offset % SPAN == 0 for offset in layout.offsets.values())
+
+
+@pytest.mark.parametrize("rank", [1, 12])
+def test_start_is_a_uniform_and_b_zero_so_the_update_is_zero(rank):
+    method = LoRA(rank)
+    layout, row = method.layout(SITES), method.initial_row(SITES, 0, "ann")
+    assert row.dtype == torch.float32 and row.shape == (layout.row_size,)
+    for site, (K, _) in SITES.items():
+        A, Bt = layout.view(row, f"{site}.A"), layout.view(row, f"{site}.Bt")
+        assert not (Bt.T @ A).any() and not Bt.any() and not A[rank:].any()
+        bound = 1 / math.sqrt(K)
+        assert A[:rank].abs().max() <= bound and A[:rank].max() > 0.7 * bound and A[:rank].min() < -0.7 * bound
+        # A uniform draw's standard deviation is bound / sqrt 3; six standard errors of it.
+        assert abs(float(A[:rank].std()) * math.sqrt(3) / bound - 1) < 6 / math.sqrt(rank * K)
+    assert not used(method, row)[1].any()
+
+
+def test_start_is_a_function_of_seed_user_and_site():
+    method = LoRA(4)
+    row = method.initial_row(SITES, 0, "ann")
+    assert torch.equal(row, LoRA(4, alpha=1.0).initial_row(SITES, 0, "ann"))
+    assert not torch.equal(row, method.initial_row(SITES, 1, "ann"))
+    assert not torch.equal(row, method.initial_row(SITES, 0, "bob"))
+    fewer = LoRA(4, sites=("up", "q"))
+    other = fewer.initial_row(SITES, 0, "ann")
+    for name in fewer.layout(SITES).shapes:  # which other sites are chosen does not matter
+        assert torch.equal(fewer.layout(SITES).view(other, name), method.layout(SITES).view(row, name)), name
+    A = [method.layout(SITES).view(row, f"layers.{i}.attn.q.A") for i in (0, 1)]
+    assert not torch.equal(*A)
+
+
+def test_sites_are_picked_by_last_words_or_full_name():
+    assert list(LoRA(sites=("q", "v")).chosen(SITES)) == [f"layers.{i}.attn.{s}" for i in (0, 1) for s in ("q", "v")]
+    assert list(LoRA(sites=("layers.1.mlp.up",)).chosen(SITES)) == ["layers.1.mlp.up"]
+    assert list(LoRA(sites=("mlp.up",)).chosen(SITES)) == ["layers.0.mlp.up", "layers.1.mlp.up"]
+    assert LoRA(sites=("v", "q")).layout(SITES).shapes == LoRA(sites=("q", "v")).layout(SITES).shapes
+    assert LoRA().chosen(SITES) == SITES
+    for name in ("p", "1.mlp.upper", "up.layers"):  # no part of a word
+        with pytest.raises(InputError, match=f"no site of this base is called '{name}'"):
+            LoRA(sites=("q", name)).check(SITES)
+
+
+def test_rank_is_at_most_the_width():
+    LoRA(16).check(SITES)
+    LoRA(32, sites=("q", "gate")).check(SITES)
+    with pytest.raises(InputError, match=r"LoRA rank 17 is above the width of layers.0.attn.k \(32 in, 16 out\)"):
+        LoRA(17).check(SITES)
+
+
+def test_bank_holds_each_slots_scale_and_rank():
+    bank = LoraBank(LoRA(8), SITES, 3, "cpu")
+    for user, method in [("a", LoRA(8, 16.0)), ("b", LoRA(3, 4.0)), ("c", LoRA(1, 0.5))]:
+        bank.admit(user, method, method.initial_row(SITES, 0, user))
+    torch.testing.assert_close(bank.scale, torch.tensor([2.0, 4 / 3, 0.5]))
+    assert bank.ranks.tolist() == [8, 3, 1]
+    bank.bank.evict(1)
+    assert bank.admit("d", LoRA(5, 5.0), torch.zeros(bank.bank.layout.row_size)) == 1
+    assert bank.scale[1] == 1.0 and bank.ranks[1] == 5
+
+
+def test_bank_acts_where_the_method_does_and_on_views_of_its_rows():
+    bank, segments = LoraBank(LoRA(3, sites=("q",)), SITES, 2, "cpu"), Segments.build([1], [16])
+    assert bank.at("layers.0.attn.k", 0, segments, True) is None
+    lora = bank.at("layers.1.attn.q", 32, segments, False)
+    assert lora.first_row == 32 and lora.segments is segments and lora.ranks is bank.ranks
+    assert bank.at("layers.1.attn.q", 32, segments, True).ranks is None
+    bank.bank.weights[1] = 1.0
+    bank.bank.grads[1] = 2.0
+    assert lora.A.shape == (2, 8, 32) and lora.Bt.shape == (2, 8, 32)
+    assert (lora.A[1] == 1).all() and (lora.Bt[1] == 1).all() and not lora.A[0].any()
+    assert (lora.grad_A[1] == 2).all() and (lora.grad_Bt[1] == 2).all() and not lora.grad_Bt[0].any()
