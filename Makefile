@@ -6,7 +6,7 @@ bench: .venv/.installed
 	$(BIN)/python -m minipeft.bench $(ARGS)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -61,7 +61,8 @@ def load_adapter(folder: Path, user: str, sites: dict[str, tuple[int, int]]) -> 
     """Read one adapter back, bit for bit.
 
     Raises:
-        InputError: no adapter of this user here, a damaged file, or one made for another base (names the site).
+        InputError: no adapter of this user here, a damaged file, one that minipeft did not write, or one made for
+            another base (names the site).
     """
     path = adapter_path(folder, user)
     if not path.exists():
@@ -72,6 +73,8 @@ def load_adapter(folder: Path, user: str, sites: dict[str, tuple[int, int]]) -> 
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise InputError(f"{path} is damaged: {error}") from None
+    if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
+        raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
     fields = json.loads(metadata["method"])
     method = LoRA(fields["rank"], fields["alpha"], tuple(fields["sites"]))
     layout = method.layout(sites)

@@ -109,12 +109,12 @@ def relative(row, exact):
     return float((row.double() - exact.double()).norm() / exact.double().norm())
 
 
-def random_row(model, method, seed=0):
-    """A row far from the start value: B is not zero, so every gradient is there. Unused rank rows are zero."""
+def random_row(model, method, seed=0, unused=0.0):
+    """A row far from the start value: B is not zero, so every gradient is there. Unused rank rows hold `unused`."""
     layout, draw = method.layout(model.sites), torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in layout.shapes.items():
-        tensors[name] = torch.zeros(shape)
+        tensors[name] = torch.full(shape, unused)
         tensors[name][: method.rank] = 0.3 * torch.randn((method.rank, shape[1]), generator=draw) / method.rank**0.5
     return layout.row(tensors)
 
@@ -315,7 +315,7 @@ def own_gradient(model, job, row, questions):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_fused_gradients_are_each_users_own(model, jobs, deterministic):
     engine = Engine(model, LABELS, PassConfig(deterministic=deterministic))
-    rows = [random_row(model, job.config.method, i) for i, job in enumerate(jobs)]
+    rows = [random_row(model, job.config.method, i, unused=1.0) for i, job in enumerate(jobs)]
     runs = admit(engine, jobs, rows)
     engine.train_step(in_order(runs))
     assert len(engine._banks) == 8  # four choices of sites, two rank classes
@@ -349,6 +349,28 @@ def test_a_step_uses_the_users_own_settings(model, jobs):
                               "exp_avg_sq": torch.zeros_like(w)}  # fmt: skip
         optimizer.step()
         assert relative(bank.weights[run.slot], w.detach()) <= 1e-6, job.user
+
+
+def test_a_skipped_step_counts_for_the_plan_but_not_for_adamw(model, jobs):
+    """A user whose first gradient was not finite takes the second step as a newcomer to AdamW does."""
+    row, results = random_row(model, jobs[0].config.method), []
+    for start in (row * math.nan, row):
+        engine = Engine(model, LABELS)
+        (run,) = admit(engine, jobs[:1], [start])
+        bank = engine._banks[run.bank].bank
+        engine.train_step([run])
+        bank.weights[run.slot] = row
+        if start is row:  # as if that step had never been taken, but the next minibatch is the second
+            bank.exp_avg[run.slot] = bank.exp_avg_sq[run.slot] = 0.0
+            run.skipped_steps = 1
+        engine.train_step([run])
+        assert (run.step, run.skipped_steps) == (2, 1)
+        results.append(bank.weights[run.slot].clone())
+    assert torch.equal(*results)
+    # With a first step's bias correction no number moves further than the learning rate, and most do so.
+    moved = (results[0] - row).abs()[row != 0]
+    run.step = 1
+    assert 0.9 * run.learning_rate < float(moved.median()) <= 1.1 * run.learning_rate
 
 
 def test_every_trained_tensor_moved_and_nothing_else(jobs):
@@ -419,7 +441,7 @@ def dense_scores(model, adapter, questions):
 @pytest.fixture(scope="module")
 def asked(model, jobs):
     """Adapters far from the start value, and many questions for some users."""
-    adapters = {job.user: Adapter(job.user, job.config.method, random_row(model, job.config.method, i))
+    adapters = {job.user: Adapter(job.user, job.config.method, random_row(model, job.config.method, i, unused=1.0))
                 for i, job in enumerate(jobs)}  # fmt: skip
     rng = np.random.default_rng(9)
     return adapters, {job.user: make_questions(rng, 1 + 3 * i, i) for i, job in enumerate(jobs)}

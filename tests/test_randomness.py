@@ -23,10 +23,12 @@ def test_draws_are_equal_exactly_if_all_parts_are(one, other):
 
 @pytest.mark.parametrize("other", [
     (1, "ann", "shuffle", 0), (0, "bob", "shuffle", 0), (0, "ann", "shuffle", 1), (0, "ann", "shuffle"),
-    (0, "ann", "shuffle", "0"), (0, "anns", "huffle", 0), (0, "annshuffle", 0), (0, "ann", "shuffle", 0, ""),
+    (0, "ann", "shuffle", "0"), (0, "ann", "shuffle", 0, 0), (0, "anns", "huffle", 0), (0, "annshuffle", 0),
+    (0, "ann", "shuffle", 0, ""),
 ])  # fmt: skip
 def test_parts_that_read_alike_joined_are_not_alike(other):
     assert draws(0, "ann", "shuffle", 0) != draws(*other)
+    assert draws(0, "ann", 1, 2) != draws(0, "ann", 12)
 
 
 def test_draws_do_not_depend_on_other_generators_or_earlier_draws():

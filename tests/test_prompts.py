@@ -1,0 +1,97 @@
+"""Does a text become the right prompt in the base's tokens, whole in its frame, and is every cut counted?"""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from minipeft.default_base import train_tokenizer
+from minipeft.errors import InputError
+from minipeft.prompts import ANSWER, encode_task, label_token
+from minipeft.tasks.task import Example, Task
+
+LONG = "so many words that they do not all fit into the base, one after another, until the end"
+
+
+def make_task(labels=("yes", "no"), multi_label=False):
+    rows = {
+        "train": [("ann", "t1", "I like it", "yes"), ("ann", "t2", LONG, "no"), ("bob", "t1", "I like it", "no")],
+        "val": [("ann", "t3", "Grüße, 你好!", "yes")],
+        "test": [("bob", "t2", LONG, "yes"), ("bob", "t4", "x", "no")],
+    }
+    splits = [{user: [Example(u, i, text, (label,)) for u, i, text, label in rows[name] if u == user]
+               for user in ("ann", "bob")} for name in rows]  # fmt: skip
+    return Task("moods", "Do they like it?", tuple(labels), multi_label, *splits)
+
+
+def foreign_tokenizer():
+    """Byte-level BPE that knows nothing of our tokens, as any other base has."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)  # fmt: skip
+    tokenizer.train_from_iterator([LONG, "Do they like it? Text: I like it Label: yes no"], trainer)
+    return tokenizer
+
+
+def test_a_base_of_our_own_gets_text_and_answer():
+    task, tokenizer = make_task(), train_tokenizer(make_task())
+    encoded = encode_task(task, tokenizer, 512)
+    answer, yes, no = (tokenizer.token_to_id(token) for token in (ANSWER, label_token("yes"), label_token("no")))
+    assert encoded.labels.labels == [(yes,), (no,)] and encoded.num_cut == 0
+    for question, text in [(encoded.train["ann"][0], "I like it"), (encoded.val["ann"][0], "Grüße, 你好!")]:
+        assert question.prompt[-1] == answer and answer not in question.prompt[:-1]
+        assert tokenizer.decode(question.prompt[:-1]).strip() == text
+
+
+def test_another_base_gets_the_instruction():
+    task, tokenizer = make_task(), foreign_tokenizer()
+    encoded = encode_task(task, tokenizer, 512)
+    assert [tokenizer.decode(label) for label in encoded.labels.labels] == [" yes", " no"]
+    assert tokenizer.decode(encoded.val["ann"][0].prompt) == "Do they like it? Text: Grüße, 你好! Label:"
+
+
+@pytest.mark.parametrize("make_tokenizer", [lambda: train_tokenizer(make_task()), foreign_tokenizer],
+                         ids=["own", "foreign"])  # fmt: skip
+def test_examples_keep_their_order_and_labels(make_tokenizer):
+    encoded = encode_task(make_task(), make_tokenizer(), 512)
+    labels = lambda split: {user: [q.label for q in questions] for user, questions in split.items()}  # noqa: E731
+    assert labels(encoded.train) == {"ann": [0, 1], "bob": [1]}
+    assert labels(encoded.val) == {"ann": [0], "bob": []}
+    assert labels(encoded.test) == {"ann": [], "bob": [0, 1]}
+    assert encoded.train["ann"][0].prompt == encoded.train["bob"][0].prompt  # the same text
+    assert encoded.train["ann"][1].prompt == encoded.test["bob"][0].prompt
+
+
+@pytest.mark.parametrize("make_tokenizer, frame", [(lambda: train_tokenizer(make_task()), ("", "")),
+                                                   (foreign_tokenizer, ("Do they like it? Text: ", " Label:"))],
+                         ids=["own", "foreign"])  # fmt: skip
+def test_long_texts_are_cut_at_their_end_and_counted_and_the_frame_is_whole(make_tokenizer, frame):
+    task, tokenizer = make_task(), make_tokenizer()
+    whole = encode_task(task, tokenizer, 512)
+    longest_label = int(whole.labels.lengths.max())
+    full = len(whole.train["ann"][1].prompt) + longest_label
+    assert encode_task(task, tokenizer, full).num_cut == 0
+    cut = encode_task(task, tokenizer, full - 4)
+    assert cut.num_cut == 2  # the long text, of ann and of bob
+    assert cut.train["ann"][0] == whole.train["ann"][0]
+    question = cut.train["ann"][1]
+    assert len(question.prompt) + longest_label == full - 4
+    before, after = frame
+    text = tokenizer.decode(question.prompt)
+    assert text.startswith(before) and text.endswith(after)
+    kept = text[len(before) : len(text) - len(after)].strip()
+    assert LONG.startswith(kept) and 20 < len(kept) < len(LONG)
+    if not before:
+        assert question.prompt[-1] == tokenizer.token_to_id(ANSWER)
+
+
+def test_what_cannot_be_asked_is_refused():
+    own = train_tokenizer(make_task())
+    with pytest.raises(InputError, match="task 'moods' is multi-label"):
+        encode_task(make_task(multi_label=True), own, 512)
+    with pytest.raises(InputError, match="made for another task: it has no token for label 'maybe'"):
+        encode_task(make_task(("yes", "no", "maybe")), own, 512)
+    with pytest.raises(InputError, match="instruction of task 'moods' leaves no room for text in 12 positions"):
+        encode_task(make_task(), foreign_tokenizer(), 12)
+    with pytest.raises(InputError, match="cannot be told apart"):
+        encode_task(make_task(("yes", "no", "no no")), foreign_tokenizer(), 512)
