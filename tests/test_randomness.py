@@ -28,6 +28,9 @@ def test_draws_are_equal_exactly_if_all_parts_are(one, other):
 ])  # fmt: skip
 def test_parts_that_read_alike_joined_are_not_alike(other):
     assert draws(0, "ann", "shuffle", 0) != draws(*other)
+
+
+def test_numbers_side_by_side_are_not_one_number():
     assert draws(0, "ann", 1, 2) != draws(0, "ann", 12)
 
 

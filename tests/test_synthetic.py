@@ -156,7 +156,7 @@ def test_task_can_be_saved_and_loaded(tmp_path):
 # ---------------------------------------------------------------------------------------------- texts
 
 
-@pytest.mark.parametrize("changes", [{}, {"features": 12, "max_words": 40, "synonyms": 3},
+@pytest.mark.parametrize("changes", [{}, {"features": 12, "max_words": 29, "synonyms": 3},
                                      {"features": 5, "synonyms": 1, "max_words": 20, "correlation": 0.0}],
                          ids=["default", "long", "few features"])
 def test_text_says_exactly_its_features(changes):
@@ -301,7 +301,7 @@ def test_logistic_comes_near_the_personal_ceiling_with_many_examples():
 WRONG = {
     "users": {"users": 0}, "features": {"features": 13}, "disagreement": {"disagreement": -1.0},
     "bias": {"bias": -0.1}, "noise": {"noise": 0.5}, "labels": {"labels": ("yes", "yes")},
-    "min_examples": {"min_examples": 300}, "test_examples": {"test_examples": 0}, "texts": {"texts": 300},
+    "min_examples": {"min_examples": 300}, "test_examples": {"test_examples": 0}, "texts": {"texts": 200},
     "correlation": {"correlation": 1.0}, "synonyms": {"synonyms": 4}, "max_words": {"max_words": 10},
 }
 
