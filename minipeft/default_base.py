@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minipeft.batch import Part, Read, pack
+from minipeft.errors import InputError
 from minipeft.models.decoder import Decoder, DecoderConfig, Linear
 from minipeft.models.loading import save_model
 from minipeft.prompts import ANSWER, encode_task, label_token
@@ -48,7 +49,12 @@ def default_base(task: Task, seed: int = 0, on_step: Callable[[int, int], None] 
     folder = cache_folder() / "bases" / digest.hexdigest()[:32]
     if not (folder / "config.json").exists():
         tokenizer = train_tokenizer(task)
-        save_model(train_decoder(task, tokenizer, seed, on_step), tokenizer, folder)
+        model = train_decoder(task, tokenizer, seed, on_step)
+        try:
+            save_model(model, tokenizer, folder)
+        except InputError:
+            if not (folder / "config.json").exists():  # unless another process made the same base meanwhile
+                raise
     return folder
 
 

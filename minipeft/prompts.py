@@ -89,4 +89,6 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Encoded:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+    """The text's tokens; what looks like a special token in it is plain text, for a user may have written it."""
+    tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids

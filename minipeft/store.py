@@ -29,7 +29,7 @@ def adapter_path(folder: Path, user: str) -> Path:
     Raises:
         InputError: the escaped id is too long for a file name.
     """
-    name = quote(user, safe="")
+    name = quote(user, safe="", errors="surrogatepass")
     if name in ("", ".", ".."):
         name = "".join(f"%{byte:02X}" for byte in user.encode()) or "%"
     if len(name) > MAX_NAME:
