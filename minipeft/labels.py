@@ -3,8 +3,8 @@
     score(label) = sum_i log p(label token i | prompt, label tokens before i)
 
 An example becomes a question (prompt tokens, which label is right). Training minimises -log p over the right labels'
-tokens (engine.py says how they are averaged); prediction takes the label with the highest score. Labels that share their first tokens share
-those rows: with one-token labels a question costs one sequence however many labels there are.
+tokens (engine.py says how they are averaged); prediction takes the label with the highest score. Labels that share
+their first tokens share those rows: with one-token labels a question costs one sequence however many labels there are.
 """
 
 from collections.abc import Sequence
