@@ -5,7 +5,7 @@ import os
 # Threads that wait for each other must not spin for milliseconds: with another busy program on the machine that makes
 # a step ten times slower. Read when torch loads; a choice of the user's own stays. See docs/decisions.md.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError

@@ -45,11 +45,11 @@ from minipeft.tasks.task import Task, load_task, majority_answers, nominal_alpha
 from minipeft_kernels.backend import backend
 
 PERSONAL = TrainConfig(
-    method=LoRA(rank=8, alpha=16, sites=("v", "o", "down")), learning_rate=5e-3, batch_size=4, epochs=4
+    method=LoRA(rank=8, alpha=16, sites=("v", "o", "down")), learning_rate=5e-3, batch_size=4, epochs=3
 )
-SHARED = replace(PERSONAL, epochs=1, batch_size=32)
-TRIAL_STEPS = 512  # steps of all users together in the speed trial
-NUM_ALONE = 4  # users whose whole training is repeated alone
+SHARED = replace(PERSONAL, epochs=1, batch_size=64)
+TRIAL_STEPS = 320  # steps of all users together in the speed trial
+NUM_ALONE = 2  # users whose whole training is repeated alone
 PASSES = PassConfig()
 ALONE = PassConfig(slots=1)
 EVERYONE = "(everyone)"  # the one "user" of the shared adapter
