@@ -2,8 +2,8 @@
 
 import os
 
-# Threads that wait for each other must not spin for milliseconds: with another busy program on the machine that makes
-# a step ten times slower. Read when torch loads; a choice of the user's own stays. See docs/decisions.md.
+# Threads that wait for each other must not spin for milliseconds: another busy program on the machine would slow every
+# step. Read when torch loads, so it stands above the imports; a choice of the user's own stays. See docs/decisions.md.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
