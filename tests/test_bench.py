@@ -88,7 +88,11 @@ def test_ctrl_c_leaves_a_message_and_every_finished_adapter(task_folder, tmp_pat
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(bench, "save_adapter", save_then_interrupt)
-    assert run("--task", task_folder, "--out", tmp_path) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
+    try:
+        assert run("--task", task_folder, "--out", tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     assert "interrupted" in error and "Traceback" not in error and str(tmp_path / "adapters") in error
     base = load_model(next((default_base.cache_folder() / "bases").iterdir()))
