@@ -2,14 +2,30 @@
 
 import torch
 
+from minipeft_kernels.dtypes import INTERPRETED, triton
+
+INTERPRET = bool(INTERPRETED)  # whether TRITON_INTERPRET=1 was set when the kernels were imported
+
 
 def backend(device: torch.device | str) -> str:
-    """The name of the implementation that runs on this device: "cpu" (plain PyTorch on tiles, kernels/cpu.py).
+    """The name of the implementation that runs on this device.
+
+    "triton": compiled kernels on a GPU; on a CPU, under TRITON_INTERPRET=1, the same kernels in Triton's interpreter
+              (slow: for tests and for stepping through a kernel with a debugger).
+    "torch":  plain PyTorch on tiles (kernels/cpu.py), on a CPU.
 
     Raises:
         ValueError: no implementation exists for the device. There is no fallback.
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        return "cpu"
-    raise ValueError(f"minipeft_kernels: no implementation for device {kind!r} yet; move the model to the CPU.")
+        return "triton" if INTERPRET else "torch"
+    if kind != "cuda":
+        raise ValueError(f"minipeft_kernels: no implementation for device {kind!r}; use a CPU or a GPU.")
+    if triton is None:
+        raise ValueError("minipeft_kernels: a GPU needs Triton, which is not installed; pip install triton.")
+    if INTERPRET:
+        raise ValueError("minipeft_kernels: TRITON_INTERPRET=1 runs kernels on the CPU; unset it to use the GPU.")
+    if not torch.cuda.is_available():
+        raise ValueError("minipeft_kernels: this PyTorch sees no GPU; use the CPU, or install PyTorch for the GPU.")
+    return "triton"

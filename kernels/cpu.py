@@ -1,7 +1,7 @@
-"""The CPU path: batched products over tiles of one slot each, the same tiles the GPU kernels use.
+"""The CPU path: batched products over pieces of one slot each.
 
-A tile holds `tile` rows of one slot, so x as [n, tile, K] and the slots' matrices gathered as [n, R, K] turn every
-family of the LoRA op into one `bmm`:
+A piece or tile (segments.py) holds some rows of one slot, so x as [n, tile, K] and the slots' matrices gathered as
+[n, R, K] turn every family of the LoRA op into one `bmm` for each size of pieces:
 
     shrink   v^T = scale * A x^T        [n, R, tile]     (rank first: twice as fast as x A^T on two cores)
     expand   y   = (v^T)^T Bt           [n, tile, N]
@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import Pieces, Tiles
 
 
-def tile_matrices(matrices: Tensor, segments: Segments, ranks: Tensor | None) -> Tensor:
-    """[U, R, K] -> [n, R, K], each tile's own matrix; rows at or past the slot's rank become 0, whatever they hold."""
-    gathered = matrices.index_select(0, segments.tile_slots)
+def tile_matrices(matrices: Tensor, slots: Tensor, ranks: Tensor | None, M: int = 1) -> Tensor:
+    """[U, M * R, K] -> [n, M * R, K], each tile's own; rows at or past the slot's rank become 0, whatever they hold."""
+    gathered = matrices.index_select(0, slots)
     if ranks is not None:
-        unused = torch.arange(matrices.shape[1], device=matrices.device) >= ranks[segments.tile_slots, None]  # [n, R]
+        of_site = torch.arange(matrices.shape[1], device=matrices.device) % (matrices.shape[1] // M)  # [M * R]
+        unused = of_site >= ranks.index_select(0, slots)[:, None]  # [n, M * R]
         gathered = gathered.masked_fill_(unused[:, :, None], 0.0)
     return gathered
 
@@ -33,18 +34,35 @@ def shrink(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
 
 
 def expand_add_(y: Tensor, v: Tensor, Bt: Tensor) -> Tensor:
-    """y [n, tile, N] += v Bt, with v given as v^T [n, R, tile] and Bt [n, R, N]. In place where y allows it."""
+    """y [n, tile, N] += v Bt, with v given as v^T [n, R, tile] and Bt [n, R, N]. In place."""
     return y.baddbmm_(v.transpose(1, 2), Bt)
 
 
-def wgrad(v: Tensor, x: Tensor, segments: Segments) -> Tensor:
+def expand_rows_add_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor) -> None:
+    """As expand_add_, with y given as rows [T, N]."""
+    if isinstance(pieces.rows, slice):
+        expand_add_(pieces.of(y), v, Bt)
+    else:
+        y.index_add_(0, pieces.rows, torch.bmm(v.transpose(1, 2), Bt).view(-1, y.shape[1]))
+
+
+def sum_pieces(partials: list[Tensor], tiles: Tiles) -> Tensor:
+    """Sums of every size of pieces, [n, R, K] each -> sums of each segment's pieces in row order: [S', R, K]."""
+    partial = partials[0] if len(partials) == 1 else torch.cat(partials)  # [p, R, K]
+    if len(partial) == len(tiles.first_piece):
+        return partial if len(partials) == 1 else partial.index_select(0, tiles.order)
+    flat = partial.view(len(partial), -1)
+    return F.embedding_bag(tiles.order, flat, tiles.first_piece, mode="sum").view(-1, *partial.shape[1:])
+
+
+def wgrad(v: Tensor, x: Tensor, tiles: Tiles) -> Tensor:
     """G[s] = sum of v^T x over the tiles of segment s in order: [S', R, K] for the S' segments that have rows."""
     partial = torch.bmm(v, x)  # [n, R, K]
-    if len(partial) == len(segments.first_tile):
+    if len(partial) == len(tiles.first_tile):
         return partial  # every segment is one tile
     flat = partial.view(len(partial), -1)
-    tiles = torch.arange(len(flat), device=flat.device)
-    return F.embedding_bag(tiles, flat, segments.first_tile, mode="sum").view(-1, *partial.shape[1:])
+    nth = torch.arange(len(flat), device=flat.device)
+    return F.embedding_bag(nth, flat, tiles.first_tile, mode="sum").view(-1, *partial.shape[1:])
 
 
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:

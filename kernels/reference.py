@@ -1,24 +1,45 @@
 """Every op in plain PyTorch: the definition, and the loop over users that the fused op replaces.
 
 Slow on purpose: each function reads like its equation. Tests compare with it in fp64, benchmarks time it as the
-baseline a user would otherwise write.
+baseline a user would otherwise write. So rows are cut apart with `split` and matrices with `unbind`: every slice of a
+tensor has a gradient of the whole tensor's size, and a loop over slices would mostly add up zeros.
 """
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from minipeft_kernels.prompts import PromptPlan
 from minipeft_kernels.segments import Segments
+
+
+def _by_user(x: Tensor, segments: Segments) -> Iterator[tuple[int, Tensor]]:
+    """Each segment's slot and rows."""
+    return zip(segments.slots, x.split(np.diff(segments.starts).tolist()))
 
 
 def segment_lora(
     x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None = None
 ) -> Tensor:
     """y[t] = scale[u] * B[u] @ A[u] @ x[t], where slot u owns row t. Arguments as in segment_lora.py."""
-    parts = []
-    for slot, start, end in zip(segments.slots, segments.starts[:-1], segments.starts[1:]):
+    As, Bts, parts = A.unbind(), Bt.unbind(), []
+    for slot, rows in _by_user(x, segments):
         R = A.shape[1] if ranks is None else int(ranks[slot])
-        parts.append(scale[slot].to(x.dtype) * (x[start:end] @ A[slot, :R].T @ Bt[slot, :R]))
+        parts.append(scale[slot].to(x.dtype) * (rows @ As[slot][:R].T @ Bts[slot][:R]))
     return torch.cat(parts)
+
+
+def bgmv(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, slots: Tensor, ranks: Tensor | None = None) -> Tensor:
+    """y[s] = scale[u] * B[u] @ A[u] @ x[s] with u = slots[s]; zeros for slot -1. Arguments as in bgmv.py."""
+    y = x.new_zeros(len(x), Bt.shape[2])
+    for s, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            R = A.shape[1] if ranks is None else int(ranks[slot])
+            y[s] = scale[slot].to(x.dtype) * (A[slot, :R] @ x[s] @ Bt[slot, :R])
+    return y
 
 
 def adamw_(
@@ -39,3 +60,35 @@ def adamw_(
         corrected = (exp_avg_sq[u] / (1 - beta2**step)).sqrt() + hyper["eps"][i]
         weights[u] -= lr / (1 - beta1**step) * exp_avg[u] / corrected
     return torch.stack(norms)
+
+
+def segment_ia3(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:
+    """y[t] = vectors[u] * x[t], where slot u owns row t. Arguments as in ia3.py."""
+    each, parts = vectors.unbind(), []
+    for slot, rows in _by_user(x, segments):
+        parts.append((each[slot] * rows).to(x.dtype))
+    return torch.cat(parts)
+
+
+def gather_prompts(x: Tensor, prompts: Tensor, plan: PromptPlan) -> Tensor:
+    """y = x with each sequence's prompt rows put in. Arguments as in prompts.py."""
+    y = x.clone()
+    for slot, first_row, count in zip(plan.slots, plan.first_rows, plan.counts):
+        y[first_row : first_row + count] = prompts[slot, :count].to(x.dtype)
+    return y
+
+
+def segment_bottleneck(
+    x: Tensor, residual: Tensor | None, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor,
+    segments: Segments, activation: str, scale: Tensor | None = None, widths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y[t] = r[t] + scale[u] * (up[u]^T @ act(down[u] @ x[t] + down_bias[u]) + up_bias[u]). As in bottleneck.py."""
+    act = {"relu": torch.relu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "silu": F.silu}
+    downs, down_biases, ups, up_biases = (tensor.unbind() for tensor in (down, down_bias, up, up_bias))
+    parts, residuals = [], _by_user(x if residual is None else residual, segments)
+    for (slot, rows), (_, r) in zip(_by_user(x, segments), residuals):
+        width = down.shape[1] if widths is None else int(widths[slot])
+        h = act[activation](F.linear(rows, downs[slot][:width], down_biases[slot][:width]))
+        s = 1.0 if scale is None else scale[slot].to(x.dtype)
+        parts.append(r + s * F.linear(h, ups[slot][:width].T, up_biases[slot]))
+    return torch.cat(parts)

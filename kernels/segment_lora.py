@@ -1,4 +1,4 @@
-"""LoRA for many users in one packed batch, with and without the frozen linear map it belongs to.
+"""LoRA for many users in one packed batch.
 
     delta[t] = s_u B_u A_u x[t]          slot u owns row t         Hu et al. 2021 (arXiv:2106.09685), eq. 3
 
@@ -7,59 +7,173 @@ Gradients, per segment of slot u, with v = s A x (kept) and w = s B^T grad_y:
     grad_x = A^T w       grad_A = sum_t w[t] x[t]^T       grad_Bt = sum_t v[t] grad_y[t]^T
 
 Both matrices are stored rank-major, A [U, R, K] and Bt = B^T [U, R, N], so forward and backward are the same three
-families: shrink (K -> R), expand (R -> N) and weight gradient (cpu.py).
+families: shrink (K -> R), expand (R -> N) and weight gradient. On a GPU they are the kernels of shrink_expand.py and
+wgrad.py, on a CPU batched products over pieces (cpu.py).
 
-`segment_lora` is the op by itself, for tests and for readers. Training calls `lora_linear`: the same arithmetic around
-the frozen product, adding in place instead of making one more [T, N] tensor, and writing gradients into the bank.
+`segment_lora` is the op by itself, for tests and for readers. Training calls `lora_linear` (lora_linear.py): the same
+`Lora`, forward and backward, around the frozen product.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
+from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.segments import Segments
+from minipeft_kernels.shrink_expand import PLANE, expand, shrink, shrink_expand
+from minipeft_kernels.wgrad import wgrad
 
 
-def _forward(x: Tensor, A: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tiles x [n, tile, K] -> v^T = scale * A x^T [n, R, tile], and the scale of every tile [n]."""
-    tile_scale = scale.index_select(0, segments.tile_slots).to(x.dtype)
-    return cpu.shrink(x, cpu.tile_matrices(A, segments, ranks), tile_scale), tile_scale
+@dataclass(frozen=True)
+class Lora:
+    """One bank's LoRA at M sites that share their input (q|k|v), for the rows of `segments`.
+
+    A:        [U, M * R, K]: the sites' As one below the other, so that x is read once.
+    Bts:      M tensors [U, R, N_m]. A and Bts are views of the bank, any stride between slots; on a GPU several Bts lie
+              one right after the other.
+    scale:    [U] fp32. ranks: [U] int32, or None where every slot uses all R.
+    grad_A, grad_Bts: where `backward` stores the gradients of slots that have rows: shapes of A and Bts, fp32 (on a
+              CPU: dtype of A). Other slots are left alone; rank rows past a slot's own get 0, or are left alone too.
+    sites:    on a GPU shrink_expand.site_table of the widths N_m; None for one site.
+    drop:     [S, 2] int64 (dropout.py): dropout of x on its way into A; None: none.
+    squares:  on a GPU, where to leave the sums of squares of grad_A and of each of grad_Bts (wgrad.py); None: nowhere.
+    """
+
+    A: Tensor
+    Bts: tuple[Tensor, ...]
+    scale: Tensor
+    ranks: Tensor | None
+    segments: Segments
+    grad_A: Tensor
+    grad_Bts: tuple[Tensor, ...]
+    sites: Tensor | None = None
+    drop: Tensor | None = None
+    squares: tuple[Tensor | None, ...] | None = None
+
+    def columns(self, x: Tensor) -> list[Tensor]:
+        """x [..., M * R] cut into the sites' own R columns."""
+        return list(x.split(self.Bts[0].shape[1], dim=-1))
 
 
-def _backward(
-    x: Tensor, grad_y: Tensor, v: Tensor, Bt: Tensor, tile_scale: Tensor, segments: Segments, ranks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles x [n, tile, K], grad_y [n, tile, N] and v^T -> w^T [n, R, tile], grad_A and grad_Bt of the live slots."""
-    w = cpu.shrink(grad_y, cpu.tile_matrices(Bt, segments, ranks), tile_scale)
-    return w, cpu.wgrad(w, x, segments), cpu.wgrad(v, grad_y, segments)
+# ---- On a GPU ------------------------------------------------------------------------------------------------------
+
+
+def forward_triton(lora: Lora, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """y [T, N] = delta, the sites' columns side by side. Returns (v,), which backward wants."""
+    return (shrink_expand(x, lora.A, lora.Bts[0], y, lora.scale, lora.ranks, lora.segments.plan, lora.sites,
+                          drop_x=lora.drop),)  # fmt: skip
+
+
+def backward_triton(lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor) -> None:
+    """grad_x [T, K] = the delta's; the weights' gradients go where lora says. grad_ys: M contiguous [T, N_m]."""
+    plan, ranks, M = lora.segments.plan, lora.ranks, len(lora.Bts)
+    R = lora.Bts[0].shape[1]
+    if M == 1:
+        w = shrink_expand(grad_ys[0], lora.Bts[0], lora.A, grad_x, lora.scale, ranks, plan, drop_y=lora.drop)
+    else:  # every site's gradient has its own shrink; one expand adds them up
+        num_planes = max(-(-grad_y.shape[1] // PLANE) for grad_y in grad_ys)
+        planes = torch.empty(num_planes, len(x), M * R, dtype=torch.float32, device=x.device)
+        for m, (grad_y, Bt) in enumerate(zip(grad_ys, lora.Bts)):
+            shrink(grad_y, Bt, ranks, plan, planes=planes, column=m * R)
+        w = expand(planes, lora.A, grad_x, lora.scale, ranks, plan, R, M, drop_y=lora.drop)
+    squares_A, *squares = lora.squares or [None] * (1 + M)
+    wgrad(w, x, plan, lora.grad_A, ranks, squares=squares_A, drop=lora.drop, M=M)
+    for v, grad_y, grad_Bt, sums in zip(lora.columns(kept[0]), grad_ys, lora.grad_Bts, squares):
+        wgrad(v, grad_y, plan, grad_Bt, ranks, squares=sums)
+
+
+# ---- On a CPU ------------------------------------------------------------------------------------------------------
+
+
+def _dropped(lora: Lora, x: Tensor) -> Tensor:
+    """What LoRA's branch sees of x."""
+    if lora.drop is None:
+        return x
+    keep, factor = keep_mask(lora.drop, lora.segments.starts, x.shape[1])
+    return torch.where(keep, x * factor.to(x.dtype), 0.0)
+
+
+def _matrices(lora: Lora, slots: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """A, Bts and scale of every piece: [n, M * R, K], M times [n, R, N_m], [n]."""
+    A = cpu.tile_matrices(lora.A, slots, lora.ranks, len(lora.Bts))
+    Bts = [cpu.tile_matrices(Bt, slots, lora.ranks) for Bt in lora.Bts]
+    return A, Bts, lora.scale.index_select(0, slots).to(A.dtype)
+
+
+def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor]) -> tuple[Tensor, ...]:
+    """ys, M of [T, N_m], += delta. Returns v^T of every size of pieces, [n, M * R, size], which backward wants."""
+    x, kept = _dropped(lora, x), []
+    for pieces in lora.segments.tiles.pieces:
+        A, Bts, scale = _matrices(lora, pieces.slots)
+        v = cpu.shrink(pieces.of(x), A, scale)
+        for y, Bt, v_m in zip(ys, Bts, v.split(Bts[0].shape[1], dim=1)):
+            cpu.expand_rows_add_(y, pieces, v_m, Bt)
+        kept.append(v)
+    return tuple(kept)
+
+
+def backward_torch(
+    lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor | None
+) -> None:
+    """grad_x [T, K], or None, += the delta's; the weights' gradients go where lora says. grad_ys: M of [T, N_m]."""
+    tiles, x = lora.segments.tiles, _dropped(lora, x)
+    delta = grad_x if lora.drop is None or grad_x is None else torch.zeros_like(grad_x)
+    grad_As, grad_Bts = [], [[] for _ in grad_ys]  # of each size of pieces
+    for pieces, v in zip(tiles.pieces, kept):
+        A, Bts, scale = _matrices(lora, pieces.slots)
+        parts = [pieces.of(grad_y) for grad_y in grad_ys]
+        ws = [cpu.shrink(part, Bt, scale) for part, Bt in zip(parts, Bts)]
+        w = ws[0] if len(ws) == 1 else torch.cat(ws, dim=1)  # [n, M * R, size]
+        if delta is not None:
+            cpu.expand_rows_add_(delta, pieces, w, A)
+        grad_As.append(torch.bmm(w, pieces.of(x)))
+        for grads, v_m, part in zip(grad_Bts, v.split(Bts[0].shape[1], dim=1), parts):
+            grads.append(torch.bmm(v_m, part))
+    if delta is not grad_x:
+        grad_x += _dropped(lora, delta)
+    if not tiles.pieces:
+        return
+    for grad, partials in zip((lora.grad_A, *lora.grad_Bts), (grad_As, *grad_Bts)):
+        grad[tiles.live_slots] = cpu.sum_pieces(partials, tiles)
+
+
+# ---- The op --------------------------------------------------------------------------------------------------------
 
 
 class _SegmentLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, Bt, scale, segments, ranks):
-        v, tile_scale = _forward(segments.tiles(x), A, scale, segments, ranks)
-        ctx.save_for_backward(x, v, A, Bt, tile_scale)
-        ctx.segments, ctx.ranks = segments, ranks
-        return segments.rows(torch.bmm(v.transpose(1, 2), cpu.tile_matrices(Bt, segments, ranks)))
+    def forward(ctx, x, A, Bt, scale, segments, ranks, drop):
+        lora = Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop)  # no gradients are stored in forward
+        if segments.plan is not None:
+            y = x.new_empty(len(x), Bt.shape[2])
+            kept = forward_triton(lora, x, y)
+        else:
+            y = x.new_zeros(len(x), Bt.shape[2])
+            kept = forward_torch(lora, x, [y])
+        ctx.save_for_backward(x, A, Bt, scale, ranks, drop, *kept)
+        ctx.segments = segments
+        return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, v, A, Bt, tile_scale = ctx.saved_tensors
-        segments, ranks = ctx.segments, ctx.ranks
-        grad_tiles = segments.tiles(grad_y.contiguous())  # [n, tile, N]
-        w, grad_A_live, grad_Bt_live = _backward(segments.tiles(x), grad_tiles, v, Bt, tile_scale, segments, ranks)
-        grad_x = segments.rows(torch.bmm(w.transpose(1, 2), cpu.tile_matrices(A, segments, ranks)))
-        grad_A, grad_Bt = torch.zeros_like(A), torch.zeros_like(Bt)
-        grad_A[segments.live_slots] = grad_A_live
-        grad_Bt[segments.live_slots] = grad_Bt_live
-        return grad_x, grad_A, grad_Bt, None, None, None
+        x, A, Bt, scale, ranks, drop, *kept = ctx.saved_tensors
+        segments, grad_y = ctx.segments, grad_y.contiguous()
+        dtype = torch.float32 if segments.plan is not None else A.dtype
+        grad_A, grad_Bt = (torch.zeros(M.shape, dtype=dtype, device=M.device) for M in (A, Bt))
+        lora = Lora(A, (Bt,), scale, ranks, segments, grad_A, (grad_Bt,), drop=drop)
+        if segments.plan is not None:
+            grad_x = torch.empty_like(x)
+            backward_triton(lora, x, [grad_y], kept, grad_x)
+        else:
+            grad_x = torch.zeros_like(x)
+            backward_torch(lora, x, [grad_y], kept, grad_x)
+        return grad_x, grad_A.to(A.dtype), grad_Bt.to(A.dtype), None, None, None, None
 
 
-def _check(op: str, x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None) -> None:
+def check(op: str, x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None) -> None:
     if x.ndim != 2 or x.shape[0] != segments.num_rows:
         raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
     if A.ndim != 3 or A.shape[2] != x.shape[1]:
@@ -74,106 +188,31 @@ def _check(op: str, x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: S
         raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {A.shape[0]} slots.")
     if ranks is not None and ranks.shape != A.shape[:1]:
         raise ValueError(f"{op}: ranks must be [{A.shape[0]}], one per slot; got {tuple(ranks.shape)}.")
+    if (backend(x.device) == "triton") != (segments.plan is not None):
+        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
+                         "pass device=x.device to Segments.build.")
 
 
 def segment_lora(
-    x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None = None
-) -> Tensor:
+    x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None = None,
+    drop: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """y[t] = scale[u] * B[u] @ A[u] @ x[t], where slot u owns row t and Bt[u] is B[u] transposed.
 
     Hu et al. 2021 (arXiv:2106.09685), eq. 3, without the frozen term W0 @ x, for many users at once.
 
     Args:
-        x:      [T, K]. Packed rows, in segment order.
+        x:      [T, K] fp32, bf16 or fp16 (on a CPU also fp64). Packed rows, in segment order.
         A, Bt:  [U, R, K] and [U, R, N], dtype of x, views of the bank: any stride between slots.
         scale:  [U] fp32, no unit. alpha / rank.
-        ranks:  [U] int64, or None where every slot uses all R. Rank rows at or past ranks[u] have no
+        ranks:  [U] int32, or None where every slot uses all R. Rank rows at or past ranks[u] have no
                 effect, whatever they hold, and get gradient 0.
+        drop:   [S, 2] int64, key and threshold of each segment's dropout of x (dropout.py); None: no dropout.
     Returns:
-        [T, N], dtype of x. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
+        [T, N], dtype of x; sums run in fp32. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
         ValueError: the shapes or dtypes disagree, or the device has no implementation.
     Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run.
     """
-    _check("segment_lora", x, A, Bt, scale, segments, ranks)
-    assert backend(x.device) == "cpu"
-    return _SegmentLora.apply(x, A, Bt, scale, segments, ranks)
-
-
-@dataclass(frozen=True)
-class LoraRows:
-    """One bank's LoRA at one site, and the rows of the batch it acts on: rows first_row .. first_row + T_g - 1.
-
-    A, Bt, scale, ranks, segments as in `segment_lora`; segments aligned to their tile. grad_A and grad_Bt have the
-    shapes of A and Bt and are views of the bank's gradients: backward stores the gradients of the batch's slots there
-    and leaves other slots alone.
-    """
-
-    first_row: int
-    A: Tensor
-    Bt: Tensor
-    scale: Tensor
-    ranks: Tensor | None
-    segments: Segments
-    grad_A: Tensor
-    grad_Bt: Tensor
-
-    def tiles(self, x: Tensor) -> Tensor:
-        return self.segments.tiles(x[self.first_row : self.first_row + self.segments.num_rows])
-
-
-class _LoraLinear(torch.autograd.Function):
-    """`anchor` is any tensor that requires grad: it keeps backward alive at a site whose x needs no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, anchor, weight, bias, groups, tile):
-        y = F.linear(x, weight, bias) if tile is None else cpu.tiled_linear(x, weight, bias, tile)
-        kept = []
-        for g in groups:
-            v, tile_scale = _forward(g.tiles(x), g.A, g.scale, g.segments, g.ranks)
-            cpu.expand_add_(g.tiles(y), v, cpu.tile_matrices(g.Bt, g.segments, g.ranks))
-            kept += [v, tile_scale]
-        ctx.save_for_backward(x, weight, *kept)
-        ctx.groups, ctx.tile = groups, tile
-        return y
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        x, weight, *kept = ctx.saved_tensors
-        grad_y = grad_y.contiguous()
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            if ctx.tile is None:
-                grad_x = grad_y @ weight
-            else:
-                grad_x = cpu.tiled_linear(grad_y, weight.t(), None, ctx.tile)
-        for g, v, tile_scale in zip(ctx.groups, kept[::2], kept[1::2]):
-            w, grad_A, grad_Bt = _backward(g.tiles(x), g.tiles(grad_y), v, g.Bt, tile_scale, g.segments, g.ranks)
-            g.grad_A[g.segments.live_slots] = grad_A
-            g.grad_Bt[g.segments.live_slots] = grad_Bt
-            if grad_x is not None:
-                cpu.expand_add_(g.tiles(grad_x), w, cpu.tile_matrices(g.A, g.segments, g.ranks))
-        return grad_x, None, None, None, None, None
-
-
-def lora_linear(
-    x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, groups: list[LoraRows], tile: int | None = None
-) -> Tensor:
-    """y[t] = W x[t] + b + scale[u] * B[u] @ A[u] @ x[t]: a frozen linear map and every row's own LoRA on it.
-
-    Args:
-        x:      [T, K]. anchor: any tensor that requires grad, unused (see _LoraLinear).
-        weight: [N, K], frozen. bias: [N] or None, frozen.
-        groups: the banks that act here, each on its own rows. Their gradients are written into their grad_A, grad_Bt.
-        tile:   None: one matrix product for all rows. A number: fixed tiles of that many rows (T a multiple of it), so
-                that a row's bits do not depend on the company; costs a few percent.
-    Returns:
-        [T, N], dtype of x. Differentiable in x.
-    """
-    for g in groups:
-        if g.segments.gather is not None:
-            raise ValueError("lora_linear: segments must be multiples of their tile; pad the batch (minipeft.batch).")
-        mine = x[g.first_row : g.first_row + g.segments.num_rows]
-        _check("lora_linear", mine, g.A, g.Bt, g.scale, g.segments, g.ranks)
-    assert backend(x.device) == "cpu"
-    return _LoraLinear.apply(x, anchor, weight, bias, groups, tile)
+    check("segment_lora", x, A, Bt, scale, segments, ranks)
+    return _SegmentLora.apply(x.contiguous(), A, Bt, scale, segments, ranks, drop)

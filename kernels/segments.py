@@ -1,8 +1,9 @@
 """Segments: which rows of a packed batch belong to which slot of the bank.
 
-A batch has T rows. Segment s is rows starts[s] .. starts[s + 1] - 1, all of slot slots[s]. Rows are also cut into
-tiles of `tile` rows that start at their segment's own first row, so a tile sees one slot and its boundaries never
-depend on the company. The plan is built once per batch on the host and reused by every layer.
+A batch has T rows. Segment s is rows starts[s] .. starts[s + 1] - 1, all of slot slots[s]. Rows are also cut into tiles
+that start at their segment's own first row, so a tile sees one slot and its boundaries never depend on the company.
+The plan is built once per batch on the host, in O(tiles), and reused by every layer: `Tiles` for plain PyTorch, `Plan`
+for the kernels.
 """
 
 from collections.abc import Sequence
@@ -12,40 +13,113 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TILE = 16  # rows; a batch whose segments are all multiples of it needs no gather (see `aligned`)
+from minipeft_kernels.backend import backend
+
+PIECES = (512, 16, 4, 1)  # rows of the CPU's pieces of a segment
+TILE = 16  # rows; a batch whose segments are all multiples of it needs no gather on the CPU
+BLOCKS = (16, 32, 64)  # rows of a kernel's tile; which one a kernel takes depends on its widths, never on the batch
+CHUNK = 2048  # rows of a segment whose weight gradient one program sums; longer segments are summed chunk by chunk
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of one size, of all segments: the matrices of one batched product.
+
+    size: rows per piece. slots: [n] int64 on the device, each piece's slot.
+    rows: which rows they are, piece after piece: a slice where they follow one another, else [n * size] int64.
+    """
+
+    size: int
+    slots: Tensor
+    rows: slice | Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their rows of x [T, K]: [n, size, K], a view where the rows follow one another."""
+        mine = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+        return mine.view(-1, self.size, x.shape[1])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The plan of the PyTorch path: every tile is a matrix of a batched product. Index tensors, all on the device.
+
+    A segment is cut in two ways. Into tiles of one size, the last one filled up with zeros. And into pieces of a few
+    sizes, without filling: as many of the largest size as its length holds, then of the next. Both start at the
+    segment's own first row and depend on its own length alone.
+
+    pieces:     of each size in PIECES that occurs, largest first.
+    order:      [p] int64: the pieces of all sizes, one size after another, in the order of their rows.
+    first_piece: [S'] int64: where each segment's pieces begin in that order.
+    tile:       rows per tile.
+    tile_slots: [n] int64. Which slot each tile belongs to.
+    live_slots: [S'] int64. Slots of the segments that have rows, in row order.
+    first_tile: [S'] int64. The first tile of each of those; a segment's tiles are consecutive.
+    gather:     [n * tile] int64, row of each place of each tile, T where there is none; None if all are whole.
+    scatter:    [T] int64, place of each row; None if all tiles are whole.
+    """
+
+    pieces: tuple[Pieces, ...]
+    order: Tensor
+    first_piece: Tensor
+    tile: int
+    tile_slots: Tensor
+    live_slots: Tensor
+    first_tile: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Rows [T, K] -> tiles [n, tile, K]: a view if every segment is a multiple of the tile, else a padded copy."""
+        if self.gather is not None:
+            x = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.gather)
+        return x.view(-1, self.tile, x.shape[-1])
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """Tiles [n, tile, N] -> rows [T, N]: undoes `cut`."""
+        rows = tiles.reshape(-1, tiles.shape[-1])
+        return rows if self.scatter is None else rows.index_select(0, self.scatter)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of the kernels: int32 tables on the device, views of one buffer that was copied there at once.
+
+    segments: [S, 3]: first row, end row, slot of each segment.
+    tiles:    block size -> [n, 2]: segment and first row of each tile of that many rows, for every size in BLOCKS.
+    chunks:   [c, 4]: segment, first row, end row, part. Pieces of at most CHUNK rows, the longest first. part is -1
+              where the segment is one chunk, else where to leave the chunk's sum among the num_parts partial sums.
+    finals:   [f, 3]: segment, first part, end part, of each segment of several chunks: its parts are summed in order.
+    """
+
+    segments: Tensor
+    tiles: dict[int, Tensor]
+    chunks: Tensor
+    finals: Tensor
+    num_parts: int
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The batch plan. Host arrays for the reference's loop, device tensors for everyone else.
+    """Which rows belong to which slot, and the plan of the backend that will run on them.
 
-    slots:      [S] int64 on the host, each slot at most once.
-    starts:     [S + 1] int64 on the host.
-    tile:       rows per tile.
-    tile_slots: [n] int64 on the device. Which slot each tile belongs to.
-    live_slots: [S'] int64 on the device. Slots of the segments that have rows, in row order.
-    first_tile: [S'] int64 on the device. The first tile of each of those; a segment's tiles are consecutive.
-    gather:     [n * tile] int64 on the device, row of each place of each tile, T where there is none; None if aligned.
-    scatter:    [T] int64 on the device, place of each row; None if aligned.
+    slots:  [S] int64 on the host, each slot at most once. starts: [S + 1] int64 on the host.
+    tiles:  the plan of the PyTorch path, or None. plan: that of the kernels, or None. One of them exists.
     """
 
     slots: np.ndarray
     starts: np.ndarray
-    tile: int
-    tile_slots: Tensor
-    first_tile: Tensor
-    live_slots: Tensor
-    gather: Tensor | None
-    scatter: Tensor | None
+    tiles: Tiles | None
+    plan: Plan | None
 
     @staticmethod
     def build(
         slots: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu", tile: int = TILE
     ) -> "Segments":
-        """The plan for segments of these slots and lengths, in row order.
+        """The plan for segments of these slots and lengths, in row order. tile: rows per tile of the PyTorch path.
 
         Raises:
-            ValueError: a slot appears twice or is negative, a length is negative, or the two lists differ in size.
+            ValueError: a slot appears twice or is negative, a length is negative, the two lists differ in size, or the
+                device has no implementation.
         """
         slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
         if slots.shape != lengths.shape or slots.ndim != 1:
@@ -55,33 +129,82 @@ class Segments:
         if len(np.unique(slots)) != len(slots):
             raise ValueError(f"Segments.build: a slot appears twice in {slots}; join its rows into one segment.")
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        num_tiles = -(-lengths // tile)  # [S]
-        first_tile = np.cumsum(num_tiles) - num_tiles  # [S]
-        tile_segment = np.repeat(np.arange(len(slots)), num_tiles)  # [n]
-
-        gather = scatter = None
-        if (lengths % tile).any():
-            first_row = starts[tile_segment] + tile * (np.arange(len(tile_segment)) - first_tile[tile_segment])  # [n]
-            rows = first_row[:, None] + np.arange(tile)  # [n, tile]
-            real = rows < starts[tile_segment + 1][:, None]
-            gather = np.where(real, rows, starts[-1]).ravel()
-            scatter = np.flatnonzero(real.ravel())
-        live = lengths > 0
-        on_device = lambda a: None if a is None else torch.from_numpy(a).to(device)  # noqa: E731
-        return Segments(slots, starts, tile, on_device(slots[tile_segment]), on_device(first_tile[live]),
-                        on_device(slots[live]), on_device(gather), on_device(scatter))
+        if backend(device) == "torch":
+            return Segments(slots, starts, _tiles(slots, starts, device, tile), None)
+        return Segments(slots, starts, None, _plan(slots, starts, device))
 
     @property
     def num_rows(self) -> int:
         return int(self.starts[-1])
 
-    def tiles(self, x: Tensor) -> Tensor:
-        """Rows [T, K] -> tiles [n, tile, K]: a view if all segments are multiples of the tile, else a padded copy."""
-        if self.gather is not None:
-            x = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.gather)
-        return x.view(-1, self.tile, x.shape[-1])
 
-    def rows(self, tiles: Tensor) -> Tensor:
-        """Tiles [n, tile, N] -> rows [T, N]: undoes `tiles`."""
-        rows = tiles.reshape(-1, tiles.shape[-1])
-        return rows if self.scatter is None else rows.index_select(0, self.scatter)
+def _cut(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of at most `size` rows of every segment, from its own first row: their segments and first rows, [n]."""
+    num_pieces = -(-np.diff(starts) // size)  # [S]
+    segment = np.repeat(np.arange(len(num_pieces)), num_pieces)  # [n]
+    nth = np.arange(len(segment)) - (np.cumsum(num_pieces) - num_pieces)[segment]
+    return segment, starts[segment] + size * nth
+
+
+def _tiles(slots: np.ndarray, starts: np.ndarray, device: torch.device | str, tile: int) -> Tiles:
+    segment, first_row = _cut(starts, tile)
+    gather = scatter = None
+    if (np.diff(starts) % tile).any():
+        rows = first_row[:, None] + np.arange(tile)  # [n, tile]
+        real = rows < starts[segment + 1][:, None]
+        gather = np.where(real, rows, starts[-1]).ravel()
+        scatter = np.flatnonzero(real.ravel())
+    live, first_tile = np.unique(segment, return_index=True)
+    on_device = lambda a: None if a is None else torch.from_numpy(a).to(device)  # noqa: E731
+    pieces, order, first_piece = _pieces(slots, starts, device)
+    return Tiles(pieces, order, first_piece, tile, on_device(slots[segment]), on_device(slots[live]),
+                 on_device(first_tile), on_device(gather), on_device(scatter))
+
+
+def _pieces(
+    slots: np.ndarray, starts: np.ndarray, device: torch.device | str
+) -> tuple[tuple[Pieces, ...], Tensor, Tensor]:
+    """Tiles.pieces, order and first_piece."""
+    pieces, segments, first_rows = [], [], []
+    begin, end = starts[:-1], starts[1:]
+    for size in PIECES:
+        count = (end - begin) // size  # [S]
+        if count.any():
+            segment = np.repeat(np.arange(len(slots)), count)  # [n]
+            nth = np.arange(len(segment)) - (np.cumsum(count) - count)[segment]
+            first = begin[segment] + size * nth
+            rows = (first[:, None] + np.arange(size)).ravel()
+            together = slice(int(rows[0]), int(rows[-1]) + 1)
+            rows = together if (np.diff(rows) == 1).all() else torch.from_numpy(rows).to(device)
+            pieces.append(Pieces(size, torch.from_numpy(slots[segment]).to(device), rows))
+            segments.append(segment)
+            first_rows.append(first)
+        begin = begin + size * count
+    if not pieces:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return (), nothing, nothing
+    order = np.argsort(np.concatenate(first_rows), kind="stable")
+    _, first_piece = np.unique(np.concatenate(segments)[order], return_index=True)
+    return tuple(pieces), torch.from_numpy(order).to(device), torch.from_numpy(first_piece).to(device)
+
+
+def _plan(slots: np.ndarray, starts: np.ndarray, device: torch.device | str) -> Plan:
+    tables = [np.stack([starts[:-1], starts[1:], slots], 1)]
+    tables += [np.stack(_cut(starts, block), 1) for block in BLOCKS]
+    segment, first_row = _cut(starts, CHUNK)
+    end_row = np.minimum(first_row + CHUNK, starts[segment + 1])
+    num_chunks = np.bincount(segment, minlength=len(slots))
+    several = num_chunks[segment] > 1  # [c]
+    part = np.where(several, np.cumsum(several) - 1, -1)
+    longest_first = np.argsort(first_row - end_row, kind="stable")
+    tables.append(np.stack([segment, first_row, end_row, part], 1)[longest_first])
+    cut_up = np.flatnonzero(num_chunks > 1)
+    end_part = np.cumsum(num_chunks[cut_up])
+    tables.append(np.stack([cut_up, end_part - num_chunks[cut_up], end_part], 1))
+
+    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]).astype(np.int32))
+    if torch.device(device).type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([table.size for table in tables])
+    segments, *tiles, chunks, finals = [x.view(table.shape) for x, table in zip(parts, tables)]
+    return Plan(segments, dict(zip(BLOCKS, tiles)), chunks, finals, int(several.sum()))

@@ -23,7 +23,7 @@ from minipeft.models.decoder import Decoder, LinearFn
 from minipeft.schedule import Job, PassConfig, Run, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.cpu import tiled_linear
-from minipeft_kernels.segment_lora import lora_linear
+from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.segments import TILE
 
 
@@ -80,7 +80,8 @@ class Engine:
         key = (tuple(method.chosen(self.model.sites)), method.rank_class)
         if key not in self._bank_of:
             self._bank_of[key] = len(self._banks)
-            self._banks.append(LoraBank(method, self.model.sites, self.passes.slots, self.model.device))
+            self._banks.append(LoraBank(method, self.model.sites, self.model.shared_inputs,
+                                        self.passes.slots, self.model.device))
         number = self._bank_of[key]
         bank = self._banks[number]
         if row is None:
@@ -95,18 +96,30 @@ class Engine:
     def _linear(self, batch: Batch) -> LinearFn:
         """How the base computes its linear sites in this batch: its own product, plus each row's own adapter."""
         tile = TILE if self.passes.deterministic else None
-        groups = []
-        for number, first_row, segments in batch.groups:
-            bank = self._banks[number]
-            full_rank = bool((bank.ranks[segments.slots] == bank.rank_class).all())
-            groups.append((bank, first_row, segments, full_rank))
+        groups = [(self._banks[number], first_row, segments) for number, first_row, segments in batch.groups]
 
-        def linear(site: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            acting = [bank.at(site, *where) for bank, *where in groups]
-            acting = [lora for lora in acting if lora is not None]
+        def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
+            return [bank.at(sites, first_row, segments) for bank, first_row, segments in groups]
+
+        def launch(sites: tuple[str, ...], x: Tensor, weights: list, biases: list) -> tuple[Tensor, ...]:
+            acting = [lora for lora in at(sites) if lora is not None]
             if acting:
-                return lora_linear(x, self._anchor, weight, bias, acting, tile)
-            return F.linear(x, weight, bias) if tile is None else tiled_linear(x, weight, bias, tile)
+                return lora_linear(x, self._anchor, weights, biases, acting, tile)
+            return tuple(F.linear(x, w, b) if tile is None else tiled_linear(x, w, b, tile)
+                         for w, b in zip(weights, biases))  # fmt: skip
+
+        def linear(sites, x, weights, biases):
+            # Where every bank acts at the same sites of one input, they go in one launch. In deterministic mode never:
+            # whether they do would depend on the company.
+            acting = tuple(site for site in sites if any(at((site,))))
+            if tile is not None or not all(at(acting)):
+                acting = ()
+            launches = [acting] * bool(acting) + [(site,) for site in sites if site not in acting]
+            ys = {}
+            for launched in launches:
+                chosen = [sites.index(site) for site in launched]
+                ys |= zip(launched, launch(launched, x, [weights[i] for i in chosen], [biases[i] for i in chosen]))
+            return tuple(ys[site] for site in sites)
 
         return linear
 
@@ -127,6 +140,9 @@ class Engine:
             tokens = [token for read in part.reads for token in read.targets]
             targets += tokens
             weights += [1 / len(tokens)] * len(tokens)
+        for number, _, _ in batch.groups:
+            if self._banks[number].squares is not None:
+                self._banks[number].squares.zero_()
         log_probs = self._log_probs(batch)
         losses = -log_probs.gather(1, torch.tensor(targets, device=log_probs.device)[:, None])[:, 0]  # [M]
         (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
@@ -135,7 +151,8 @@ class Engine:
             runs = [run for run in chosen if run.bank == number]
             bank = self._banks[number].bank
             norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
-                           torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs))
+                           torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs),
+                           squares=self._banks[number].squares)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
         for run in chosen:

@@ -4,9 +4,11 @@ import tempfile
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linears import site_by_site
 
 from minipeft.models.decoder import (
     Decoder,
@@ -201,8 +203,9 @@ def test_bits_do_not_depend_on_company_where_those_of_linear_do_not(length, befo
     """With a matrix product that takes each row alone: all else in the decoder keeps a sequence's bits."""
     model = make_model(mlp_width=mlp_width, qk_norm=qk_norm)
 
+    @site_by_site
     def linear(site, x, weight, bias):
-        return torch.stack([plain_linear(site, row, weight, bias) for row in x])
+        return torch.stack([F.linear(row, weight, bias) for row in x])
 
     mine, *others = make_sequences([length, *before, *after])
     company = [*others[: len(before)], mine, *others[len(before) :]]
@@ -211,8 +214,9 @@ def test_bits_do_not_depend_on_company_where_those_of_linear_do_not(length, befo
         rows = Rows.pack(sequences)
         added = torch.zeros(len(rows.tokens), 24, requires_grad=True)  # [T, width], to receive the first gradient
 
+        @site_by_site
         def tuned(site, x, weight, bias, added=added):
-            return linear(site, x + added if site == "layers.0.attn.v" else x, weight, bias)
+            return linear((site,), x + added if site == "layers.0.attn.v" else x, [weight], [bias])[0]
 
         h = model.hidden(rows, tuned)
         h.square().sum().backward()
@@ -244,10 +248,11 @@ def make_model(**changes):
 def test_every_linear_map_is_a_site_in_forward_order():
     model, calls = make_model(), []
 
+    @site_by_site
     def linear(site, x, weight, bias):
         assert bias is not None or site == "head"
         calls.append((site, (weight.shape[1], weight.shape[0])))
-        return plain_linear(site, x, weight, bias)
+        return F.linear(x, weight, bias)
 
     rows = Rows.pack(make_sequences([5, 1, 30]))
     h = model.hidden(rows, linear)
@@ -262,8 +267,9 @@ def test_what_linear_adds_at_a_site_equals_an_edited_weight():
     for site, (K, N) in make_model().sites.items():
         edited, delta = make_model(), torch.randn(N, K, generator=torch.Generator().manual_seed(2)) / K
 
+        @site_by_site
         def linear(at, x, weight, bias, site=site, delta=delta):
-            y = plain_linear(at, x, weight, bias)
+            y = F.linear(x, weight, bias)
             return y + x @ delta.T if at == site else y
 
         plain, added = edited.hidden(rows), edited.hidden(rows, linear)
@@ -275,8 +281,9 @@ def test_what_linear_adds_at_a_site_equals_an_edited_weight():
 def test_weights_are_frozen_and_gradients_reach_the_first_site():
     model, tuned = make_model(), torch.zeros(24, requires_grad=True)
 
+    @site_by_site
     def linear(site, x, weight, bias):
-        return plain_linear(site, x + tuned if site == "layers.0.attn.q" else x, weight, bias)
+        return F.linear(x + tuned if site == "layers.0.attn.q" else x, weight, bias)
 
     model.head(model.hidden(Rows.pack(make_sequences([5, 1, 30])), linear)).square().sum().backward()
     assert tuned.grad.abs().min() > 0

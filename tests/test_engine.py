@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from linears import site_by_site
 
 from minipeft.batch import filled
 from minipeft.engine import Adapter, Engine, predict
@@ -261,25 +262,29 @@ def test_a_user_who_diverges_is_reported_and_changes_nobody_else(model, jobs):
         assert_same(one[bystander], other[bystander])
 
 
-def test_a_row_of_nan_changes_nobody_else_and_takes_no_step(model, jobs):
+@pytest.mark.parametrize("factor", [math.nan, 10.0], ids=["nan", "large"])
+def test_a_row_of_nan_or_of_large_numbers_changes_nobody_else(model, jobs, factor):
+    """Large: then the victims' gradients are the largest in the pass, and anything taken over the pass would show."""
     def three_steps(ruined):
         engine = Engine(model, LABELS)
         rows = [random_row(model, job.config.method, i) for i, job in enumerate(jobs)]
-        rows = [row * math.nan if ruined and i in (4, 7) else row for i, row in enumerate(rows)]
+        rows = [row * factor if ruined and i in (4, 7) else row for i, row in enumerate(rows)]
         runs = admit(engine, jobs, rows)
         for _ in range(3):
             engine.train_step(in_order(runs))
         banks = [(engine._banks[run.bank].bank, run.slot) for run in runs]
         return [bank.weights[slot] for bank, slot in banks], [bank.exp_avg[slot] for bank, slot in banks], runs
 
-    (rows, moments, _), (rows_beside_nan, moments_beside_nan, runs) = three_steps(False), three_steps(True)
+    (rows, moments, _), (other_rows, other_moments, runs) = three_steps(False), three_steps(True)
     for i, run in enumerate(runs):
-        if i in (4, 7):
-            assert run.skipped_steps == 3 and rows_beside_nan[i].isnan().all() and not moments_beside_nan[i].any()
-        else:
+        if i not in (4, 7):
             assert run.skipped_steps == 0
-            assert torch.equal(rows[i], rows_beside_nan[i]), run.job.user
-            assert torch.equal(moments[i], moments_beside_nan[i]), run.job.user
+            assert torch.equal(rows[i], other_rows[i]), run.job.user
+            assert torch.equal(moments[i], other_moments[i]), run.job.user
+        elif math.isnan(factor):
+            assert run.skipped_steps == 3 and other_rows[i].isnan().all() and not other_moments[i].any()
+        else:
+            assert not torch.equal(rows[i], other_rows[i])
 
 
 # ---- Gradients and steps -------------------------------------------------------------------------------------------
@@ -292,6 +297,7 @@ def own_gradient(model, job, row, questions):
     own = {site: tuple(m.to(dtype).requires_grad_() for m in pair)
            for site, pair in matrices(model, method, row).items()}  # fmt: skip
 
+    @site_by_site
     def linear(site, x, weight, bias):
         if site in own:
             A, B = own[site]

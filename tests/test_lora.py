@@ -11,8 +11,9 @@ from minipeft.methods.lora import LoRA, LoraBank
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft_kernels.segments import Segments
 
-SITES = Decoder(DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-                              mlp_width=75)).sites  # fmt: skip
+BASE = Decoder(DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+                             mlp_width=75))  # fmt: skip
+SITES, SHARED = BASE.sites, BASE.shared_inputs
 
 
 def used(method, row):
@@ -96,7 +97,7 @@ def test_rank_is_at_most_the_width():
 
 
 def test_bank_holds_each_slots_scale_and_rank():
-    bank = LoraBank(LoRA(8), SITES, 3, "cpu")
+    bank = LoraBank(LoRA(8), SITES, SHARED, 3, "cpu")
     for user, method in [("a", LoRA(8, 16.0)), ("b", LoRA(3, 4.0)), ("c", LoRA(1, 0.5))]:
         bank.admit(user, method, method.initial_row(SITES, 0, user))
     torch.testing.assert_close(bank.scale, torch.tensor([2.0, 4 / 3, 0.5]))
@@ -107,13 +108,32 @@ def test_bank_holds_each_slots_scale_and_rank():
 
 
 def test_bank_acts_where_the_method_does_and_on_views_of_its_rows():
-    bank, segments = LoraBank(LoRA(3, sites=("q",)), SITES, 2, "cpu"), Segments.build([1], [16])
-    assert bank.at("layers.0.attn.k", 0, segments, True) is None
-    lora = bank.at("layers.1.attn.q", 32, segments, False)
-    assert lora.first_row == 32 and lora.segments is segments and lora.ranks is bank.ranks
-    assert bank.at("layers.1.attn.q", 32, segments, True).ranks is None
+    bank, segments = LoraBank(LoRA(3, sites=("q",)), SITES, SHARED, 2, "cpu"), Segments.build([1], [16])
+    bank.admit("a", LoRA(8), torch.zeros(bank.bank.layout.row_size))
+    bank.admit("b", LoRA(3), torch.zeros(bank.bank.layout.row_size))
+    assert bank.at(("layers.0.attn.k",), 0, segments) is None
+    rows = bank.at(("layers.1.attn.q",), 32, segments)
+    lora = rows.lora
+    assert rows.first_row == 32 and lora.segments is segments and lora.ranks is bank.ranks
+    assert bank.at(("layers.1.attn.q",), 32, Segments.build([0], [16])).lora.ranks is None  # nothing to mask
     bank.bank.weights[1] = 1.0
     bank.bank.grads[1] = 2.0
-    assert lora.A.shape == (2, 8, 32) and lora.Bt.shape == (2, 8, 32)
-    assert (lora.A[1] == 1).all() and (lora.Bt[1] == 1).all() and not lora.A[0].any()
-    assert (lora.grad_A[1] == 2).all() and (lora.grad_Bt[1] == 2).all() and not lora.grad_Bt[0].any()
+    (Bt,), (grad_Bt,) = lora.Bts, lora.grad_Bts
+    assert lora.A.shape == (2, 8, 32) and Bt.shape == (2, 8, 32)
+    assert (lora.A[1] == 1).all() and (Bt[1] == 1).all() and not lora.A[0].any()
+    assert (lora.grad_A[1] == 2).all() and (grad_Bt[1] == 2).all() and not grad_Bt[0].any()
+
+
+def test_sites_of_one_input_are_one_view_where_their_matrices_have_no_gap():
+    method = LoRA(8, sites=("q", "v", "gate", "up", "o"))
+    bank, segments = LoraBank(method, SITES, SHARED, 2, "cpu"), Segments.build([1], [16])
+    row = torch.arange(float(bank.bank.layout.row_size))
+    bank.admit("a", method, row)
+    q, v = "layers.1.attn.q", "layers.1.attn.v"
+    lora = bank.at((q, v), 0, segments).lora
+    view = method.layout(SITES).view
+    assert torch.equal(lora.A[0], torch.cat([view(row, f"{site}.A") for site in (q, v)]))
+    assert all(torch.equal(Bt[0], view(row, f"{site}.Bt")) for Bt, site in zip(lora.Bts, (q, v)))
+    assert bank.at((q, "layers.1.attn.k", v), 0, segments) is None  # it does not act at k
+    assert bank.at((q, "layers.1.attn.o"), 0, segments) is None  # o has another input
+    assert bank.at(("layers.1.mlp.gate", "layers.1.mlp.up"), 0, segments) is None  # 8 * 75 is no multiple of SPAN

@@ -8,7 +8,9 @@
     cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,8 +19,12 @@ from torch import Tensor
 from minipeft.bank import Bank, Layout
 from minipeft.errors import InputError
 from minipeft.randomness import generator
-from minipeft_kernels.segment_lora import LoraRows
+from minipeft_kernels.backend import backend
+from minipeft_kernels.lora_linear import LoraRows
+from minipeft_kernels.segment_lora import Lora
 from minipeft_kernels.segments import Segments
+from minipeft_kernels.shrink_expand import can_join, site_table
+from minipeft_kernels.wgrad import num_squares
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,13 @@ class LoRA:
         return max(8, 1 << (self.rank - 1).bit_length())
 
     def layout(self, all_sites: dict[str, tuple[int, int]]) -> Layout:
-        """A user's row: for every chosen site "<site>.A" [R, K] and "<site>.Bt" [R, N], R the rank class."""
-        shapes = {}
-        for site, (K, N) in self.chosen(all_sites).items():
-            shapes[f"{site}.A"] = (self.rank_class, K)
-            shapes[f"{site}.Bt"] = (self.rank_class, N)
-        return Layout(shapes)
+        """A user's row: for every chosen site "<site>.A" [R, K], then for each "<site>.Bt" [R, N], R the rank class.
+
+        As lie one below the other, so that sites that share their input are one matrix to a kernel; Bts too.
+        """
+        chosen = self.chosen(all_sites)
+        shapes = {f"{site}.A": (self.rank_class, K) for site, (K, _) in chosen.items()}
+        return Layout(shapes | {f"{site}.Bt": (self.rank_class, N) for site, (_, N) in chosen.items()})
 
     def count(self, all_sites: dict[str, tuple[int, int]]) -> int:
         """Trained numbers of one user, padding not counted."""
@@ -84,43 +91,84 @@ def _picks(name: str, site: str) -> bool:
 
 
 
-
 class LoraBank:
     """All resident users whose LoRA has the same sites and rank class: their rows, and each slot's scale and rank.
 
     bank:  [U, P] buffers; parameters as in LoRA.layout.
-    scale: [U] fp32, alpha / rank. ranks: [U] int64.
+    scale: [U] fp32, alpha / rank. ranks: [U] int32.
+    squares: on a GPU [U, Q] fp32: sums of squares that the backward pass leaves for the gradient's norm. Zero it before
+           a pass: which columns are written depends on which sites share launches. None on a CPU.
+
+    Args:
+        all_sites, shared_inputs: the base's, see Decoder.
     """
 
     def __init__(
-        self, method: LoRA, all_sites: dict[str, tuple[int, int]], num_slots: int, device: torch.device | str
-    ):
+        self, method: LoRA, all_sites: dict[str, tuple[int, int]], shared_inputs: Sequence[tuple[str, ...]],
+        num_slots: int, device: torch.device | str,
+    ):  # fmt: skip
         self.bank = Bank(method.layout(all_sites), num_slots, device)
         self.rank_class = method.rank_class
         self.scale = torch.zeros(num_slots, device=device)
-        self.ranks = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        view = self.bank.layout.view
-        self._views = {  # A, Bt and their gradients
-            site: [view(numbers, f"{site}.{name}") for numbers in (self.bank.weights, self.bank.grads)
-                   for name in ("A", "Bt")]
-            for site in method.chosen(all_sites)
-        }
+        self.ranks = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._ranks = np.zeros(num_slots, dtype=np.int32)  # the same on the host
+        self.squares: Tensor | None = None
+        chosen = method.chosen(all_sites)
+        self._views = {(site,): self._view((site,), chosen) for site in chosen}
+        for group in shared_inputs:
+            acting = tuple(site for site in group if site in chosen)
+            if len(acting) > 1 and self._can_join(acting, chosen):
+                self._views[acting] = self._view(acting, chosen)
+        if backend(device) == "triton":
+            self._make_room_for_squares(num_slots, device)
+
+    def _can_join(self, sites: tuple[str, ...], sizes: dict[str, tuple[int, int]]) -> bool:
+        """Whether these sites' matrices lie one after another without a gap, and a kernel can take them at once."""
+        offsets, R = self.bank.layout.offsets, self.rank_class
+        for site, after in pairwise(sites):
+            K, N = sizes[site]
+            if offsets[f"{after}.A"] != offsets[f"{site}.A"] + R * K:
+                return False
+            if offsets[f"{after}.Bt"] != offsets[f"{site}.Bt"] + R * N:
+                return False
+        on_cpu = backend(self.scale.device) == "torch"
+        return on_cpu or can_join([sizes[site][1] for site in sites], R * len(sites))
+
+    def _view(self, sites: tuple[str, ...], sizes: dict[str, tuple[int, int]]) -> dict:
+        """The parameters of these sites, and their gradients, as fields of `Lora`."""
+        layout, M, R, K = self.bank.layout, len(sites), self.rank_class, sizes[sites[0]][0]
+        fields = {}
+        for prefix, rows in (("", self.bank.weights), ("grad_", self.bank.grads)):
+            start = layout.offsets[f"{sites[0]}.A"]
+            fields[f"{prefix}A"] = rows[:, start : start + M * R * K].unflatten(1, (M * R, K))
+            fields[f"{prefix}Bts"] = tuple(layout.view(rows, f"{site}.Bt") for site in sites)
+        if backend(self.scale.device) == "triton":
+            fields["sites"] = site_table([sizes[site][1] for site in sites], M * R, self.scale.device)
+        return fields
+
+    def _make_room_for_squares(self, num_slots: int, device: torch.device | str) -> None:
+        """squares [U, Q]: columns of its own for every gradient of every view, whichever of them a pass writes."""
+        counts = [[num_squares(M.shape[1], M.shape[2]) for M in (view["grad_A"], *view["grad_Bts"])]
+                  for view in self._views.values()]  # fmt: skip
+        self.squares = torch.zeros(num_slots, sum(map(sum, counts)), device=device)
+        columns = iter(self.squares.split([n for of_view in counts for n in of_view], dim=1))
+        for view, of_view in zip(self._views.values(), counts):
+            view["squares"] = tuple(next(columns) for _ in of_view)
 
     def admit(self, user: str, method: LoRA, row: Tensor) -> int:
         """Put a user's row [P] into a free slot and return the slot."""
         slot = self.bank.admit(user, row)
         self.scale[slot] = method.alpha / method.rank
-        self.ranks[slot] = method.rank
+        self.ranks[slot] = self._ranks[slot] = method.rank
         return slot
 
-    def at(self, site: str, first_row: int, segments: Segments, full_rank: bool) -> LoraRows | None:
-        """What `lora_linear` needs to act for these segments at a site; None if the method does not act there.
+    def at(self, sites: tuple[str, ...], first_row: int, segments: Segments) -> LoraRows | None:
+        """What `lora_linear` needs to act for these segments at sites that share an input.
 
-        Args:
-            full_rank: every slot in the segments uses the whole rank class, so nothing needs masking.
+        None if the method does not act at all of them, or they cannot be taken at once.
         """
-        if site not in self._views:
+        if sites not in self._views:
             return None
-        A, Bt, grad_A, grad_Bt = self._views[site]
-        ranks = None if full_rank else self.ranks
-        return LoraRows(first_row, A, Bt, self.scale, ranks, segments, grad_A, grad_Bt)
+        masked = (self._ranks[segments.slots] < self.rank_class).any()
+        ranks = self.ranks if masked else None
+        return LoraRows(first_row, Lora(scale=self.scale, ranks=ranks, segments=segments, **self._views[sites]))

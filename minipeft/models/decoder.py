@@ -5,8 +5,9 @@
                       x = x + down(silu(gate(n2 x)) * up(n2 x))                            SwiGLU
     logits = head(norm(x))
 
-It runs on packed rows (rows.py): x is [T, width] and there is no batch axis. Weights are frozen. Every linear map
-has a site name, and calls `linear(site, x, weight, bias)`: that function is where a pass adds each row's own adapter.
+It runs on packed rows (rows.py): x is [T, width] and there is no batch axis. Weights are frozen. Every linear map has
+a site name. Maps that share an input are called together, `linear(sites, x, weights, biases)`: that function is where a
+pass adds each row's own adapter.
 """
 
 import math
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 
 from minipeft.models.rows import Rows, packed_attention
 
-LinearFn = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+# (sites, x [T, K], weights, biases) -> y [T, N] of each site; the sites share their input
+LinearFn = Callable[[tuple[str, ...], Tensor, list[Tensor], list[Tensor | None]], tuple[Tensor, ...]]
 
 
-def plain_linear(site: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x W^T + b: the base alone, no adapter at any site."""
-    return F.linear(x, weight, bias)
+def plain_linear(
+    sites: tuple[str, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """y = x W^T + b for each site: the base alone, no adapter anywhere."""
+    return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,12 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
-        return linear(self.site, x, self.weight, self.bias)
+        return together((self,), x, linear)[0]
+
+
+def together(linears: Sequence[Linear], x: Tensor, linear: LinearFn) -> tuple[Tensor, ...]:
+    """y of linear maps that share the input x, e.g. q, k and v."""
+    return linear(tuple(m.site for m in linears), x, [m.weight for m in linears], [m.bias for m in linears])
 
 
 class Attention(nn.Module):
@@ -112,7 +121,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        q, k, v = (p(x, linear).view(x.shape[0], -1, self.head_dim) for p in (self.q, self.k, self.v))  # [T, H, D]
+        qkv = together((self.q, self.k, self.v), x, linear)
+        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         y = packed_attention(rotate(q, *rope), rotate(k, *rope), v, rows, self.window)
@@ -127,7 +137,8 @@ class MLP(nn.Module):
         self.down = Linear(f"{site}.down", config.mlp_width, config.width, config.mlp_bias)
 
     def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
-        return self.down(_SwiGLU.apply(self.gate(x, linear), self.up(x, linear)), linear)
+        gate, up = together((self.gate, self.up), x, linear)
+        return self.down(_SwiGLU.apply(gate, up), linear)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -189,6 +200,7 @@ class Decoder(nn.Module):
     Weights are unset until somebody fills them in: loading.load_model, or default_base.initialise.
 
     sites: site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
+    shared_inputs: the same sites, in groups that share their input: the `sites` that `linear` is called with.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -203,8 +215,10 @@ class Decoder(nn.Module):
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
         self.register_buffer("rope", rope_table(config), persistent=False)
-        linears = [module for module in self.layers.modules() if isinstance(module, Linear)]
-        self.sites = {m.site: (m.weight.shape[1], m.weight.shape[0]) for m in linears}
+        groups = [g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
+                                                   (a.mlp.gate, a.mlp.up), (a.mlp.down,))]  # fmt: skip
+        self.sites = {m.site: (m.weight.shape[1], m.weight.shape[0]) for group in groups for m in group}
+        self.shared_inputs = tuple(tuple(m.site for m in group) for group in groups)
         self.requires_grad_(False)
 
     def _apply(self, fn, recurse=True):

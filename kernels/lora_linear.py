@@ -1,0 +1,142 @@
+"""Frozen linear maps of one input, and every row's own LoRA on them: what training calls.
+
+    y_m[t] = W_m x[t] + b_m + s_u B_um A_um x[t]        m = 1 .. M, slot u owns row t
+
+M is 1, or the number of sites that share their input (q|k|v, gate|up). The sums of segment_lora.py, with no more passes
+over [T, N] than the frozen product makes by itself:
+
+    on a GPU   the delta is written first and the product adds itself to it (cuBLAS with beta = 1): one more write of y
+    on a CPU   the product is written first and the pieces' products are added in place
+
+Backward goes the same way with grad_x, and writes weight gradients straight into the bank's gradient rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft_kernels import cpu
+from minipeft_kernels.backend import backend
+from minipeft_kernels.segment_lora import Lora, backward_torch, backward_triton, check, forward_torch, forward_triton
+
+
+@dataclass(frozen=True)
+class LoraRows:
+    """A bank's LoRA and the rows of the batch it acts on: first_row .. first_row + T_g - 1."""
+
+    first_row: int
+    lora: Lora
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its rows of x [T, K]: a view [T_g, K]."""
+        return x[self.first_row : self.first_row + self.lora.segments.num_rows]
+
+
+def _zero_other_rows_(y: Tensor, groups: Sequence[LoraRows]) -> None:
+    """Zero the rows of y [T, N] that belong to no group."""
+    end = 0
+    for g in sorted(groups, key=lambda g: g.first_row):
+        y[end : g.first_row] = 0.0
+        end = g.first_row + g.lora.segments.num_rows
+    y[end:] = 0.0
+
+
+class _TritonLinear(torch.autograd.Function):
+    """`anchor` is any tensor that requires grad: it keeps backward alive at a site whose x needs no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, groups, weights, biases):
+        widths = [len(weight) for weight in weights]
+        y = x.new_empty(len(x), sum(widths))
+        _zero_other_rows_(y, groups)
+        kept = [forward_triton(g.lora, g.of(x), g.of(y)) for g in groups]
+        ys = y.split(widths, dim=1)
+        for y_m, weight, bias in zip(ys, weights, biases):
+            y_m.addmm_(x, weight.t())
+            if bias is not None:
+                y_m += bias
+        ctx.save_for_backward(x, *(v for (v,) in kept))
+        ctx.groups, ctx.weights = groups, weights
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys):
+        x, *kept = ctx.saved_tensors
+        grad_ys = [grad_y.contiguous() for grad_y in grad_ys]
+        grad_x = torch.empty_like(x)
+        _zero_other_rows_(grad_x, ctx.groups)
+        for g, v in zip(ctx.groups, kept):
+            backward_triton(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], (v,), g.of(grad_x))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        for grad_y, weight in zip(grad_ys, ctx.weights):
+            grad_x.addmm_(grad_y, weight)
+        return grad_x, None, None, None, None
+
+
+class _TorchLinear(torch.autograd.Function):
+    """As _TritonLinear, on a CPU. tile: None, or the tile of the frozen products (see lora_linear)."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, groups, weights, biases, tile):
+        if tile is None:
+            ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+        else:
+            ys = [cpu.tiled_linear(x, weight, bias, tile) for weight, bias in zip(weights, biases)]
+        kept = [forward_torch(g.lora, g.of(x), [g.of(y) for y in ys]) for g in groups]
+        ctx.save_for_backward(x, *(v for vs in kept for v in vs))
+        ctx.groups, ctx.weights, ctx.tile = groups, weights, tile
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *grad_ys):
+        x, *kept = ctx.saved_tensors
+        grad_ys = [grad_y.contiguous() for grad_y in grad_ys]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            for grad_y, weight in zip(grad_ys, ctx.weights):
+                if ctx.tile is not None:
+                    product = cpu.tiled_linear(grad_y, weight.t(), None, ctx.tile)
+                    grad_x = product if grad_x is None else grad_x.add_(product)
+                else:
+                    grad_x = grad_y @ weight if grad_x is None else grad_x.addmm_(grad_y, weight)
+        for g in ctx.groups:
+            vs, kept = kept[: (n := len(g.lora.segments.tiles.pieces))], kept[n:]
+            backward_torch(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], vs,
+                           None if grad_x is None else g.of(grad_x))  # fmt: skip
+        return grad_x, None, None, None, None, None
+
+
+def lora_linear(
+    x: Tensor, anchor: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    groups: Sequence[LoraRows], tile: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y_m[t] = W_m x[t] + b_m + scale[u] * B_m[u] @ A_m[u] @ x[t]: frozen linear maps and every row's own LoRA on them.
+
+    Args:
+        x:       [T, K]. anchor: any tensor that requires grad, unused (see _TritonLinear).
+        weights: M of [N_m, K], frozen. biases: M of [N_m] or None, frozen.
+        groups:  the banks that act here, at all M sites, each on its own rows. Gradients are written where they say.
+        tile:    None: one matrix product for all rows. A number: fixed tiles of that many rows (T a multiple of it), so
+                 that a row's bits do not depend on the company; costs a few percent. Not on a GPU yet.
+    Returns:
+        M of [T, N_m], dtype of x. Differentiable in x.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+    """
+    for g in groups:
+        R = g.lora.Bts[0].shape[1]
+        if len(g.lora.Bts) != len(weights) or g.lora.A.shape[1] != len(weights) * R:
+            raise ValueError(f"lora_linear: {len(weights)} frozen maps, but a LoRA has {len(g.lora.Bts)} Bts and "
+                             f"{g.lora.A.shape[1]} rank rows in A; give it as many sites.")
+        for Bt in g.lora.Bts:
+            check("lora_linear", g.of(x), g.lora.A[:, :R], Bt, g.lora.scale, g.lora.segments, g.lora.ranks)
+    if backend(x.device) == "torch":
+        return _TorchLinear.apply(x, anchor, groups, weights, biases, tile)
+    if tile is not None:
+        raise ValueError("lora_linear: products in fixed tiles (deterministic mode) are not built for a GPU; "
+                         "use tile=None there.")
+    return _TritonLinear.apply(x, anchor, groups, weights, biases)

@@ -1,0 +1,54 @@
+"""Does the engine train the same adapters through the kernels as through plain PyTorch?"""
+
+import numpy as np
+import torch
+from test_engine import LABELS, make_model, make_questions
+
+import minipeft_kernels.backend
+from minipeft.engine import Engine, predict
+from minipeft.methods.lora import LoRA
+from minipeft.models.decoder import DecoderConfig
+from minipeft.schedule import Job, PassConfig, TrainConfig
+from minipeft_kernels import lora_linear as lora_linear_file
+from minipeft_kernels import wgrad as wgrad_file
+
+# q, k, v and gate, up are whole blocks of columns wide: kernels take them at once
+CONFIG = DecoderConfig(vocab_size=60, width=128, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=32,
+                       mlp_width=128, qkv_bias=True, max_positions=64)  # fmt: skip
+METHODS = {"two banks": {"ann": LoRA(8), "bob": LoRA(3), "cem": LoRA(12, sites=("q", "v", "down"))},
+           "all alike": {name: LoRA(rank, sites=("q", "v", "gate")) for name, rank in (("ann", 8), ("bob", 2))}}
+
+
+def make_jobs(methods):
+    rng = np.random.default_rng(0)
+    return [
+        Job(user, make_questions(rng, 4, i, longest=6), make_questions(rng, 2, i, longest=6),
+            TrainConfig(method=method, learning_rate=1e-2, epochs=1, batch_size=2, max_grad_norm=0.5))
+        for i, (user, method) in enumerate(methods.items())
+    ]  # fmt: skip
+
+
+def test_adapters_and_answers_are_those_of_plain_pytorch(kernels, monkeypatch):
+    launches = []
+    for file, name in ((lora_linear_file, "forward_triton"), (wgrad_file, "configuration")):
+        function = getattr(file, name)
+        monkeypatch.setattr(file, name, lambda *args, f=function, n=name: launches.append((n, args)) or f(*args))
+    for name, methods in METHODS.items():
+        jobs, results = make_jobs(methods), {}
+        for interpret in (False, minipeft_kernels.backend.INTERPRET):
+            monkeypatch.setattr(minipeft_kernels.backend, "INTERPRET", interpret)
+            launches.clear()
+            model = make_model(0, CONFIG).to("cpu" if not interpret else kernels)
+            engine = Engine(model, LABELS, PassConfig())
+            adapters = engine.train(jobs)
+            scores = predict(model, LABELS, adapters, {job.user: job.val for job in jobs})
+            results[interpret] = adapters, scores, [args for kind, args in launches if kind == "forward_triton"]
+        (plain, plain_scores, none), (kernel, kernel_scores, launched) = results[False], results[True]
+        assert not none and launched
+        sites = {len(args[0].Bts) for args in launched}
+        assert sites == ({1, 2} if name == "all alike" else {1}), "which sites share a launch"
+        for job in jobs:
+            one, other = kernel[job.user].row.cpu(), plain[job.user].row
+            assert float((one - other).norm() / other.norm()) < 1e-5, job.user
+            torch.testing.assert_close(*(torch.from_numpy(s[job.user]) for s in (kernel_scores, plain_scores)),
+                                       rtol=1e-4, atol=1e-4)  # fmt: skip

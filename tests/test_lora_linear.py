@@ -1,0 +1,215 @@
+"""Is lora_linear the frozen map plus every row's own LoRA, at one site or several, and do gradients reach the bank?"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+from test_segment_lora import K, N, R, make_inputs, wrong_inputs
+
+from minipeft_kernels import reference
+from minipeft_kernels.lora_linear import LoraRows, lora_linear
+from minipeft_kernels.segment_lora import Lora
+from minipeft_kernels.segments import Segments
+from minipeft_kernels.shrink_expand import site_table
+
+GROUPS = {"one bank": ([[16, 48]], 0), "any lengths": ([[17, 0, 39], [1]], 5),
+          "three banks": ([[32, 0, 16], [80], [16]], 0), "rows without a bank": ([[16], [64, 16]], 32),
+          "no bank": ([], 0)}  # fmt: skip
+
+
+def make_groups(lengths_of_groups, device="cpu", seed=0, gap=0):
+    """(x, grad_y, groups) for banks one after another, `gap` rows that belong to no group after each."""
+    parts, groups, first_row = [], [], 0
+    for i, lengths in enumerate(lengths_of_groups):
+        x, A, Bt, scale, segments, ranks, grad_y = make_inputs(lengths, device, mixed_ranks=i % 2 == 0, seed=seed + i)
+        grad_A, grad_Bt = (torch.full(M.shape, 7.0, device=device) for M in (A, Bt))
+        groups.append(LoraRows(first_row, Lora(A, (Bt,), scale, ranks, segments, grad_A, (grad_Bt,))))
+        rest = [torch.rand(gap, size, device=device) for size in (K, N)]
+        parts.append((torch.cat([x, rest[0]]), torch.cat([grad_y, rest[1]])))
+        first_row += len(x) + gap
+    if not parts:
+        return torch.rand(32, K, device=device), torch.rand(32, N, device=device), []
+    return torch.cat([x for x, _ in parts]), torch.cat([grad_y for _, grad_y in parts]), groups
+
+
+def make_weight(device, with_bias=False):
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(N, K, generator=draw) / K**0.5
+    return weight.to(device), torch.randn(N, generator=draw).to(device) if with_bias else None
+
+
+def fused(x, grad_ys, weights, biases, groups, tile=None, x_needs_grad=True):
+    """y and gradient of x, then grad_A and the grad_Bts of every group, on the CPU."""
+    x, anchor = x.detach().requires_grad_(x_needs_grad), torch.zeros((), device=x.device, requires_grad=True)
+    ys = lora_linear(x, anchor, weights, biases, groups, tile)
+    torch.autograd.backward(ys, grad_ys)
+    assert anchor.grad is None or not anchor.grad.any()
+    grads = itertools.chain(*((g.lora.grad_A, *g.lora.grad_Bts) for g in groups))
+    return [None if t is None else t.detach().cpu() for t in (*ys, x.grad, *grads)]
+
+
+def by_reference(x, grad_y, weight, bias, groups, dtype):
+    """The same for one site by F.linear and the reference op; gradients where `fused` must leave them stay 7."""
+    x, grad_y, weight = (t.detach().cpu().to(dtype).clone() for t in (x, grad_y, weight))
+    x, bias = x.requires_grad_(), None if bias is None else bias.cpu().to(dtype)
+    y, deltas, leaves = F.linear(x, weight, bias), torch.zeros(len(x), len(weight), dtype=dtype), []
+    for g in groups:
+        segments, ranks = g.lora.segments, g.lora.ranks
+        mine = slice(g.first_row, g.first_row + segments.num_rows)
+        A, Bt = (t.cpu().to(dtype).detach().requires_grad_() for t in (g.lora.A, *g.lora.Bts))
+        leaves += [(A, g), (Bt, g)]
+        delta = reference.segment_lora(x[mine], A, Bt, g.lora.scale.cpu(), segments, ranks)
+        deltas = deltas + F.pad(delta, (0, 0, mine.start, len(x) - mine.stop))
+    (y + deltas).backward(grad_y)
+    grads = []
+    for leaf, g in leaves:
+        stored = torch.zeros(leaf.shape, dtype=torch.bool)
+        for slot, length in zip(g.lora.segments.slots, g.lora.segments.starts[1:] - g.lora.segments.starts[:-1]):
+            # rank rows past the slot's own: 0 by the tiles, not touched by the kernels
+            used = R if g.lora.ranks is None or g.lora.segments.tiles is not None else int(g.lora.ranks[slot])
+            stored[slot, :used] = bool(length)
+        grads.append(leaf.grad.where(stored, 7.0))
+    return [(y + deltas).detach(), x.grad, *grads]
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("groups, gap", GROUPS.values(), ids=GROUPS.keys())
+def test_is_linear_plus_lora(device, groups, gap, with_bias):
+    check_against_reference(device, groups, gap, with_bias, None)
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS if name != "any lengths"])
+def test_is_linear_plus_lora_in_fixed_tiles(name):
+    check_against_reference("cpu", *GROUPS[name], True, 16)
+
+
+def check_against_reference(device, groups, gap, with_bias, tile):
+    weight, bias = make_weight(device, with_bias)
+    x, grad_y, groups = make_groups(groups, device, gap=gap)
+    x_before, kept = x.clone(), [g.lora.A.clone() for g in groups]
+    kernel = fused(x, [grad_y], [weight], [bias], groups, tile)
+    plain = by_reference(x, grad_y, weight, bias, groups, torch.float32)
+    exact = by_reference(x, grad_y, weight, bias, groups, torch.float64)
+    for i, versions in enumerate(zip(kernel, plain, exact)):
+        assert_as_accurate(f"result {i}", *versions)
+    assert torch.equal(x, x_before) and weight.grad is None
+    assert all(torch.equal(g.lora.A.nan_to_num(), A.nan_to_num()) for g, A in zip(groups, kept))
+
+
+WIDTHS = (128, 256, 128)  # multiples of the kernels' block of columns
+
+
+def three_sites(device, mixed_ranks, drop=None):
+    """x, grad_ys, weights, biases, and one bank at three sites of one input: joint, and as three Loras of one site."""
+    draw, U, lengths, slots = torch.Generator().manual_seed(0), 4, [16, 48, 0], [2, 0, 3]
+    bank = torch.randn(U, R * (3 * K + sum(WIDTHS)), generator=draw).to(device) / K**0.5
+    grads = torch.full_like(bank, 7.0)
+    ranks = torch.tensor([1, 8, 5, 8], dtype=torch.int32, device=device) if mixed_ranks else None
+    segments = Segments.build(slots, lengths, device)
+    drop = None if drop is None else drop.to(device)
+
+    def views(rows):
+        A, *Bts = rows.split([3 * R * K, *(R * width for width in WIDTHS)], dim=1)
+        return A.unflatten(1, (3 * R, K)), tuple(Bt.unflatten(1, (R, -1)) for Bt in Bts)
+
+    (A, Bts), (grad_A, grad_Bts), scale = views(bank), views(grads), torch.rand(U, generator=draw).to(device) + 0.5
+    sites = site_table(WIDTHS, 3 * R, device) if segments.plan is not None else None
+    joint = Lora(A, Bts, scale, ranks, segments, grad_A, grad_Bts, sites, drop)
+    own = slice
+    singles = [Lora(A[:, own(m * R, m * R + R)], (Bts[m],), scale, ranks, segments,
+                    torch.full_like(A[:, :R], 7.0), (torch.full_like(Bts[m], 7.0),), None, drop)
+               for m in range(3)]  # fmt: skip
+    x, *grad_ys = (torch.randn(64, size, generator=draw).to(device) for size in (K, *WIDTHS))
+    weights = [torch.randn(width, K, generator=draw).to(device) / K**0.5 for width in WIDTHS]
+    biases = [None, torch.randn(WIDTHS[1], generator=draw).to(device), None]
+    return x, grad_ys, weights, biases, joint, singles
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("mixed_ranks", [False, True], ids=["full rank", "mixed ranks"])
+def test_sites_of_one_input_at_once_are_the_sites_one_by_one(device, mixed_ranks, dropout):
+    drop = torch.tensor([[5, 128], [6, 30], [7, 0]]) if dropout else None
+    x, grad_ys, weights, biases, joint, singles = three_sites(device, mixed_ranks, drop)
+    *ys, grad_x, grad_A, grad_q, grad_k, grad_v = fused(x, grad_ys, weights, biases, [LoraRows(0, joint)])
+    grad_x_sum, grad_As = torch.zeros_like(grad_x), []
+    for m, lora in enumerate(singles):
+        y, part, grad_A_m, grad_Bt = fused(x, [grad_ys[m]], [weights[m]], [biases[m]], [LoraRows(0, lora)])
+        torch.testing.assert_close(ys[m], y, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close((grad_q, grad_k, grad_v)[m], grad_Bt, rtol=1e-5, atol=1e-5)
+        grad_x_sum += part
+        grad_As.append(grad_A_m)
+    torch.testing.assert_close(grad_A, torch.cat(grad_As, dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_x, grad_x_sum, rtol=1e-5, atol=1e-5)
+
+
+def test_writes_gradients_where_x_needs_none(device):
+    weight, _ = make_weight(device)
+    with_grad, without = (
+        fused(x, [grad_y], [weight], [None], groups, x_needs_grad=needed)
+        for needed in (True, False) for x, grad_y, groups in [make_groups([[16, 48], [32]], device)]
+    )  # fmt: skip
+    assert with_grad[1] is not None and without[1] is None
+    assert all(torch.equal(one, other) for i, (one, other) in enumerate(zip(with_grad, without)) if i != 1)
+
+
+def test_in_tiles_gives_bits_that_do_not_depend_on_the_company():
+    weight, _ = make_weight("cpu")
+    x, grad_y, groups = make_groups([[32, 16, 48], [80]])
+    y, grad_x, grad_A, grad_Bt, *_ = fused(x, [grad_y], [weight], [None], groups, 16)
+    g = groups[0].lora
+    for slot, start, end in zip(g.segments.slots, g.segments.starts[:-1], g.segments.starts[1:]):
+        alone = Lora(g.A, g.Bts, g.scale, g.ranks, Segments.build([slot], [end - start]),
+                     torch.zeros_like(g.A), (torch.zeros_like(g.Bts[0]),))  # fmt: skip
+        got = fused(x[start:end], [grad_y[start:end]], [weight], [None], [LoraRows(0, alone)], 16)
+        assert torch.equal(got[0], y[start:end]) and torch.equal(got[1], grad_x[start:end])
+        assert torch.equal(got[2][slot], grad_A[slot]) and torch.equal(got[3][slot], grad_Bt[slot])
+
+
+def test_keeps_a_users_nan_to_that_user(device):
+    weight, _ = make_weight(device)
+    x, grad_y, groups = make_groups([[32, 16, 48], [80]], device)
+    before = [part.clone() for part in fused(x, [grad_y], [weight], [None], groups)]
+    ruined, slot = x.clone(), int(groups[0].lora.segments.slots[1])
+    ruined[32:48] = math.nan
+    after = fused(ruined, [grad_y], [weight], [None], groups)
+    for i, (one, other) in enumerate(zip(before, after)):
+        others = torch.ones(len(one), dtype=torch.bool)
+        if i == 0:
+            others[32:48] = False
+        if i in (2, 3):
+            others[slot] = False
+        assert torch.equal(one[others], other[others]), i
+        assert torch.equal(one, other) == (i in (1, 4, 5))  # grad_x does not depend on x; the other bank saw nothing
+
+
+# ---- Errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("message", wrong_inputs())
+def test_shapes_that_disagree_are_errors(message):
+    x, A, Bt, scale, segments, ranks = wrong_inputs()[message]
+    lora = Lora(A, (Bt,), scale, ranks, segments, torch.zeros_like(A), (torch.zeros_like(Bt),))
+    if A.shape[1] != Bt.shape[1]:
+        message = "1 frozen maps, but a LoRA has 1 Bts and 8 rank rows in A; give it as many sites"
+    if x.ndim == 1 or len(x) < segments.num_rows:
+        return  # rows of a group are cut out of x, see the next test
+    with pytest.raises(ValueError) as error:
+        lora_linear(x, torch.zeros((), requires_grad=True), [torch.rand(N, K)], [None], [LoraRows(0, lora)])
+    assert message in str(error.value) and str(error.value).startswith("lora_linear: ")
+
+
+def test_groups_that_pass_the_end_of_x_are_an_error(device):
+    x, _, groups = make_groups([[16, 32]], device)
+    with pytest.raises(ValueError, match=r"lora_linear: x is \(47, 40\) but the segments cover 48 rows"):
+        lora_linear(x[1:], torch.zeros((), requires_grad=True), [make_weight(device)[0]], [None], groups)
+
+
+def test_fixed_tiles_are_refused_by_the_kernels(device):
+    x, _, groups = make_groups([[16, 32]], device)
+    if groups[0].lora.segments.plan is None:
+        pytest.skip("the CPU path has them")
+    with pytest.raises(ValueError, match="are not built for a GPU"):
+        lora_linear(x, torch.zeros((), requires_grad=True), [make_weight(device)[0]], [None], groups, 16)
