@@ -1,4 +1,4 @@
-"""python -m minipeft.bench: the main job, measured.
+"""python -m minipeft.bench: the main job, measured; with `kernels`, its ops by themselves (bench_kernels.py).
 
 Suite `quick`, the default: many users' LoRA train together in one fused pass over one frozen base, then the same users
 one by one in the same engine. It prints how much faster together is, how good the personal adapters are beside the
@@ -11,6 +11,7 @@ import json
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minipeft.bench_kernels import run_kernels
 from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError
@@ -28,11 +30,12 @@ from minipeft.labels import Question
 from minipeft.methods.lora import LoRA
 from minipeft.models.decoder import Decoder
 from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
+from minipeft.profiling import profiled, region
 from minipeft.prompts import Encoded, encode_task
 from minipeft.report import plot_gains, table
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
-from minipeft.store import save_adapter
+from minipeft.store import adapter_path, save_adapter
 from minipeft.tasks.synthetic import (
     SyntheticConfig,
     Truth,
@@ -53,49 +56,67 @@ NUM_ALONE = 2  # users whose whole training is repeated alone
 PASSES = PassConfig()
 ALONE = PassConfig(slots=1)
 EVERYONE = "(everyone)"  # the one "user" of the shared adapter
+PROFILED = 8  # with --profile, every so-many-th user of the speed trial trains once more
 ACTIVE = 100  # training examples from which a user counts as active in the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
-    args = parse(argv)
     finished: list[str] = []
     try:
-        run_quick(args, finished)
+        args = parse(argv)
+        check_device(args.device)
+        check_out(args.out, args.suite)
+        {"quick": run_quick, "kernels": run_kernels}[args.suite](args, finished)
     except InputError as error:
         print(f"minipeft.bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nminipeft.bench: interrupted. {len(finished)} users had finished"
-              + (f"; their adapters are in {args.out / 'adapters'}" if finished else ""), file=sys.stderr)
+        done, where = {"quick": ("users had finished; their adapters are in", "adapters"),
+                       "kernels": ("batches were measured; their figures are in", "result.json")}[args.suite]
+        print(f"\nminipeft.bench: interrupted. {len(finished)} {done} {args.out / where}", file=sys.stderr)
         return 130
     return 0
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Bad options are one line, like all bad input."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the options")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minipeft.bench", description=__doc__.split("\n\n")[1])
-    parser.add_argument("suite", nargs="?", default="quick", choices=["quick"], help="what to measure (default: quick)")
+    parser = OneLineParser(prog="python -m minipeft.bench", description=__doc__.split("\n\n")[1])
+    parser.add_argument("suite", nargs="?", default="quick", choices=["quick", "kernels"],
+                        help="what to measure (default: quick)")
     parser.add_argument("--task", type=Path, metavar="DIR", help="a prepared task (default: synthetic users)")
     parser.add_argument("--model", type=Path, metavar="DIR",
                         help="a Hugging Face model folder (default: a small base made from the task's pooled examples)")
     parser.add_argument("--users", type=int, metavar="N", help="how many users (default: 128 synthetic, or all)")
     parser.add_argument("--seed", type=int, default=0, help="of users, base and training (default: 0)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="kernels: these ops only (default: all)")
+    parser.add_argument("--full", action="store_true", help="kernels: all combinations of shapes, users, ranks, rows")
+    parser.add_argument("--profile", action="store_true", help="also write trace.json and a table of kernels")
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"), metavar="DIR",
-                        help="folder for result.json, gains.png and adapters/ (default: runs/<time>)")
-    return parser.parse_args(argv)
+                        help="folder for result.json and the rest (default: runs/<time>)")
+    args = parser.parse_args(argv)
+    for name in {"quick": ("op", "full"), "kernels": ("task", "model", "users")}[args.suite]:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is not an option of suite {args.suite}")
+    return args
 
 
 def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     """The whole suite. Appends to `finished` each user whose adapter is on disk."""
     began = time.perf_counter()
-    try:
-        backend(args.device)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--device {args.device}: {error}") from None
-    prepare_out(args.out)
     task, truth = get_task(args)
+    for user in task.users:
+        adapter_path(args.out, user)  # an id that is too long for a file name is an error now, not after training
     model, encoded, base_name = get_base(args, task)
+    for old in (args.out / "adapters").glob("*.safetensors"):  # of an earlier run in this folder
+        old.unlink()
     print(describe(args, task, model, base_name, encoded), flush=True)
 
     def keep(adapter: Adapter) -> None:
@@ -121,6 +142,7 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     }
     apart = [relative_difference(trial.adapters[user], trial_alone.adapters[user]) for user in task.users]
     apart += [relative_difference(together.adapters[user], adapter) for user, adapter in alone.adapters.items()]
+    gains = correct["personal"] - correct["shared"]
     accuracy = {name: float(values.mean()) for name, values in correct.items()}
     result = {
         "suite": "quick", "task": task.name, "num_users": len(task.users), "seed": args.seed, "base": base_name,
@@ -131,11 +153,14 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
         "accuracy": accuracy | {
             **known_truth(task, truth),
             "ci": {name: interval(values) for name, values in correct.items()},
-            "personal_minus_shared": interval(correct["personal"] - correct["shared"]),
+            "personal_minus_shared": interval(gains),
+            "users_who_gain": int((gains > 0).sum()), "users_who_lose": int((gains < 0).sum()),
         },
         "active": active_figures(task, truth, correct),
         "alpha": nominal_alpha(task),
         "num_cut_texts": encoded.num_cut,
+        "skipped_steps": {user: a.metrics["skipped_steps"] for user, a in together.adapters.items()
+                          if a.metrics["skipped_steps"]},
         "independence": {
             "max_relative_difference": max(apart),
             "bitwise_isolated": bitwise_isolated(model, encoded, jobs),
@@ -145,9 +170,12 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
                      "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
         "seconds": time.perf_counter() - began,
     }
-    print(table(result))
-    plot_gains(args.out / "gains.png", correct["personal"] - correct["shared"], result)
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if args.profile:
+        with profiled(args.out):
+            timed_training(model, encoded, shortened[::PROFILED], PASSES, "some of the trial, profiled")
+    print(table(result))
+    plot_gains(args.out / "gains.png", gains, result)
     print(f"written: {args.out}/result.json, gains.png, adapters/ ({len(finished)} users)")
     print(json.dumps(result))
     return result
@@ -156,15 +184,25 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
 # ---- Inputs --------------------------------------------------------------------------------------------------------
 
 
-def prepare_out(out: Path) -> None:
-    """Make the folder and see that it can be written. Adapters of an earlier run in it are removed."""
+def check_device(device: str) -> None:
     try:
-        (out / "adapters").mkdir(parents=True, exist_ok=True)
-        for old in (out / "adapters").glob("*.safetensors"):
-            old.unlink()
-        probe = out / ".probe"
-        probe.write_text("")
-        probe.unlink()
+        backend(device)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--device {device}: {error}") from None
+
+
+def check_out(out: Path, suite: str) -> None:
+    """Make the folder and see that all that will be written can be. Results of an earlier run in it stay."""
+    folders, names = {"quick": ((out, out / "adapters"), ("result.json", "gains.png")),
+                      "kernels": ((out,), ("result.json",))}[suite]  # fmt: skip
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        for name in names:
+            if (out / name).exists():
+                (out / name).open("a").close()
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
@@ -252,7 +290,8 @@ def timed_training(
             bar(done, total)
 
         began = time.perf_counter()
-        adapters = engine.train(jobs, on_finish, count)
+        with region(title):
+            adapters = engine.train(jobs, on_finish, count)
         seconds = time.perf_counter() - began
     return Trained(adapters, engine, seconds)
 
@@ -280,8 +319,13 @@ def relative_difference(a: Adapter, b: Adapter) -> float:
     return float((a.row - b.row).norm() / b.row.norm())
 
 
-def bitwise_isolated(model: Decoder, encoded: Encoded, jobs: Sequence[Job], num_users: int = 8) -> bool:
-    """Rewrite one user's examples, lengths kept: does every other user in the same passes keep every bit?"""
+def bitwise_isolated(model: Decoder, encoded: Encoded, jobs: Sequence[Job], num_users: int = 8) -> bool | None:
+    """Rewrite one user's examples, lengths kept: does every other user in the same passes keep every bit?
+
+    None if there is no other user.
+    """
+    if len(jobs) == 1:
+        return None
     few = [replace(job, train=job.train[:16], config=replace(job.config, epochs=2)) for job in jobs[:num_users]]
     rng = np.random.default_rng(0)
     num_labels = len(encoded.labels.labels)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def default_base(task: Task, seed: int = 0, on_step: Callable[[int, int], None] 
         digest.update(json.dumps([example.text, example.label]).encode())
     folder = cache_folder() / "bases" / digest.hexdigest()[:32]
     if not (folder / "config.json").exists():
+        _check_writable(folder.parent)
         tokenizer = train_tokenizer(task)
         model = train_decoder(task, tokenizer, seed, on_step)
         try:
@@ -56,6 +58,17 @@ def default_base(task: Task, seed: int = 0, on_step: Callable[[int, int], None] 
             if not (folder / "config.json").exists():  # unless another process made the same base meanwhile
                 raise
     return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before a minute of training, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"the cache folder {folder} cannot be written ({error.strerror}); "
+                         "set MINIPEFT_CACHE to a folder that can") from None
 
 
 def cache_folder() -> Path:

@@ -39,18 +39,24 @@ def table(result: dict) -> str:
                          + (f"{active[key]:>18.1f}" if active else ""))
     low, high = accuracy["personal_minus_shared"]
     lines.append(f"personal minus shared: {accuracy['personal'] - accuracy['shared']:+.1f} points "
-                 f"(paired 95 % interval {low:+.1f} to {high:+.1f})")
+                 f"(paired 95 % interval {low:+.1f} to {high:+.1f}); "
+                 f"{accuracy['users_who_gain']} users gain, {accuracy['users_who_lose']} lose")
+    if result["skipped_steps"]:
+        lines.append("steps skipped because a gradient was not finite: "
+                     + ", ".join(f"{user} {steps}" for user, steps in result["skipped_steps"].items()))
     if accuracy["ceiling_shared"] is not None:
         way = [f"{100 * way_to_ceiling(part):.0f} % {who}" for part, who in
                ((accuracy, "over all users"), (active, f"over the {active['num_users']} active ones" if active else ""))
                if part]
         lines.append(f"way from the shared ceiling to the personal one: {', '.join(way)}")
+        lines.append("(\"best of\" is in expectation; on the texts drawn for testing a model can pass it)")
     independence = result["independence"]
     lines += [
         "",
         f"together = alone: largest relative difference of an adapter {independence['max_relative_difference']:.1e}",
-        "one user's examples rewritten: everybody else "
-        + ("bit-identical" if independence["bitwise_isolated"] else "CHANGED"),
+        "one user's examples rewritten: "
+        + {True: "everybody else bit-identical", False: "everybody else CHANGED", None: "there is nobody else"}[
+            independence["bitwise_isolated"]],
         f"{result['seconds']:.0f} s in all",
     ]
     return "\n".join(lines)

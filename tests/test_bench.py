@@ -177,8 +177,28 @@ def bad_out_below_a_file(tmp_path, task):
     return ["--out", tmp_path / "file" / "below"], "--out"
 
 
+def bad_out_with_a_result_that_cannot_be_written(tmp_path, task):
+    (tmp_path / "out" / "result.json").mkdir(parents=True)
+    return ["--out", tmp_path / "out"], "--out"
+
+
 def bad_device(tmp_path, task):
     return ["--device", "cuda"], "--device"
+
+
+def bad_users_is_no_number(tmp_path, task):
+    return ["--users", "many"], "--users: invalid int value"
+
+
+def bad_suite(tmp_path, task):
+    return ["slow"], "quick"
+
+
+def bad_user_id_too_long(tmp_path, task):
+    folder = shutil.copytree(task, tmp_path / "task")
+    for file in folder.glob("*.jsonl"):
+        file.write_text(file.read_text().replace("user00002", "u" * 300))
+    return ["--task", folder], "user id of 300 characters"
 
 
 BAD = {name: function for name, function in globals().items() if name.startswith("bad_")}
@@ -193,6 +213,31 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(make, task_folder, tmp_path
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("minipeft.bench: "), error
     assert named in error
+
+
+def test_bad_input_leaves_an_earlier_result_alone(task_folder, tmp_path, capsys):
+    (tmp_path / "adapters").mkdir()
+    for name in ("adapters/ann.safetensors", "result.json"):
+        (tmp_path / name).write_text("{}")
+    for argv in (["--task", tmp_path / "nowhere"], ["--task", task_folder, "--model", tmp_path / "nowhere"]):
+        assert run(*argv, "--out", tmp_path) == 2
+    assert (tmp_path / "adapters" / "ann.safetensors").exists() and (tmp_path / "result.json").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_before_training(task_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(default_base, "train_decoder", None)
+    assert run("--task", task_folder, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "set MINIPEFT_CACHE to a folder that can" in error
+
+
+def test_one_user_is_isolated_from_nobody(task_folder, tmp_path, capsys):
+    assert run("--task", task_folder, "--users", 1, "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["independence"]["bitwise_isolated"] is None
+    assert "one user's examples rewritten: there is nobody else" in out
 
 
 def test_the_command_itself_exits_with_2_and_no_traceback(tmp_path):

@@ -301,7 +301,7 @@ def test_logistic_comes_near_the_personal_ceiling_with_many_examples():
 WRONG = {
     "users": {"users": 0}, "features": {"features": 13}, "disagreement": {"disagreement": -1.0},
     "bias": {"bias": -0.1}, "noise": {"noise": 0.5}, "labels": {"labels": ("yes", "yes")},
-    "min_examples": {"min_examples": 300}, "test_examples": {"test_examples": 0}, "texts": {"texts": 200},
+    "min_examples": {"min_examples": 400}, "test_examples": {"test_examples": 0}, "texts": {"texts": 200},
     "correlation": {"correlation": 1.0}, "synonyms": {"synonyms": 4}, "max_words": {"max_words": 10},
 }
 

@@ -33,6 +33,7 @@ from minipeft.tasks.task import Example, Task, macro_accuracy, nominal_alpha, ow
 
 FOCUS = (0.1, 0.4)
 SAME_DIRECTION = 0.9
+SKEW = 0.7         # of the number of examples; 1 would be evenly spread in the logarithm
 L2 = 6.0           # of logistic_on_features; 2 to 20 give the default's figures within half a point
 
 # noun, words for f = +1, words for f = -1. The first `features` rows are used; no word appears twice.
@@ -67,7 +68,7 @@ class SyntheticConfig:
     noise: float = 0.11                          # share of labels replaced by another label
     labels: tuple[str, ...] = ("no", "yes")      # from the lowest score to the highest
     min_examples: int = 10                       # per user, train + val + test in 80 : 10 : 10
-    max_examples: int = 240
+    max_examples: int = 320
     test_examples: int = 40                      # at least so many test examples per user, drawn on top
     texts: int = 2000                            # in the pool that all users draw from
     correlation: float = 0.40                    # between two features over texts: good hotels are good in many ways
@@ -109,8 +110,8 @@ class Truth:
 def make_synthetic(config: SyntheticConfig) -> tuple[Task, Truth]:
     """The task and its truth, the same on every call; a user is a function of (seed, user), not of how many there are.
 
-    A user labels n distinct texts of the pool, n = min * (max / min) ** sqrt(uniform): log n rises linearly in
-    frequency, so that most users have a few dozen to a few hundred and some only ten. Validation is 10 % of n and at
+    A user labels n distinct texts of the pool, n = min * (max / min) ** (uniform ** SKEW): half of the users have fewer
+    than 80, some only ten, and a few have hundreds. Validation is 10 % of n and at
     least 2, training what the test's 10 % leave.
 
     Raises:
@@ -155,7 +156,7 @@ class _User:
         self.bias = config.bias * rng.standard_normal()
 
         spread = config.max_examples / config.min_examples
-        num_examples = round(config.min_examples * spread ** np.sqrt(rng.random()))
+        num_examples = round(config.min_examples * spread ** rng.random() ** SKEW)
         num_held_out = max(1, round(0.1 * num_examples))
         self.num_val = max(2, num_held_out)
         self.num_train = num_examples - self.num_val - num_held_out
