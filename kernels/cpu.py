@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft_kernels.segments import Pieces, Tiles
+from minipeft_kernels.segments import Pieces, Tiles, take
 
 
-def tile_matrices(matrices: Tensor, slots: Tensor, ranks: Tensor | None, M: int = 1) -> Tensor:
+def tile_matrices(matrices: Tensor, slots: slice | Tensor, ranks: Tensor | None, M: int = 1) -> Tensor:
     """[U, M * R, K] -> [n, M * R, K], each tile's own; rows at or past the slot's rank become 0, whatever they hold."""
-    gathered = matrices.index_select(0, slots)
-    if ranks is not None:
-        of_site = torch.arange(matrices.shape[1], device=matrices.device) % (matrices.shape[1] // M)  # [M * R]
-        unused = of_site >= ranks.index_select(0, slots)[:, None]  # [n, M * R]
-        gathered = gathered.masked_fill_(unused[:, :, None], 0.0)
-    return gathered
+    mine = take(matrices, slots)
+    if ranks is None:
+        return mine
+    of_site = torch.arange(matrices.shape[1], device=matrices.device) % (matrices.shape[1] // M)  # [M * R]
+    unused = of_site >= take(ranks, slots)[:, None]  # [n, M * R]
+    return mine.masked_fill(unused[:, :, None], 0.0)
 
 
 def shrink(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
@@ -38,12 +38,16 @@ def expand_add_(y: Tensor, v: Tensor, Bt: Tensor) -> Tensor:
     return y.baddbmm_(v.transpose(1, 2), Bt)
 
 
-def expand_rows_add_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor) -> None:
-    """As expand_add_, with y given as rows [T, N]."""
+def expand_rows_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor, beta: int) -> None:
+    """The pieces' rows of y [T, N] = beta * what they were + v Bt. beta is 0 (whatever y holds) or 1."""
     if isinstance(pieces.rows, slice):
-        expand_add_(pieces.of(y), v, Bt)
+        pieces.of(y).baddbmm_(v.transpose(1, 2), Bt, beta=beta)
+        return
+    delta = torch.bmm(v.transpose(1, 2), Bt).view(-1, y.shape[1])
+    if beta:
+        y.index_add_(0, pieces.rows, delta)
     else:
-        y.index_add_(0, pieces.rows, torch.bmm(v.transpose(1, 2), Bt).view(-1, y.shape[1]))
+        y.index_copy_(0, pieces.rows, delta)
 
 
 def sum_pieces(partials: list[Tensor], tiles: Tiles) -> Tensor:

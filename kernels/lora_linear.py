@@ -86,7 +86,7 @@ class _TorchLinear(torch.autograd.Function):
             ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
         else:
             ys = [cpu.tiled_linear(x, weight, bias, tile) for weight, bias in zip(weights, biases)]
-        kept = [forward_torch(g.lora, g.of(x), [g.of(y) for y in ys]) for g in groups]
+        kept = [forward_torch(g.lora, g.of(x), [g.of(y) for y in ys], beta=1) for g in groups]
         ctx.save_for_backward(x, *(v for vs in kept for v in vs))
         ctx.groups, ctx.weights, ctx.tile = groups, weights, tile
         return tuple(ys)
@@ -106,7 +106,7 @@ class _TorchLinear(torch.autograd.Function):
         for g in ctx.groups:
             vs, kept = kept[: (n := len(g.lora.segments.tiles.pieces))], kept[n:]
             backward_torch(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], vs,
-                           None if grad_x is None else g.of(grad_x))  # fmt: skip
+                           None if grad_x is None else g.of(grad_x), beta=1)  # fmt: skip
         return grad_x, None, None, None, None, None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dropout import keep_mask
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import Segments, take
 from minipeft_kernels.shrink_expand import PLANE, expand, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
 
@@ -96,31 +96,34 @@ def _dropped(lora: Lora, x: Tensor) -> Tensor:
     return torch.where(keep, x * factor.to(x.dtype), 0.0)
 
 
-def _matrices(lora: Lora, slots: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+def _matrices(lora: Lora, slots: slice | Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
     """A, Bts and scale of every piece: [n, M * R, K], M times [n, R, N_m], [n]."""
     A = cpu.tile_matrices(lora.A, slots, lora.ranks, len(lora.Bts))
     Bts = [cpu.tile_matrices(Bt, slots, lora.ranks) for Bt in lora.Bts]
-    return A, Bts, lora.scale.index_select(0, slots).to(A.dtype)
+    return A, Bts, take(lora.scale, slots).to(A.dtype)
 
 
-def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor]) -> tuple[Tensor, ...]:
-    """ys, M of [T, N_m], += delta. Returns v^T of every size of pieces, [n, M * R, size], which backward wants."""
+def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor], beta: int) -> tuple[Tensor, ...]:
+    """ys, M of [T, N_m], = beta * ys + delta, beta 0 or 1. Returns v^T of every size of pieces, [n, M * R, size]."""
     x, kept = _dropped(lora, x), []
     for pieces in lora.segments.tiles.pieces:
         A, Bts, scale = _matrices(lora, pieces.slots)
         v = cpu.shrink(pieces.of(x), A, scale)
         for y, Bt, v_m in zip(ys, Bts, v.split(Bts[0].shape[1], dim=1)):
-            cpu.expand_rows_add_(y, pieces, v_m, Bt)
+            cpu.expand_rows_(y, pieces, v_m, Bt, beta)
         kept.append(v)
     return tuple(kept)
 
 
 def backward_torch(
-    lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor | None
+    lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor | None, beta: int
 ) -> None:
-    """grad_x [T, K], or None, += the delta's; the weights' gradients go where lora says. grad_ys: M of [T, N_m]."""
+    """grad_x [T, K], or None, = beta * grad_x + the delta's; the weights' gradients go where lora says.
+
+    grad_ys: M of [T, N_m]. kept: what forward_torch returned.
+    """
     tiles, x = lora.segments.tiles, _dropped(lora, x)
-    delta = grad_x if lora.drop is None or grad_x is None else torch.zeros_like(grad_x)
+    delta = grad_x if lora.drop is None or grad_x is None else torch.empty_like(grad_x)
     grad_As, grad_Bts = [], [[] for _ in grad_ys]  # of each size of pieces
     for pieces, v in zip(tiles.pieces, kept):
         A, Bts, scale = _matrices(lora, pieces.slots)
@@ -128,12 +131,13 @@ def backward_torch(
         ws = [cpu.shrink(part, Bt, scale) for part, Bt in zip(parts, Bts)]
         w = ws[0] if len(ws) == 1 else torch.cat(ws, dim=1)  # [n, M * R, size]
         if delta is not None:
-            cpu.expand_rows_add_(delta, pieces, w, A)
+            cpu.expand_rows_(delta, pieces, w, A, beta if delta is grad_x else 0)
         grad_As.append(torch.bmm(w, pieces.of(x)))
         for grads, v_m, part in zip(grad_Bts, v.split(Bts[0].shape[1], dim=1), parts):
             grads.append(torch.bmm(v_m, part))
     if delta is not grad_x:
-        grad_x += _dropped(lora, delta)
+        delta = _dropped(lora, delta)
+        grad_x.copy_(grad_x + delta if beta else delta)
     if not tiles.pieces:
         return
     for grad, partials in zip((lora.grad_A, *lora.grad_Bts), (grad_As, *grad_Bts)):
@@ -147,12 +151,11 @@ class _SegmentLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, Bt, scale, segments, ranks, drop):
         lora = Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop)  # no gradients are stored in forward
+        y = x.new_empty(len(x), Bt.shape[2])
         if segments.plan is not None:
-            y = x.new_empty(len(x), Bt.shape[2])
             kept = forward_triton(lora, x, y)
         else:
-            y = x.new_zeros(len(x), Bt.shape[2])
-            kept = forward_torch(lora, x, [y])
+            kept = forward_torch(lora, x, [y], beta=0)
         ctx.save_for_backward(x, A, Bt, scale, ranks, drop, *kept)
         ctx.segments = segments
         return y
@@ -164,12 +167,11 @@ class _SegmentLora(torch.autograd.Function):
         dtype = torch.float32 if segments.plan is not None else A.dtype
         grad_A, grad_Bt = (torch.zeros(M.shape, dtype=dtype, device=M.device) for M in (A, Bt))
         lora = Lora(A, (Bt,), scale, ranks, segments, grad_A, (grad_Bt,), drop=drop)
+        grad_x = torch.empty_like(x)
         if segments.plan is not None:
-            grad_x = torch.empty_like(x)
             backward_triton(lora, x, [grad_y], kept, grad_x)
         else:
-            grad_x = torch.zeros_like(x)
-            backward_torch(lora, x, [grad_y], kept, grad_x)
+            backward_torch(lora, x, [grad_y], kept, grad_x, beta=0)
         return grad_x, grad_A.to(A.dtype), grad_Bt.to(A.dtype), None, None, None, None
 
 

@@ -25,18 +25,30 @@ CHUNK = 2048  # rows of a segment whose weight gradient one program sums; longer
 class Pieces:
     """Pieces of one size, of all segments: the matrices of one batched product.
 
-    size: rows per piece. slots: [n] int64 on the device, each piece's slot.
-    rows: which rows they are, piece after piece: a slice where they follow one another, else [n * size] int64.
+    size:  rows per piece.
+    slots: each piece's slot. rows: which rows they are, piece after piece. A slice where they follow one another, else
+           [n] and [n * size] int64 on the device.
     """
 
     size: int
-    slots: Tensor
+    slots: slice | Tensor
     rows: slice | Tensor
 
     def of(self, x: Tensor) -> Tensor:
         """Their rows of x [T, K]: [n, size, K], a view where the rows follow one another."""
-        mine = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
-        return mine.view(-1, self.size, x.shape[1])
+        return take(x, self.rows).view(-1, self.size, x.shape[1])
+
+
+def take(x: Tensor, index: slice | Tensor) -> Tensor:
+    """x[index]: a view for a slice, else a copy."""
+    return x[index] if isinstance(index, slice) else x.index_select(0, index)
+
+
+def _as_index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor:
+    """The slice that is these numbers, or else they as a tensor."""
+    if (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return torch.from_numpy(numbers).to(device)
 
 
 @dataclass(frozen=True)
@@ -174,9 +186,7 @@ def _pieces(
             nth = np.arange(len(segment)) - (np.cumsum(count) - count)[segment]
             first = begin[segment] + size * nth
             rows = (first[:, None] + np.arange(size)).ravel()
-            together = slice(int(rows[0]), int(rows[-1]) + 1)
-            rows = together if (np.diff(rows) == 1).all() else torch.from_numpy(rows).to(device)
-            pieces.append(Pieces(size, torch.from_numpy(slots[segment]).to(device), rows))
+            pieces.append(Pieces(size, _as_index(slots[segment], device), _as_index(rows, device)))
             segments.append(segment)
             first_rows.append(first)
         begin = begin + size * count
