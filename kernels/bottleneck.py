@@ -91,8 +91,8 @@ def _tanh_argument(z):
 
 @constexpr_function
 def columns(F, bits):
-    """Columns that a program works on at a time, of numbers of this many bits; of F alone, like all block sizes."""
-    return (2048 if F <= 32 else 1024 if F <= 128 else 512) // bits
+    """Columns that a program works on at a time, for a width and bits per number; see `configuration`."""
+    return 16 if bits > 16 else 128 if F <= 32 else 64 if F <= 128 else 32
 
 
 @jit
@@ -230,14 +230,14 @@ class Bottleneck:
 def configuration(F: int, itemsize: int) -> dict[str, int]:
     """Rows of a tile and how to compile, for a width and bytes per number; never of the batch.
 
-    A wider bottleneck needs more rows, as each program reads both matrices whole, and more warps to hold z of its rows.
-    fp32 products do without matrix units, and that takes the registers of 8 warps for any F.
+    Each program reads both matrices whole, so a wider bottleneck wants more rows per program, as many as registers hold
+    z of. At full precision fp32 knows no matrix unit and a product takes more registers: smaller blocks.
     """
     if itemsize > 2:
-        return {"BLOCK_T": 64 if 32 < F <= 128 else 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_T": 32 if F <= 128 else 16, "num_warps": 8, "num_stages": 2}
     if F <= 32:
         return {"BLOCK_T": 32, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_T": 64, "num_warps": 4 if F <= 64 else 8, "num_stages": 3}
+    return {"BLOCK_T": 64, "num_warps": 4 if F <= 64 else 8, "num_stages": 3 if F <= 128 else 2}
 
 
 def _forward_triton(g: Bottleneck, x: Tensor, residual: Tensor, y: Tensor) -> Tensor:

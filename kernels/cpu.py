@@ -43,18 +43,20 @@ def expand_rows_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor, beta: int) ->
     if isinstance(pieces.rows, slice):
         pieces.of(y).baddbmm_(v.transpose(1, 2), Bt, beta=beta)
         return
-    delta = torch.bmm(v.transpose(1, 2), Bt).view(-1, y.shape[1])
+    rows, delta = pieces.rows, torch.bmm(v.transpose(1, 2), Bt).view(-1, y.shape[1])
+    if pieces.filled is not None:
+        places, rows, _ = pieces.filled
+        delta = delta.index_select(0, places)
     if beta:
-        y.index_add_(0, pieces.rows, delta)
+        y.index_add_(0, rows, delta)
     else:
-        y.index_copy_(0, pieces.rows, delta)
+        y.index_copy_(0, rows, delta)
 
 
-def sum_pieces(partials: list[Tensor], tiles: Tiles) -> Tensor:
-    """Sums of every size of pieces, [n, R, K] each -> sums of each segment's pieces in row order: [S', R, K]."""
-    partial = partials[0] if len(partials) == 1 else torch.cat(partials)  # [p, R, K]
+def sum_pieces(partial: Tensor, tiles: Tiles) -> Tensor:
+    """All pieces, one size after another, [p, R, K] -> each segment's pieces summed in row order: [S', R, K]."""
     if len(partial) == len(tiles.first_piece):
-        return partial if len(partials) == 1 else partial.index_select(0, tiles.order)
+        return partial if len(tiles.pieces) == 1 else partial.index_select(0, tiles.order)
     flat = partial.view(len(partial), -1)
     return F.embedding_bag(tiles.order, flat, tiles.first_piece, mode="sum").view(-1, *partial.shape[1:])
 

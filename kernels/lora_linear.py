@@ -20,7 +20,15 @@ from torch import Tensor
 
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
-from minipeft_kernels.segment_lora import Lora, backward_torch, backward_triton, check, forward_torch, forward_triton
+from minipeft_kernels.segment_lora import (
+    Lora,
+    backward_torch,
+    backward_triton,
+    check,
+    forward_torch,
+    forward_triton,
+    num_kept,
+)
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,13 @@ class _TorchLinear(torch.autograd.Function):
         else:
             ys = [cpu.tiled_linear(x, weight, bias, tile) for weight, bias in zip(weights, biases)]
         kept = [forward_torch(g.lora, g.of(x), [g.of(y) for y in ys], beta=1) for g in groups]
-        ctx.save_for_backward(x, *(v for vs in kept for v in vs))
+        ctx.save_for_backward(*(tensor for of_group in kept for tensor in of_group))
         ctx.groups, ctx.weights, ctx.tile = groups, weights, tile
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        x, *kept = ctx.saved_tensors
+        kept = list(ctx.saved_tensors)
         grad_ys = [grad_y.contiguous() for grad_y in grad_ys]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -104,8 +112,8 @@ class _TorchLinear(torch.autograd.Function):
                 else:
                     grad_x = grad_y @ weight if grad_x is None else grad_x.addmm_(grad_y, weight)
         for g in ctx.groups:
-            vs, kept = kept[: (n := len(g.lora.segments.tiles.pieces))], kept[n:]
-            backward_torch(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], vs,
+            own, kept = kept[: num_kept(g.lora)], kept[num_kept(g.lora) :]
+            backward_torch(g.lora, [g.of(grad_y) for grad_y in grad_ys], own,
                            None if grad_x is None else g.of(grad_x), beta=1)  # fmt: skip
         return grad_x, None, None, None, None, None
 

@@ -104,44 +104,57 @@ def _matrices(lora: Lora, slots: slice | Tensor) -> tuple[Tensor, list[Tensor], 
 
 
 def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor], beta: int) -> tuple[Tensor, ...]:
-    """ys, M of [T, N_m], = beta * ys + delta, beta 0 or 1. Returns v^T of every size of pieces, [n, M * R, size]."""
-    x, kept = _dropped(lora, x), []
+    """ys, M of [T, N_m], = beta * ys + delta, beta 0 or 1. Returns what backward_torch wants, see num_kept."""
+    vs, parts, dropped = [], [], _dropped(lora, x)
     for pieces in lora.segments.tiles.pieces:
         A, Bts, scale = _matrices(lora, pieces.slots)
-        v = cpu.shrink(pieces.of(x), A, scale)
+        part = pieces.of(dropped)  # [n, size, K]
+        v = pieces.zero_filled_(cpu.shrink(part, A, scale))  # [n, M * R, size]
         for y, Bt, v_m in zip(ys, Bts, v.split(Bts[0].shape[1], dim=1)):
             cpu.expand_rows_(y, pieces, v_m, Bt, beta)
-        kept.append(v)
-    return tuple(kept)
+        vs.append(v)
+        parts.append(part)
+    return (*vs, *(parts if lora.drop is None else [x]))
+
+
+def num_kept(lora: Lora) -> int:
+    """Tensors that forward_torch returns: v^T and x of every size of pieces, or, with dropout, v^T and the whole x."""
+    num_sizes = len(lora.segments.tiles.pieces)
+    return 2 * num_sizes if lora.drop is None else num_sizes + 1
 
 
 def backward_torch(
-    lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor | None, beta: int
+    lora: Lora, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor | None, beta: int
 ) -> None:
     """grad_x [T, K], or None, = beta * grad_x + the delta's; the weights' gradients go where lora says.
 
     grad_ys: M of [T, N_m]. kept: what forward_torch returned.
     """
-    tiles, x = lora.segments.tiles, _dropped(lora, x)
+    tiles = lora.segments.tiles
+    vs, xs = kept[: len(tiles.pieces)], kept[len(tiles.pieces) :]
+    if lora.drop is not None:
+        x = _dropped(lora, xs[0])
+        xs = [pieces.of(x) for pieces in tiles.pieces]
     delta = grad_x if lora.drop is None or grad_x is None else torch.empty_like(grad_x)
-    grad_As, grad_Bts = [], [[] for _ in grad_ys]  # of each size of pieces
-    for pieces, v in zip(tiles.pieces, kept):
+    num_pieces, end = sum(len(v) for v in vs), 0
+    grad_A, *grad_Bts = (M.new_empty(num_pieces, *M.shape[1:]) for M in (lora.A, *lora.Bts))  # of every piece
+    for pieces, v, x in zip(tiles.pieces, vs, xs):
+        start, end = end, end + len(v)
         A, Bts, scale = _matrices(lora, pieces.slots)
         parts = [pieces.of(grad_y) for grad_y in grad_ys]
         ws = [cpu.shrink(part, Bt, scale) for part, Bt in zip(parts, Bts)]
-        w = ws[0] if len(ws) == 1 else torch.cat(ws, dim=1)  # [n, M * R, size]
+        w = pieces.zero_filled_(ws[0] if len(ws) == 1 else torch.cat(ws, dim=1))  # [n, M * R, size]
         if delta is not None:
             cpu.expand_rows_(delta, pieces, w, A, beta if delta is grad_x else 0)
-        grad_As.append(torch.bmm(w, pieces.of(x)))
-        for grads, v_m, part in zip(grad_Bts, v.split(Bts[0].shape[1], dim=1), parts):
-            grads.append(torch.bmm(v_m, part))
+        torch.bmm(w, x, out=grad_A[start:end])
+        for grad_Bt, v_m, part in zip(grad_Bts, v.split(Bts[0].shape[1], dim=1), parts):
+            torch.bmm(v_m, part, out=grad_Bt[start:end])
     if delta is not grad_x:
         delta = _dropped(lora, delta)
         grad_x.copy_(grad_x + delta if beta else delta)
-    if not tiles.pieces:
-        return
-    for grad, partials in zip((lora.grad_A, *lora.grad_Bts), (grad_As, *grad_Bts)):
-        grad[tiles.live_slots] = cpu.sum_pieces(partials, tiles)
+    if num_pieces:
+        for grad, partial in zip((lora.grad_A, *lora.grad_Bts), (grad_A, *grad_Bts)):
+            grad[tiles.live_slots] = cpu.sum_pieces(partial, tiles)
 
 
 # ---- The op --------------------------------------------------------------------------------------------------------
@@ -153,25 +166,25 @@ class _SegmentLora(torch.autograd.Function):
         lora = Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop)  # no gradients are stored in forward
         y = x.new_empty(len(x), Bt.shape[2])
         if segments.plan is not None:
-            kept = forward_triton(lora, x, y)
+            kept = (x, *forward_triton(lora, x, y))
         else:
             kept = forward_torch(lora, x, [y], beta=0)
-        ctx.save_for_backward(x, A, Bt, scale, ranks, drop, *kept)
+        ctx.save_for_backward(A, Bt, scale, ranks, drop, *kept)
         ctx.segments = segments
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, A, Bt, scale, ranks, drop, *kept = ctx.saved_tensors
+        A, Bt, scale, ranks, drop, *kept = ctx.saved_tensors
         segments, grad_y = ctx.segments, grad_y.contiguous()
         dtype = torch.float32 if segments.plan is not None else A.dtype
         grad_A, grad_Bt = (torch.zeros(M.shape, dtype=dtype, device=M.device) for M in (A, Bt))
         lora = Lora(A, (Bt,), scale, ranks, segments, grad_A, (grad_Bt,), drop=drop)
-        grad_x = torch.empty_like(x)
+        grad_x = grad_y.new_empty(len(grad_y), A.shape[2])
         if segments.plan is not None:
-            backward_triton(lora, x, [grad_y], kept, grad_x)
+            backward_triton(lora, kept[0], [grad_y], kept[1:], grad_x)
         else:
-            backward_torch(lora, x, [grad_y], kept, grad_x, beta=0)
+            backward_torch(lora, [grad_y], kept, grad_x, beta=0)
         return grad_x, grad_A.to(A.dtype), grad_Bt.to(A.dtype), None, None, None, None
 
 

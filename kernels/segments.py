@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minipeft_kernels.backend import backend
 
-PIECES = (512, 16, 4, 1)  # rows of the CPU's pieces of a segment
+PIECES = ((512, 512), (16, 5), (4, 2), (1, 1))  # rows of a piece on the CPU; the least rest that makes one more
 TILE = 16  # rows; a batch whose segments are all multiples of it needs no gather on the CPU
 BLOCKS = (16, 32, 64)  # rows of a kernel's tile; which one a kernel takes depends on its widths, never on the batch
 CHUNK = 2048  # rows of a segment whose weight gradient one program sums; longer segments are summed chunk by chunk
@@ -25,18 +25,25 @@ CHUNK = 2048  # rows of a segment whose weight gradient one program sums; longer
 class Pieces:
     """Pieces of one size, of all segments: the matrices of one batched product.
 
-    size:  rows per piece.
-    slots: each piece's slot. rows: which rows they are, piece after piece. A slice where they follow one another, else
-           [n] and [n * size] int64 on the device.
+    size:   rows per piece, filled ones included.
+    slots:  each piece's slot, [n]. rows: which row is in each place, piece after piece, [n * size]; a place that only
+            fills a piece has that piece's first row. A slice where they follow one another, else int64.
+    filled: None if no place only fills, else the other places [r], their rows [r], both int64, and 1 for them and 0 for
+            the rest, [n, 1, size] fp32.
     """
 
     size: int
     slots: slice | Tensor
     rows: slice | Tensor
+    filled: tuple[Tensor, Tensor, Tensor] | None
 
     def of(self, x: Tensor) -> Tensor:
         """Their rows of x [T, K]: [n, size, K], a view where the rows follow one another."""
         return take(x, self.rows).view(-1, self.size, x.shape[1])
+
+    def zero_filled_(self, v: Tensor) -> Tensor:
+        """v [n, R, size] with 0 in the places that are only there to fill, so that no sum over rows counts them."""
+        return v if self.filled is None else v.mul_(self.filled[2].to(v.dtype))
 
 
 def take(x: Tensor, index: slice | Tensor) -> Tensor:
@@ -55,11 +62,10 @@ def _as_index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor
 class Tiles:
     """The plan of the PyTorch path: every tile is a matrix of a batched product. Index tensors, all on the device.
 
-    A segment is cut in two ways. Into tiles of one size, the last one filled up with zeros. And into pieces of a few
-    sizes, without filling: as many of the largest size as its length holds, then of the next. Both start at the
-    segment's own first row and depend on its own length alone.
+    A segment is cut in two ways. Into tiles of one size, the last one filled up with zeros. And into pieces: as many of
+    512 rows as its length holds, then of 16, 4 or 1, the last of them filled up (PIECES). Both start at the segment's own first row and depend on its own length alone.
 
-    pieces:     of each size in PIECES that occurs, largest first.
+    pieces:     those sizes that occur, in that order.
     order:      [p] int64: the pieces of all sizes, one size after another, in the order of their rows.
     first_piece: [S'] int64: where each segment's pieces begin in that order.
     tile:       rows per tile.
@@ -178,18 +184,28 @@ def _pieces(
 ) -> tuple[tuple[Pieces, ...], Tensor, Tensor]:
     """Tiles.pieces, order and first_piece."""
     pieces, segments, first_rows = [], [], []
+
+    def add(size: int, segment: np.ndarray, first: np.ndarray, length: np.ndarray) -> None:
+        real = np.arange(size) < length[:, None]  # [n, size]
+        rows = first[:, None] + np.arange(size) * real
+        filled = None
+        if not real.all():
+            filled = (np.flatnonzero(real), rows[real], real[:, None].astype(np.float32))
+            filled = tuple(torch.from_numpy(table).to(device) for table in filled)
+        pieces.append(Pieces(size, _as_index(slots[segment], device), _as_index(rows.ravel(), device), filled))
+        segments.append(segment)
+        first_rows.append(first)
+
     begin, end = starts[:-1], starts[1:]
-    for size in PIECES:
-        count = (end - begin) // size  # [S]
+    for size, least in PIECES:
+        rest = (end - begin) % size
+        count = (end - begin) // size + (rest >= least)  # [S]
         if count.any():
             segment = np.repeat(np.arange(len(slots)), count)  # [n]
             nth = np.arange(len(segment)) - (np.cumsum(count) - count)[segment]
             first = begin[segment] + size * nth
-            rows = (first[:, None] + np.arange(size)).ravel()
-            pieces.append(Pieces(size, _as_index(slots[segment], device), _as_index(rows, device)))
-            segments.append(segment)
-            first_rows.append(first)
-        begin = begin + size * count
+            add(size, segment, first, np.minimum(size, end[segment] - first))
+        begin = np.minimum(begin + size * count, end)
     if not pieces:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return (), nothing, nothing
