@@ -31,60 +31,21 @@ is F FLOPs per byte: the kernels wait for memory up to an F of about 180.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from minipeft_kernels import cpu
+from minipeft_kernels.activations import ACTIVATIONS, act, act_slope
 from minipeft_kernels.backend import backend
 from minipeft_kernels.blocks import load_block, my_ranks, my_rows
 from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, store, tl
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import Segments, take
 from minipeft_kernels.wgrad import wgrad
 
 MAX_F = 256  # a program holds z of its rows in registers
-ACTIVATIONS = {"relu": torch.relu, "gelu": functional.gelu, "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-               "silu": functional.silu}  # fmt: skip
-
-# ---- Activations: 0 at 0, so the unused part of a narrower user's z and h is 0 -------------------------------------
-
-
-@jit
-def _act(z, ACT: tl.constexpr):
-    """act(z), fp32."""
-    if ACT == "relu":
-        return tl.where(z < 0.0, 0.0, z)  # not max: NaN stays NaN
-    elif ACT == "gelu":
-        return 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        return z * tl.sigmoid(_tanh_argument(z))
-    else:
-        return z * tl.sigmoid(z)
-
-
-@jit
-def _act_slope(z, ACT: tl.constexpr):
-    """act'(z), fp32."""
-    if ACT == "relu":
-        return tl.where(z <= 0.0, 0.0, 1.0)
-    elif ACT == "gelu":  # Phi(z) + z phi(z)
-        return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACT == "gelu_tanh":
-        gate = tl.sigmoid(_tanh_argument(z))
-        return gate + z * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406449902308544 * z * z)
-    else:
-        gate = tl.sigmoid(z)
-        return gate + z * gate * (1.0 - gate)
-
-
-@jit
-def _tanh_argument(z):
-    """2 sqrt(2 / pi) (z + 0.044715 z^3): 0.5 (1 + tanh(a)) = sigmoid(2 a)."""
-    return z * (1.5957691216057308 + 0.07135481627159471 * z * z)
-
 
 # ---- Kernels -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +53,9 @@ def _tanh_argument(z):
 @constexpr_function
 def columns(F, bits):
     """Columns that a program works on at a time, for a width and bits per number; see `configuration`."""
-    return 16 if bits > 16 else 128 if F <= 32 else 64 if F <= 128 else 32
+    if bits > 16:
+        return 32 if F <= 128 else 16
+    return 128 if F <= 32 else 64 if F <= 128 else 32
 
 
 @jit
@@ -137,7 +100,7 @@ def _forward_kernel(
     z = rounded(acc, z_ptr.dtype.element_ty).to(tl.float32)
 
     # 3. Activation, expand, bias, residual.
-    h = rounded(_act(z, ACT), z_ptr.dtype.element_ty)
+    h = rounded(act(z, ACT), z_ptr.dtype.element_ty)
     for k in range(0, K, BLOCK):
         cols = k + tl.arange(0, BLOCK)
         up = load_block(up_ptr, inner, used, K, k, K, BLOCK)
@@ -171,7 +134,7 @@ def _backward_kernel(
 
     # 2. s h, for the gradient of up. Before the sums: registers hold the temporaries of one or the other.
     z = load_block(z_ptr, rows, row_ok, F, 0, F, INNER).to(tl.float32)
-    _store_block(scaled_h_ptr, rows, row_ok, 0, scale * _act(z, ACT), F, INNER)
+    _store_block(scaled_h_ptr, rows, row_ok, 0, scale * act(z, ACT), F, INNER)
 
     # 3. Shrink grad_y, in fp32, and through the activation.
     acc = tl.zeros((BLOCK_T, INNER), tl.float32)
@@ -180,7 +143,7 @@ def _backward_kernel(
         up = load_block(up_ptr, inner, used, K, k, K, BLOCK)  # [INNER, BLOCK]
         acc = tl.dot(grad_y, tl.trans(up), acc, input_precision="ieee")
     z = load_block(z_ptr, rows, row_ok, F, 0, F, INNER).to(tl.float32)
-    acc = scale * acc * _act_slope(z, ACT)
+    acc = scale * acc * act_slope(z, ACT)
     _store_block(grad_z_ptr, rows, row_ok, 0, acc, F, INNER)
 
     # 4. Expand.
@@ -211,9 +174,9 @@ class Bottleneck:
     """One bank's bottlenecks at one site, for the rows of `segments`.
 
     weights, activation, scale, widths: as in `segment_bottleneck`.
-    grads: where `backward` stores the gradients of slots that have rows: shapes of weights, fp32 (on a CPU: any dtype).
-           Other slots, and what lies past a slot's own width, are left alone on a GPU; on a CPU the latter gets 0.
-           None where no backward pass will come.
+    grads: where backward stores the gradients of slots that have rows: shapes of weights, fp32 (on a CPU any dtype).
+           Other slots are left alone; what lies past a slot's own width is left alone or gets 0. None where no backward
+           pass will come.
     """
 
     weights: BottleneckTensors
@@ -234,7 +197,7 @@ def configuration(F: int, itemsize: int) -> dict[str, int]:
     z of. At full precision fp32 knows no matrix unit and a product takes more registers: smaller blocks.
     """
     if itemsize > 2:
-        return {"BLOCK_T": 32 if F <= 128 else 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_T": 32 if F <= 32 else 16, "num_warps": 8, "num_stages": 2}
     if F <= 32:
         return {"BLOCK_T": 32, "num_warps": 4, "num_stages": 4}
     return {"BLOCK_T": 64, "num_warps": 4 if F <= 64 else 8, "num_stages": 3 if F <= 128 else 2}
@@ -261,7 +224,7 @@ def _backward_triton(
     config = configuration(F, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     grad_z, scaled_h = torch.empty_like(z), torch.empty_like(z)
-    ones = x.new_ones(1, 1).expand(len(x), 1)  # [T, 1], one number in memory
+    ones = x.new_ones(1).as_strided((len(x), 1), (0, 1))  # [T, 1], one number in memory
     scale_rows = ones if g.scale is None else x.new_empty(len(x), 1)
     if len(tiles):
         _backward_kernel[(len(tiles),)](
@@ -269,57 +232,63 @@ def _backward_triton(
             down.stride(0), up.stride(0), K, F, g.activation, serial, **config,
         )  # fmt: skip
     wgrad(grad_z, x, plan, g.grads.down, g.widths)
-    wgrad(grad_z, ones, plan, g.grads.down_bias[:, :, None], g.widths)
+    wgrad(ones, grad_z, plan, g.grads.down_bias[:, None, :])  # [U, 1, F]
     wgrad(scaled_h, grad_y, plan, g.grads.up, g.widths)
-    wgrad(scale_rows, grad_y, plan, g.grads.up_bias[:, None, :])
+    wgrad(scale_rows, grad_y, plan, g.grads.up_bias[:, None, :])  # [U, 1, K]
 
 
 # ---- On a CPU ------------------------------------------------------------------------------------------------------
 
 
-def _tiles_of(g: Bottleneck, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """down and up of every tile [n, F, K], and its scale [n, 1, 1]."""
-    tiles = g.segments.tiles
-    down, up = (cpu.tile_matrices(matrices, tiles.tile_slots, g.widths) for matrices in (g.weights.down, g.weights.up))
-    if g.scale is None:
-        return down, up, x.new_ones(len(down), 1, 1)
-    return down, up, g.scale.index_select(0, tiles.tile_slots).to(x.dtype)[:, None, None]
+def _of_pieces(g: Bottleneck, slots: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """down and up of every piece [n, F, K], and its scale [n, 1, 1]."""
+    down, up = (cpu.tile_matrices(matrices, slots, g.widths) for matrices in (g.weights.down, g.weights.up))
+    return down, up, down.new_ones(1, 1, 1) if g.scale is None else take(g.scale, slots).to(down.dtype)[:, None, None]
 
 
 def _forward_torch(g: Bottleneck, x: Tensor, residual: Tensor, y: Tensor) -> Tensor:
-    """As _forward_triton, but z is of tiles and rank first: [n, F, tile]."""
-    tiles = g.segments.tiles
-    down, up, scale = _tiles_of(g, x)
-    down_bias = cpu.tile_matrices(g.weights.down_bias[:, :, None], tiles.tile_slots, g.widths)  # [n, F, 1]
-    z = torch.baddbmm(down_bias, down, tiles.cut(x).transpose(1, 2))  # [n, F, tile]
-    h = scale * ACTIVATIONS[g.activation](z)
-    up_bias = g.weights.up_bias.index_select(0, tiles.tile_slots)[:, None, :]  # [n, 1, K]
-    y.copy_(tiles.join(cpu.expand_add_(tiles.cut(residual) + scale * up_bias, h, up)))
-    return z
+    """As _forward_triton, but z is of pieces, each [F, size], one after another in one dimension."""
+    zs = [x.new_empty(0)]
+    for pieces in g.segments.tiles.pieces:
+        down, up, scale = _of_pieces(g, pieces.slots)
+        down_bias = cpu.tile_matrices(g.weights.down_bias[:, :, None], pieces.slots, g.widths)  # [n, F, 1]
+        z = torch.baddbmm(down_bias, down, pieces.of(x).transpose(1, 2))  # [n, F, size]
+        cpu.expand_rows_(y, pieces, scale * ACTIVATIONS[g.activation](z), up, beta=0)
+        zs.append(z.flatten())
+    slot_of_row = torch.from_numpy(np.repeat(g.segments.slots, np.diff(g.segments.starts))).to(x.device)  # [T]
+    up_bias = g.weights.up_bias if g.scale is None else g.scale.to(x.dtype)[:, None] * g.weights.up_bias
+    y += up_bias.index_select(0, slot_of_row)
+    y += residual
+    return torch.cat(zs)
 
 
 def _backward_torch(
     g: Bottleneck, x: Tensor, grad_y: Tensor, z: Tensor, serial: bool, grad_x: Tensor | None
 ) -> None:
     """As _backward_triton."""
-    tiles = g.segments.tiles
-    down, up, scale = _tiles_of(g, x)
-    grad_y = tiles.cut(grad_y)  # [n, tile, K]
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        h = ACTIVATIONS[g.activation](z)  # [n, F, tile]
-        (grad_z,) = torch.autograd.grad(h, z, cpu.shrink(grad_y, up, scale.flatten()))  # [n, F, tile]
-    if grad_x is not None:
-        out = grad_y.clone() if serial else torch.zeros_like(grad_y)
-        grad_x.copy_(tiles.join(cpu.expand_add_(out, grad_z, down)))
-    ones = x.new_ones(len(down), tiles.tile, 1)
-    for grad, v, inputs in (
-        (g.grads.down, grad_z, tiles.cut(x)),
-        (g.grads.down_bias[:, :, None], grad_z, ones),
-        (g.grads.up, scale * h.detach(), grad_y),
-        (g.grads.up_bias[:, None, :], (scale * ones).transpose(1, 2), grad_y),
-    ):
-        grad[tiles.live_slots] = cpu.wgrad(v, inputs, tiles).to(grad.dtype)
+    tiles, wide = g.segments.tiles, torch.promote_types(x.dtype, torch.float32)  # bf16 would round every piece's sum
+    partial, end = [], 0
+    for pieces in tiles.pieces:
+        down, up, scale = _of_pieces(g, pieces.slots)
+        x_part, grad_y_part = pieces.of(x), pieces.of(grad_y)  # [n, size, K]
+        (n, size, _), F = x_part.shape, down.shape[1]
+        start, end = end, end + n * F * size
+        with torch.enable_grad():
+            z_part = z[start:end].view(n, F, size).detach().requires_grad_()
+            h = ACTIVATIONS[g.activation](z_part)
+            (grad_z,) = torch.autograd.grad(h, z_part, scale * torch.bmm(up, grad_y_part.transpose(1, 2)))
+        if grad_x is not None:
+            cpu.expand_rows_(grad_x, pieces, grad_z, down, beta=0)
+        ones = x.new_ones(n, size, 1)
+        partial.append([torch.bmm(pieces.zero_filled_(v).to(wide), inputs.to(wide)) for v, inputs in (
+            (grad_z, x_part), (grad_z, ones), (scale * h.detach(), grad_y_part),
+            (scale * ones.transpose(1, 2), grad_y_part),
+        )])  # fmt: skip
+    if grad_x is not None and serial:
+        grad_x += grad_y
+    down, down_bias, up, up_bias = g.grads
+    for grad, parts in zip((down, down_bias[:, :, None], up, up_bias[:, None, :]), zip(*partial)):
+        grad[tiles.live_slots] = cpu.sum_pieces(torch.cat(parts), tiles).to(grad.dtype)
 
 
 def path(device: torch.device):
@@ -332,8 +301,8 @@ def path(device: torch.device):
 
 class _SegmentBottleneck(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, down, down_bias, up, up_bias, segments, activation, scale, widths, path):
-        forward, ctx.backward_ = path
+    def forward(ctx, x, residual, down, down_bias, up, up_bias, segments, activation, scale, widths, forward_backward):
+        forward, ctx.backward_ = forward_backward
         ctx.serial, ctx.segments, ctx.activation = residual is None, segments, activation
         y, weights = torch.empty_like(x), BottleneckTensors(down, down_bias, up, up_bias)
         g = Bottleneck(weights, None, activation, segments, scale, widths)

@@ -88,5 +88,8 @@ def bottleneck_rows(x: Tensor, residual: Tensor | None, anchor: Tensor, groups: 
     others = _others(groups, len(x))
     for g in groups:
         check("bottleneck_rows", g.bottleneck, g.of(x), None if residual is None else g.of(residual))
+        if g.bottleneck.grads is None and torch.is_grad_enabled():
+            raise ValueError("bottleneck_rows: a group has no grads, which backward would write; give it some or call "
+                             "under torch.no_grad().")
     residual = None if residual is None else residual.contiguous()
     return _BottleneckRows.apply(x.contiguous(), residual, anchor, groups, others, path(x.device))

@@ -63,7 +63,8 @@ class Tiles:
     """The plan of the PyTorch path: every tile is a matrix of a batched product. Index tensors, all on the device.
 
     A segment is cut in two ways. Into tiles of one size, the last one filled up with zeros. And into pieces: as many of
-    512 rows as its length holds, then of 16, 4 or 1, the last of them filled up (PIECES). Both start at the segment's own first row and depend on its own length alone.
+    512 rows as its length holds, then of 16, 4 or 1, the last of them filled up (PIECES). Both start at the segment's
+    own first row and depend on its own length alone.
 
     pieces:     those sizes that occur, in that order.
     order:      [p] int64: the pieces of all sizes, one size after another, in the order of their rows.

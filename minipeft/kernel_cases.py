@@ -116,6 +116,7 @@ class Op:
     size:    what `rank` of a point means here, if anything. ranked: whether a user's own may be smaller.
     launcher: it has no PyTorch path and runs where kernels run. in_place: a run changes its inputs.
     filled:  a user's rows are multiples of TILE, as in training.
+    accurate: what comes out is fp32 and owes fp32's accuracy, whatever the dtype of x.
     """
 
     define: Way
@@ -129,6 +130,7 @@ class Op:
     launcher: bool = False
     filled: bool = False
     in_place: bool = False
+    accurate: bool = False
 
 
 def make(
@@ -205,6 +207,11 @@ def run(op: Op, way: str, inputs: Inputs, backward: bool) -> Outputs:
 def exactly(op: Op, inputs: Inputs, backward: bool) -> Outputs:
     """The definition in fp64."""
     return op.define(inputs.map(Tensor.double), backward)
+
+
+def tolerance(op: Op, inputs: Inputs) -> float:
+    """The largest relative error a correct way may have."""
+    return TOLERANCE[torch.float32 if op.accurate else inputs.x.dtype]
 
 
 def relative_error(outputs: Outputs, exact: Outputs, inputs: Inputs) -> float:

@@ -209,6 +209,7 @@ def _prepare_wgrad(i: Inputs) -> Inputs:
 WGRAD = Op(
     define=_define_wgrad, ways={"ours": _wgrad}, cost=_wgrad_cost,
     spans=lambda point: [((point.rank, point.K), point.K**-0.5)], prepare=_prepare_wgrad, launcher=True,
+    accurate=True,
 )  # fmt: skip
 
 
@@ -369,7 +370,7 @@ def _adamw_cost(i: Inputs, backward: bool) -> tuple[int, int]:
 ADAMW = Op(
     define=_define_adamw, ways={"ours": _adamw, "loop": _adamw_by_user}, cost=_adamw_cost,
     spans=lambda point: [((SITES_OF_A_ROW * point.rank * (point.K + sum(point.widths)) // 64 * 64,), 1.0)] * 4,
-    prepare=_prepare_adamw, passes=(False,), size=None, in_place=True,
+    prepare=_prepare_adamw, passes=(False,), size=None, in_place=True, accurate=True,
 )  # fmt: skip
 
 

@@ -298,3 +298,10 @@ def test_the_gpu_clock_flushes_the_cache_before_each_call(monkeypatch):
     log.clear()
     assert clock(lambda: log.append("call")) == 0.2
     assert log == ["flush"] * 3 + ["event", "call", "event", "wait"]  # 3 * 0.2 ms give Python a lead of 0.5 ms
+
+
+def test_ceilings_count_bytes_read_and_written_and_take_the_fastest():
+    taken = iter([0.5, 0.25, 4.0, 2.0])  # ms of two copies of 1 MB, then of two products of 128 x 128
+    found = timing.ceilings("cpu", torch.float32, lambda call: (call(), next(taken))[1])
+    assert found["copy_gbps"] == pytest.approx(2 * (1 << 20) / 0.25e-3 / 1e9)
+    assert found["matmul_tflops"] == pytest.approx(2 * 128**3 / 2e-3 / 1e12)

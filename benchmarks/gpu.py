@@ -1,0 +1,402 @@
+"""What only a GPU can tell: are the compiled kernels right, do they stay right, which configurations are best, and how
+fast is training? Run by gpu.sh, one part per process:
+
+    check   every op against fp64; isolation; the same bits again, alone, and reordered; memory full of NaN beforehand
+    soak    thousands of runs over block configurations and ranks, looking for NaN and for bits that change
+    sweep   time over block configurations at three shapes: which is best, and how far is ours from it?
+    train   what LoRA adds to a Llama-3.1-8B layer; then `python -m minipeft.bench quick` on the GPU
+
+Each part writes <out>/<part>.json after every item, so a part that is stopped leaves what it has. No item starts later
+than LIMIT_S. --rehearse runs the same lines on a CPU in Triton's interpreter (gpu.sh sets TRITON_INTERPRET=1), tiny.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from minipeft import bench, default_base, timing
+from minipeft.kernel_cases import (
+    Inputs,
+    Op,
+    Outputs,
+    Point,
+    exactly,
+    make,
+    pick,
+    poisoned_memory,
+    relative_error,
+    run,
+    tolerance,
+)
+from minipeft.kernel_ops import LORA_LINEAR, OPS, SHRINK_EXPAND, WGRAD
+from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
+from minipeft.tasks.task import save_task
+from minipeft.timing import ceilings, clock_of, floor_ms, side_by_side
+from minipeft_kernels import shrink_expand, wgrad
+from minipeft_kernels.backend import backend
+
+LIMIT_S = 420  # of a part
+FP32_WIDTH = 1024  # fp32 is checked up to this width: it is for tests, and every width is another compilation
+LLAMA, QWEN, T5 = "llama-3.1-8b", "qwen2.5-1.5b", "flan-t5-base"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. check: ops by default; check_joint: lora_linear, several sites of one input."""
+
+    device: str
+    check: tuple[Point, ...]
+    check_joint: tuple[Point, ...]
+    soak: Point
+    soak_iterations: int
+    soak_ranks: tuple[int, ...]
+    soak_configurations: int  # at most, of each kernel
+    sweep: tuple[Point, ...]
+    sweep_ranks: tuple[int, ...]
+    sweep_configurations: int
+    layer: tuple[Point, ...]
+    quick: tuple[str, ...]  # options of the quick suite
+
+
+REAL = Sizes(
+    device="cuda",
+    check=(Point(LLAMA, 4096, (4096,), 16, 16384, 64, "zipf"), Point("odd", 300, (200,), 5, 700, 9, "zipf"),
+           Point(T5, 768, (2048,), 8, 2048, 128, "distinct"), Point("one row each", 768, (768,), 4, 1024, 1024),
+           Point(QWEN, 1536, (8960,), 64, 4096, 40, "giant_tiny")),
+    check_joint=(Point(QWEN, 1536, (1536, 256, 256), 16, 4096, 40, "zipf"),
+                 Point(LLAMA, 4096, (4096, 1024, 1024), 8, 4096, 16, "giant_tiny"),
+                 Point(LLAMA, 4096, (14336, 14336), 64, 2048, 8, "distinct")),
+    soak=Point(LLAMA, 4096, (4096,), 16, 16384, 40, "zipf"), soak_iterations=10_000, soak_ranks=(16, 64, 8, 32, 4),
+    soak_configurations=8,
+    sweep=(Point(LLAMA, 4096, (4096,), 16, 16384, 64), Point(QWEN, 1536, (8960,), 16, 16384, 64),
+           Point(T5, 768, (2048,), 16, 16384, 64)),
+    sweep_ranks=(16, 64), sweep_configurations=100,
+    layer=tuple(Point(LLAMA, K, widths, 16, 16384, 64) for K, widths in
+                ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))),
+    quick=(),
+)  # fmt: skip
+TINY = Sizes(
+    device="cpu",
+    check=(Point("odd", 40, (24,), 5, 60, 3, "zipf"),), check_joint=(Point("joint", 32, (128, 128), 4, 40, 2),),
+    soak=Point("tiny", 32, (32,), 4, 40, 2), soak_iterations=8, soak_ranks=(4,), soak_configurations=2,
+    sweep=(Point("tiny", 32, (32,), 4, 40, 2),), sweep_ranks=(4,), sweep_configurations=2,
+    layer=(Point("tiny", 32, (128, 128), 4, 32, 2), Point("tiny", 64, (32,), 4, 32, 2)),
+    quick=(),
+)  # fmt: skip
+
+
+def rehearsal(out: Path) -> Sizes:
+    """TINY, and a base, a task and ceilings as small."""
+    default_base.STEPS, bench.TRIAL_STEPS, os.environ["MINIPEFT_CACHE"] = 2, 2, str(out / "cache")
+    default_base.SHAPE |= dict(width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_width=16)
+    timing.MATMUL_SIZE["cpu"], timing.COPY_BYTES["cpu"] = 128, 1 << 20
+    task, _ = make_synthetic(SyntheticConfig(users=2, max_examples=12, test_examples=5, texts=60))
+    save_task(task, out / "task")
+    return replace(TINY, quick=("--task", str(out / "task")))
+
+
+class Report:
+    """<out>/<part>.json, whole after every item, and a line per item on stdout."""
+
+    def __init__(self, out: Path, part: str, sizes: Sizes):
+        self.began, self.path = time.perf_counter(), out / f"{part}.json"
+        name = torch.cuda.get_device_name() if sizes.device == "cuda" else "CPU, Triton's interpreter: a rehearsal"
+        self.result = {"part": part, "device": name, "torch": torch.__version__, "triton": triton.__version__,
+                       "python": platform.python_version(), "items": [], "failed": 0, "left_out": 0}  # fmt: skip
+        self.write()
+
+    def time_is_up(self) -> bool:
+        """Counts what is left out, too."""
+        late = time.perf_counter() - self.began > LIMIT_S
+        self.result["left_out"] += late
+        return late
+
+    def add(self, ok: bool, text: str, **figures) -> None:
+        self.result["items"].append({"ok": ok, **figures})
+        self.result["failed"] += not ok
+        self.write()
+        print(f"{'ok  ' if ok else 'FAIL'} {text}", flush=True)
+
+    def note(self, **figures) -> None:
+        self.result |= figures
+        self.write()
+
+    def write(self) -> None:
+        self.result["seconds"] = time.perf_counter() - self.began
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+# ---- check ---------------------------------------------------------------------------------------------------------
+
+
+def check(sizes: Sizes, report: Report) -> None:
+    points = [(point, [name for name in OPS if name != "lora_linear"]) for point in sizes.check]
+    points += [(point, ["lora_linear"]) for point in sizes.check_joint]
+    for point, names in points:
+        for name, dtype in product(names, (torch.bfloat16, torch.float32)):
+            if dtype == torch.float32 and point.K > FP32_WIDTH:
+                continue
+            check_op(name, one_width(name, point), dtype, sizes.device, report)
+
+
+def one_width(name: str, point: Point) -> Point:
+    return replace(point, widths=(point.K,)) if name in ("bottleneck", "ia3", "prompts") else point
+
+
+def check_op(name: str, point: Point, dtype: torch.dtype, device: str, report: Report) -> None:
+    op = OPS[name]
+    for backward in op.passes:
+        if report.time_is_up():
+            continue
+        found = findings(op, make(op, point, device, dtype, mixed_ranks=True), backward)
+        wrong = [key for key, good in found.items() if good is False]
+        title = f"{name} {'forward+backward' if backward else 'forward'} {point.model} {dtype}"
+        report.add(not wrong, f"{title}: relative error {found['error']:.1e}, {found['ratio']:.2f} of what is allowed "
+                   f"{' '.join(wrong)}", op=name, backward=backward, dtype=str(dtype), K=point.K, widths=point.widths,
+                   rank=point.rank, T=point.T, users=point.users, distribution=point.distribution,
+                   **found)  # fmt: skip
+
+
+def findings(op: Op, inputs: Inputs, backward: bool) -> dict:
+    """Errors of one batch, and what is True of it."""
+    everyone = list(range(len(inputs.segments.slots)))
+    exact = exactly(op, inputs, backward)
+    plain = op.define(copied(op, inputs.map(Tensor.float) if op.accurate else inputs), backward)
+    first = run(op, "ours", inputs, backward)
+    bits = by_user(inputs, first)
+
+    def same(other: Inputs, users: Sequence[int]) -> bool:
+        found = by_user(other, run(op, "ours", other, backward))
+        slots = inputs.segments.slots[users].tolist()
+        return all(equal(one, two) for slot in slots for one, two in zip(found[slot], bits[slot]))
+
+    error, plain_error = relative_error(first, exact, inputs), relative_error(plain, exact, inputs)
+    ratio = error / (2 * plain_error + 1e-7)
+    longest = int(np.argmax(np.diff(inputs.segments.starts)))
+    facts = {"error": error, "plain_error": plain_error, "ratio": ratio, "as_accurate": ratio <= 1,
+             "within_tolerance": error <= tolerance(op, inputs), "again": same(inputs, everyone)}
+    facts["isolated"] = same(with_nan(op, inputs, everyone[1::2]), everyone[::2])
+    if op is not LORA_LINEAR:  # the frozen product's bits may depend on how many rows share it
+        facts["alone"] = all(same(pick(op, inputs, [u]), [u]) for u in {0, longest, everyone[-1]})
+        facts["reordered"] = same(pick(op, inputs, everyone[::-1]), everyone)
+    return facts
+
+
+def copied(op: Op, inputs: Inputs) -> Inputs:
+    """So that an op in place leaves the original alone."""
+    return op.prepare(inputs.map(Tensor.clone)) if op.in_place else inputs
+
+
+def by_user(inputs: Inputs, outputs: Outputs) -> dict[int, list[Tensor]]:
+    """slot -> that user's part of every output."""
+    starts = inputs.segments.starts
+    return {int(slot): [*(y[start:end] for y in outputs.rows), *(grad[slot] for grad in outputs.slots)]
+            for slot, start, end in zip(inputs.segments.slots, starts, starts[1:])}  # fmt: skip
+
+
+def equal(one: Tensor, two: Tensor) -> bool:
+    """Bit by bit, NaN or not."""
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, two)))
+
+
+def with_nan(op: Op, inputs: Inputs, victims: Sequence[int]) -> Inputs:
+    """These users' rows and gradients, in AdamW's case the gradient that it reads, full of NaN."""
+    inputs, starts = inputs.map(Tensor.clone), inputs.segments.starts
+    for victim in victims:
+        for tensor in (inputs.x, *inputs.grad_ys):
+            tensor[starts[victim] : starts[victim + 1]] = torch.nan
+        if op.in_place:
+            inputs.weights[1][int(inputs.segments.slots[victim])] = torch.nan
+    return op.prepare(inputs)
+
+
+# ---- Configurations ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def configured(module: ModuleType, configuration: dict[str, int]) -> Iterator[None]:
+    """Launches of this module's kernels take these block sizes, whatever the widths."""
+    shipped = module.configuration
+    module.configuration = lambda *widths: dict(configuration)
+    try:
+        yield
+    finally:
+        module.configuration = shipped
+
+
+def configurations(block: str, block_ts: Sequence[int], blocks: Sequence[int]) -> list[dict[str, int]]:
+    """All combinations, the likely ones first."""
+    return [{"BLOCK_T": BLOCK_T, block: size, "num_warps": warps, "num_stages": stages}
+            for stages, warps, BLOCK_T, size in product((3, 4), (4, 8), block_ts, blocks)]  # fmt: skip
+
+
+KERNELS = {  # name -> op, module, configurations worth a try
+    "shrink_expand": (SHRINK_EXPAND, shrink_expand, configurations("BLOCK", (32, 64), (128, 64))),
+    "wgrad": (WGRAD, wgrad, configurations("BLOCK_D", (64, 32), (256, 128, 64))),
+}
+
+
+# ---- soak ----------------------------------------------------------------------------------------------------------
+
+
+def soak(sizes: Sizes, report: Report) -> None:
+    """Every configuration runs again and again on the same inputs, outputs poisoned each time."""
+    kernels = KERNELS | {"split": KERNELS["shrink_expand"]}
+    tried = [(rank, kernel, configuration) for rank in sizes.soak_ranks for kernel in kernels
+             for configuration in kernels[kernel][2][: sizes.soak_configurations]]
+    done = 0
+    for nth, (rank, kernel, configuration) in enumerate(tried):
+        if report.time_is_up():
+            continue
+        iterations = (sizes.soak_iterations - done) // (len(tried) - nth)
+        op, module, _ = kernels[kernel]
+        inputs = make(op, replace(sizes.soak, rank=rank), sizes.device, torch.bfloat16, mixed_ranks=True)
+        words = f"{kernel} rank {rank} {configuration}"
+        with configured(module, configuration), split_if(kernel == "split"), poisoned_memory():
+            try:
+                found = repeat(op, inputs, iterations)
+            except TritonError as error:  # too much shared memory, or it does not compile: part of the answer
+                report.add(True, f"{words}: does not run, {type(error).__name__}", kernel=kernel, rank=rank,
+                           configuration=configuration, cannot=str(error).split("\n")[0])  # fmt: skip
+                continue
+        done += iterations
+        good = found["nan"] == found["mismatches"] == 0 and found["error"] <= tolerance(op, inputs)
+        report.add(good, f"{words}: {iterations} runs, {found}", kernel=kernel, rank=rank, configuration=configuration,
+                   iterations=iterations, **found)  # fmt: skip
+    report.note(iterations=done)
+    print(f"{done} runs in all")
+
+
+@contextmanager
+def split_if(split: bool) -> Iterator[None]:
+    """The launcher splits products among programs wherever there are fewer tiles than FEW_TILES."""
+    shipped = shrink_expand.FEW_TILES
+    shrink_expand.FEW_TILES = 1 << 30 if split else 0
+    try:
+        yield
+    finally:
+        shrink_expand.FEW_TILES = shipped
+
+
+def repeat(op: Op, inputs: Inputs, iterations: int) -> dict:
+    """Runs that had a NaN, runs that differ from the first one, and the first one's relative error."""
+    first = run(op, "ours", inputs, True)
+    error = relative_error(first, exactly(op, inputs, True), inputs)
+    first = [tensor.clone() for tensor in by_parts(inputs, first)]
+    nan, mismatches = (torch.zeros((), dtype=torch.int64, device=inputs.x.device) for _ in range(2))
+    for _ in range(iterations):  # nothing here waits for the GPU
+        found = by_parts(inputs, run(op, "ours", inputs, True))
+        nan += torch.stack([tensor.isnan().any() for tensor in found]).any()
+        mismatches += torch.stack([(one != two).any() for one, two in zip(found, first)]).any()
+    return {"nan": int(nan), "mismatches": int(mismatches), "error": error}
+
+
+def by_parts(inputs: Inputs, outputs: Outputs) -> list[Tensor]:
+    return [*outputs.rows, *(grad[inputs.groups.slots] for grad in outputs.slots)]
+
+
+# ---- sweep ---------------------------------------------------------------------------------------------------------
+
+
+def sweep(sizes: Sizes, report: Report) -> None:
+    clock, best = clock_of(sizes.device), []
+    report.note(ceilings=ceilings(sizes.device, torch.bfloat16, clock))
+    for point, rank, (kernel, (op, module, tried)) in product(sizes.sweep, sizes.sweep_ranks, KERNELS.items()):
+        inputs = make(op, replace(point, rank=rank), sizes.device, torch.bfloat16)
+        floor = floor_ms(*op.cost(inputs, True), report.result["ceilings"])
+        exact, shipped, times = exactly(op, inputs, True), module.configuration(rank), {}
+        for configuration in [shipped, *(c for c in tried if c != shipped)][: sizes.sweep_configurations]:
+            if report.time_is_up():
+                continue
+            words = f"{kernel} {point.K}->{point.widths[0]} rank {rank} {configuration}"
+            figures = {"kernel": kernel, "K": point.K, "N": point.widths[0], "rank": rank, "T": point.T,
+                       "configuration": configuration, "floor_ms": floor}  # fmt: skip
+            with configured(module, configuration), split_if(False):
+                try:
+                    error = relative_error(run(op, "ours", inputs, True), exact, inputs)
+                    ms = side_by_side({"ours": lambda: op.ways["ours"](inputs, True)}, clock, 0.05)["ours"]  # noqa: B023
+                except TritonError as failure:  # as in soak
+                    report.add(True, f"{words}: does not run, {type(failure).__name__}", **figures,
+                               cannot=str(failure).split("\n")[0])  # fmt: skip
+                    continue
+            times[ms] = configuration
+            report.add(error <= tolerance(op, inputs), f"{words}: {ms:.4f} ms, {100 * floor / ms:.0f} % of floor",
+                       **figures, ms=ms, error=error)  # fmt: skip
+        if times:
+            ms, shipped_ms = min(times), next(ms for ms, c in times.items() if c == shipped)
+            best.append({"kernel": kernel, "K": point.K, "N": point.widths[0], "rank": rank, "best": times[ms],
+                         "ms": ms, "fraction_of_floor": floor / ms, "shipped": shipped,
+                         "shipped_ms": shipped_ms})  # fmt: skip
+            report.note(best=best)
+    print(f"\n{'kernel':<15}{'K->N':>13}{'rank':>5}{'ms':>9}{'floor':>7}{'ours':>9}  best configuration")
+    for row in best:
+        print(f"{row['kernel']:<15}{row['K']:>7}->{row['N']:<5}{row['rank']:>4}{row['ms']:>9.4f}"
+              f"{100 * row['fraction_of_floor']:>5.0f} %{row['shipped_ms']:>9.4f}  {row['best']}")
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+
+def train(sizes: Sizes, report: Report, out: Path) -> None:
+    clock, totals = clock_of(sizes.device), {"ours": 0.0, "frozen": 0.0}
+    for point in sizes.layer:
+        inputs = make(LORA_LINEAR, point, sizes.device, torch.bfloat16)
+        error = relative_error(run(LORA_LINEAR, "ours", inputs, True), exactly(LORA_LINEAR, inputs, True), inputs)
+        calls = {way: lambda way=way: LORA_LINEAR.ways[way](inputs, True) for way in totals}  # noqa: B023
+        times = side_by_side(calls, clock, 0.5)
+        for way in totals:
+            totals[way] += times[way]
+        shape = f"{point.K}->{'+'.join(map(str, point.widths))}"
+        report.add(error <= tolerance(LORA_LINEAR, inputs), f"{shape}: with LoRA {times['ours']:.3f} ms, frozen "
+                   f"{times['frozen']:.3f} ms, forward+backward", shape=shape, rank=point.rank, T=point.T,
+                   users=point.users, error=error, **times)  # fmt: skip
+    added = 100 * (totals["ours"] / totals["frozen"] - 1)
+    report.note(layer_ms=totals, added_percent=added)
+    print(f"all-linear LoRA adds {added:.1f} % to the layer's frozen products, forward+backward")
+
+    code = bench.main(["quick", "--device", sizes.device, "--out", str(out / "quick"), *sizes.quick])
+    quick = json.loads((out / "quick" / "result.json").read_text()) if code == 0 else {}
+    report.add(code == 0, f"quick: exit code {code}, {quick.get('speedup', 0):.2f}x one by one", code=code, quick=quick)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["check", "soak", "sweep", "train"])
+    parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("gpu-%Y%m%d-%H%M%S"))
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, in the interpreter, tiny")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    sizes = rehearsal(args.out) if args.rehearse else REAL
+    assert backend(sizes.device) == "triton"  # compiled on a GPU, interpreted in a rehearsal
+    report = Report(args.out, args.part, sizes)
+    print(f"{args.part}: {report.result['device']}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
+    if args.part == "train":
+        train(sizes, report, args.out)
+    else:
+        {"check": check, "soak": soak, "sweep": sweep}[args.part](sizes, report)
+    result = report.result
+    report.note(finished=True)
+    print(f"{args.part}: {len(result['items'])} items, {result['failed']} failed, {result['left_out']} left out, "
+          f"{result['seconds']:.0f} s; written: {report.path}")
+    return min(result["failed"], 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What only a GPU can tell: benchmarks/gpu.sh [check|soak|sweep|train|all] [--out DIR] [--rehearse]
+#
+# Works with the machine's own python3, torch (2.11 or later) and triton (3.6 or later), without a network and without
+# installing anything. PYTHON=... picks another interpreter. Each part takes less than 8 minutes, in a process of its own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON="${PYTHON:-python3}"
+PART=all
+case "${1:-}" in
+    check | soak | sweep | train | all) PART=$1; shift ;;
+    "" | --out | --rehearse) ;;
+    *) echo "usage: benchmarks/gpu.sh [check|soak|sweep|train|all] [--out DIR] [--rehearse]" >&2; exit 2 ;;
+esac
+ARGS=("$@")
+[[ " $* " == *" --out "* ]] || ARGS+=(--out "runs/gpu-$(date +%Y%m%d-%H%M%S)")
+
+# The folder kernels/ is the package minipeft_kernels: a link by that name is all an installation would add.
+LINKS=$(mktemp -d)
+trap 'rm -rf "$LINKS"' EXIT
+ln -s "$PWD/kernels" "$LINKS/minipeft_kernels"
+[[ " $* " == *" --rehearse "* ]] && export TRITON_INTERPRET=1 # before Python imports the kernels
+export PYTHONPATH="$PWD:$LINKS${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+[[ $PART == all ]] && PARTS="check soak sweep train" || PARTS=$PART
+FAILED=0
+for part in $PARTS; do
+    "$PYTHON" benchmarks/gpu.py "$part" "${ARGS[@]}" || FAILED=1
+done
+exit $FAILED

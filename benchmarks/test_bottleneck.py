@@ -1,0 +1,11 @@
+"""How fast are everybody's bottleneck adapters in one pass, beside the loop over users?"""
+
+from dataclasses import replace
+
+import pytest
+from conftest import SMALL
+
+
+@pytest.mark.parametrize("way", ["ours", "loop"])
+def test_forward_and_backward(timed, way):
+    timed("bottleneck", way, replace(SMALL, rank=48), backward=True)
