@@ -33,7 +33,7 @@ from minipeft.tasks.task import Example, Task, macro_accuracy, nominal_alpha, ow
 
 FOCUS = (0.1, 0.4)
 SAME_DIRECTION = 0.9
-SKEW = 0.7         # of the number of examples; 1 would be evenly spread in the logarithm
+SKEW = 0.5         # of the number of examples; 1 would be evenly spread in the logarithm
 L2 = 6.0           # of logistic_on_features; 2 to 20 give the default's figures within half a point
 
 # noun, words for f = +1, words for f = -1. The first `features` rows are used; no word appears twice.
@@ -68,7 +68,7 @@ class SyntheticConfig:
     noise: float = 0.11                          # share of labels replaced by another label
     labels: tuple[str, ...] = ("no", "yes")      # from the lowest score to the highest
     min_examples: int = 10                       # per user, train + val + test in 80 : 10 : 10
-    max_examples: int = 320
+    max_examples: int = 240
     test_examples: int = 40                      # at least so many test examples per user, drawn on top
     texts: int = 2000                            # in the pool that all users draw from
     correlation: float = 0.40                    # between two features over texts: good hotels are good in many ways
@@ -111,7 +111,7 @@ def make_synthetic(config: SyntheticConfig) -> tuple[Task, Truth]:
     """The task and its truth, the same on every call; a user is a function of (seed, user), not of how many there are.
 
     A user labels n distinct texts of the pool, n = min * (max / min) ** (uniform ** SKEW): half of the users have fewer
-    than 80, some only ten, and a few have hundreds. Validation is 10 % of n and at
+    than 100, some only ten, and a few more than 200. Validation is 10 % of n and at
     least 2, training what the test's 10 % leave.
 
     Raises:
