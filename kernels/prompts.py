@@ -93,11 +93,13 @@ class PromptPlan:
         new = np.ones(len(row), dtype=bool)  # [n], where another virtual token begins
         new[1:] = (np.diff(slot) != 0) | (np.diff(token) != 0)
         tables = slot[new], token[new], np.append(np.flatnonzero(new), len(row)), row
-        flat = torch.from_numpy(np.concatenate(tables))
+        padded = [np.pad(table, (0, len(table) % 2)) for table in tables]  # each starts at a multiple of 16 bytes
+        flat = torch.from_numpy(np.concatenate(padded))
         if torch.device(device).type == "cuda":
             flat = flat.pin_memory()
         return PromptPlan(slots, first, counts,
-                          *flat.to(device, non_blocking=True).split([len(table) for table in tables]))  # fmt: skip
+                          *(part[: len(table)] for table, part in zip(
+                              tables, flat.to(device, non_blocking=True).split([len(table) for table in padded]))))
 
 
 def _check_apart(op: str, first_rows: np.ndarray, counts: np.ndarray) -> None:

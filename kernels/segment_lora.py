@@ -23,7 +23,7 @@ from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.segments import Segments, take
-from minipeft_kernels.shrink_expand import PLANE, expand, shrink, shrink_expand
+from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
 
 
@@ -75,7 +75,7 @@ def backward_triton(lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Te
         w = shrink_expand(grad_ys[0], lora.Bts[0], lora.A, grad_x, lora.scale, ranks, plan, drop_y=lora.drop)
     else:  # every site's gradient has its own shrink; one expand adds them up
         num_planes = max(-(-grad_y.shape[1] // PLANE) for grad_y in grad_ys)
-        planes = torch.empty(num_planes, len(x), M * R, dtype=torch.float32, device=x.device)
+        planes = empty_planes(num_planes, len(x), M * R, x.device)
         for m, (grad_y, Bt) in enumerate(zip(grad_ys, lora.Bts)):
             shrink(grad_y, Bt, ranks, plan, planes=planes, column=m * R)
         w = expand(planes, lora.A, grad_x, lora.scale, ranks, plan, R, M, drop_y=lora.drop)

@@ -229,9 +229,11 @@ def _plan(slots: np.ndarray, starts: np.ndarray, device: torch.device | str) -> 
     end_part = np.cumsum(num_chunks[cut_up])
     tables.append(np.stack([cut_up, end_part - num_chunks[cut_up], end_part], 1))
 
-    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]).astype(np.int32))
+    # Every table starts at a multiple of 16 bytes: Triton compiles a kernel again for a pointer that does not.
+    padded = [np.pad(table.ravel(), (0, -table.size % 4)) for table in tables]
+    flat = torch.from_numpy(np.concatenate(padded).astype(np.int32))
     if torch.device(device).type == "cuda":
         flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([table.size for table in tables])
-    segments, *tiles, chunks, finals = [x.view(table.shape) for x, table in zip(parts, tables)]
+    parts = flat.to(device, non_blocking=True).split([len(table) for table in padded])
+    segments, *tiles, chunks, finals = [x[: table.size].view(table.shape) for x, table in zip(parts, tables)]
     return Plan(segments, dict(zip(BLOCKS, tiles)), chunks, finals, int(several.sum()))

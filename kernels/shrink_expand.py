@@ -244,6 +244,11 @@ def shrink_expand(
     return v
 
 
+def empty_planes(num_planes: int, T: int, V: int, device: torch.device) -> Tensor:
+    """[planes, T, V] fp32. Strides are multiples of 16 whatever T is, or Triton would compile again for another T."""
+    return torch.empty(num_planes, T + -T % 16, V, dtype=torch.float32, device=device)[:, :T]
+
+
 def shrink(
     x: Tensor, first: Tensor, ranks: Tensor | None, plan: Plan, drop: Tensor | None = None,
     planes: Tensor | None = None, column: int = 0, R: int | None = None,
@@ -258,7 +263,7 @@ def shrink(
     (T, K), num_ranks = x.shape, first.shape[1]
     num_planes = -(-K // PLANE)
     if planes is None:
-        planes = torch.empty(num_planes, T, num_ranks, dtype=torch.float32, device=x.device)
+        planes = empty_planes(num_planes, T, num_ranks, x.device)
     planes[num_planes:, :, column : column + num_ranks] = 0.0
     R = R or num_ranks
     config = configuration(num_ranks)
