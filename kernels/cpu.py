@@ -33,24 +33,20 @@ def shrink(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
     return torch.bmm(A, x.transpose(1, 2)).mul_(scale[:, None, None])
 
 
-def expand_add_(y: Tensor, v: Tensor, Bt: Tensor) -> Tensor:
-    """y [n, tile, N] += v Bt, with v given as v^T [n, R, tile] and Bt [n, R, N]. In place."""
-    return y.baddbmm_(v.transpose(1, 2), Bt)
-
-
 def expand_rows_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor, beta: int) -> None:
-    """The pieces' rows of y [T, N] = beta * what they were + v Bt. beta is 0 (whatever y holds) or 1."""
+    """The pieces' rows of y [T, N] = beta * what they were + v Bt. beta is 0 (whatever y holds) or 1.
+
+    The same product, sum included, whether the rows follow one another or not: that depends on the company.
+    """
+    part = pieces.of(y)  # [n, size, N], of y itself if the rows follow one another
+    part.baddbmm_(v.transpose(1, 2), Bt, beta=beta)
     if isinstance(pieces.rows, slice):
-        pieces.of(y).baddbmm_(v.transpose(1, 2), Bt, beta=beta)
         return
-    rows, delta = pieces.rows, torch.bmm(v.transpose(1, 2), Bt).view(-1, y.shape[1])
+    rows, part = pieces.rows, part.view(-1, y.shape[1])
     if pieces.filled is not None:
         places, rows, _ = pieces.filled
-        delta = delta.index_select(0, places)
-    if beta:
-        y.index_add_(0, rows, delta)
-    else:
-        y.index_copy_(0, rows, delta)
+        part = part.index_select(0, places)
+    y.index_copy_(0, rows, part)
 
 
 def sum_pieces(partial: Tensor, tiles: Tiles) -> Tensor:
@@ -59,16 +55,6 @@ def sum_pieces(partial: Tensor, tiles: Tiles) -> Tensor:
         return partial if len(tiles.pieces) == 1 else partial.index_select(0, tiles.order)
     flat = partial.view(len(partial), -1)
     return F.embedding_bag(tiles.order, flat, tiles.first_piece, mode="sum").view(-1, *partial.shape[1:])
-
-
-def wgrad(v: Tensor, x: Tensor, tiles: Tiles) -> Tensor:
-    """G[s] = sum of v^T x over the tiles of segment s in order: [S', R, K] for the S' segments that have rows."""
-    partial = torch.bmm(v, x)  # [n, R, K]
-    if len(partial) == len(tiles.first_tile):
-        return partial  # every segment is one tile
-    flat = partial.view(len(partial), -1)
-    nth = torch.arange(len(flat), device=flat.device)
-    return F.embedding_bag(nth, flat, tiles.first_tile, mode="sum").view(-1, *partial.shape[1:])
 
 
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:

@@ -155,9 +155,11 @@ def test_writes_gradients_where_x_needs_none(device):
     assert all(torch.equal(one, other) for i, (one, other) in enumerate(zip(with_grad, without)) if i != 1)
 
 
-def test_in_tiles_gives_bits_that_do_not_depend_on_the_company():
+@pytest.mark.parametrize("lengths", [[32, 16, 48], [32, 528, 48]], ids=["one size of pieces", "two sizes"])
+def test_in_tiles_gives_bits_that_do_not_depend_on_the_company(lengths):
+    """With two sizes the rows of one do not follow one another; alone they do."""
     weight, _ = make_weight("cpu")
-    x, grad_y, groups = make_groups([[32, 16, 48], [80]])
+    x, grad_y, groups = make_groups([lengths, [80]])
     y, grad_x, grad_A, grad_Bt, *_ = fused(x, [grad_y], [weight], [None], groups, 16)
     g = groups[0].lora
     for slot, start, end in zip(g.segments.slots, g.segments.starts[:-1], g.segments.starts[1:]):

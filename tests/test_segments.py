@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import minipeft_kernels.backend
 import minipeft_kernels.segments as segments_module
 from minipeft_kernels.backend import backend
+from minipeft_kernels.cpu import expand_rows_
 from minipeft_kernels.segments import BLOCKS, TILE, Segments
 
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=7)
@@ -168,3 +169,17 @@ def test_without_triton_everything_imports_and_runs_on_pytorch():
             "from minipeft_kernels.backend import backend; print(backend('cpu'))")  # fmt: skip
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_to_a_row_does_not_depend_on_whether_the_rows_follow_one_another(dtype):
+    draw = torch.Generator().manual_seed(0)
+    y, v, Bt = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((608, 24), (6, 8, 16), (6, 8, 24)))
+    pieces = Segments.build([4, 0, 2], [32, 528, 48]).tiles.pieces[1]
+    assert pieces.size == 16 and not isinstance(pieces.rows, slice)
+    alone = Segments.build([0], [96]).tiles.pieces[0]
+    assert isinstance(alone.rows, slice)
+    own, rows = y[pieces.rows].clone(), y.clone()
+    expand_rows_(own, alone, v, Bt, beta=1)
+    expand_rows_(rows, pieces, v, Bt, beta=1)
+    assert torch.equal(rows[pieces.rows], own)
