@@ -241,6 +241,11 @@ def configured(module: ModuleType, configuration: dict[str, int]) -> Iterator[No
         module.configuration = shipped
 
 
+def shipped_configuration(module: ModuleType, rank: int) -> dict[str, int]:
+    """For bf16."""
+    return module.configuration(rank) if module is wgrad else module.configuration(rank, torch.bfloat16.itemsize)
+
+
 def configurations(block: str, block_ts: Sequence[int], blocks: Sequence[int]) -> list[dict[str, int]]:
     """All combinations, the likely ones first."""
     return [{"BLOCK_T": BLOCK_T, block: size, "num_warps": warps, "num_stages": stages}
@@ -321,7 +326,7 @@ def sweep(sizes: Sizes, report: Report) -> None:
     for point, rank, (kernel, (op, module, tried)) in product(sizes.sweep, sizes.sweep_ranks, KERNELS.items()):
         inputs = make(op, replace(point, rank=rank), sizes.device, torch.bfloat16)
         floor = floor_ms(*op.cost(inputs, True), report.result["ceilings"])
-        exact, shipped, times = exactly(op, inputs, True), module.configuration(rank), {}
+        exact, shipped, times = exactly(op, inputs, True), shipped_configuration(module, rank), {}
         for configuration in [shipped, *(c for c in tried if c != shipped)][: sizes.sweep_configurations]:
             if report.time_is_up():
                 continue

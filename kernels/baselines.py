@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels.prompts import PromptPlan
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import RowGroups, Segments
 
 
 class DoesNotApply(ValueError):
@@ -32,11 +32,9 @@ class DoesNotApply(ValueError):
 class Groups:
     """A batch as the baselines see it. Segments without rows are left out: they have nothing to compute.
 
-    lengths:     [S'] on the host. Rows of each segment.
-    slots:       [S'] int64. Its slot.
-    slot_of_row: [T] int64.
-    ends:        [S'] int32. Its end row: `offs` of grouped_mm.
-    places:      [T] int64, place of each row in the padded [S' * longest]; None if all are as long and none is padded.
+    lengths: [S'] on the host. Rows of each segment.
+    slots, slot_of_row, ends: as in segments.RowGroups.
+    places:  [T] int64, place of each row in the padded [S' * longest]; None if all are as long and none is padded.
     """
 
     lengths: list[int]
@@ -48,15 +46,12 @@ class Groups:
     @staticmethod
     def build(segments: Segments, device: torch.device | str = "cpu") -> "Groups":
         lengths = np.diff(segments.starts)
-        live = lengths > 0
-        slots, starts, lengths = segments.slots[live], segments.starts[:-1][live], lengths[live]
-        places = None
+        own = RowGroups.build(segments.slots, segments.starts, device)
+        starts, lengths, places = segments.starts[:-1][lengths > 0], lengths[lengths > 0], None
         if len(lengths) and (lengths != lengths[0]).any():
             nth = np.arange(segments.num_rows) - np.repeat(starts, lengths)  # [T], within its segment
-            places = np.repeat(np.arange(len(lengths)), lengths) * lengths.max() + nth
-        on = lambda array: None if array is None else torch.from_numpy(array).to(device)  # noqa: E731
-        return Groups(lengths.tolist(), on(slots), on(np.repeat(slots, lengths)),
-                      on((starts + lengths).astype(np.int32)), on(places))  # fmt: skip
+            places = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths) * lengths.max() + nth).to(device)
+        return Groups(lengths.tolist(), own.slots, own.slot_of_row, own.ends, places)
 
     @property
     def longest(self) -> int:

@@ -106,7 +106,7 @@ def _forward_kernel(
         up = load_block(up_ptr, inner, used, K, k, K, BLOCK)
         up_bias = tl.load(up_bias_ptr + cols, cols < K, other=0.0).to(tl.float32)
         residual = load_block(residual_ptr, rows, row_ok, K, k, K, BLOCK).to(tl.float32)
-        y = residual + scale * (tl.dot(h, up, input_precision="ieee") + up_bias[None, :])
+        y = residual + scale * up_bias[None, :] + scale * tl.dot(h, up, input_precision="ieee")
         _store_block(y_ptr, rows, row_ok, k, y, K, BLOCK)
 
 
@@ -197,7 +197,7 @@ def configuration(F: int, itemsize: int) -> dict[str, int]:
     z of. At full precision fp32 knows no matrix unit and a product takes more registers: smaller blocks.
     """
     if itemsize > 2:
-        return {"BLOCK_T": 32 if F <= 32 else 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_T": 32 if F <= 32 else 16, "num_warps": 4 if F <= 32 else 8, "num_stages": 2}
     if F <= 32:
         return {"BLOCK_T": 32, "num_warps": 4, "num_stages": 4}
     return {"BLOCK_T": 64, "num_warps": 4 if F <= 64 else 8, "num_stages": 3 if F <= 128 else 2}

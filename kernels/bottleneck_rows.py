@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minipeft_kernels.bottleneck import Bottleneck, check, path
+from minipeft_kernels.segments import other_rows
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,6 @@ class BottleneckRows:
     def of(self, x: Tensor) -> Tensor:
         """Its rows of x [T, K]: a view [T_g, K]."""
         return x[self.first_row : self.first_row + self.bottleneck.segments.num_rows]
-
-
-def _others(groups: Sequence[BottleneckRows], num_rows: int) -> list[slice]:
-    """The stretches of rows that belong to no group.
-
-    Raises:
-        ValueError: two groups share a row, or a group has rows that the batch has not.
-    """
-    others, end = [], 0
-    for g in sorted(groups, key=lambda g: (g.first_row, g.bottleneck.segments.num_rows)):
-        if g.first_row < end:
-            raise ValueError(f"bottleneck_rows: a group starts at row {g.first_row} but the one before ends at row "
-                             f"{end}; a row can have one bottleneck only.")
-        others.append(slice(end, g.first_row))
-        end = g.first_row + g.bottleneck.segments.num_rows
-    if end > num_rows:
-        raise ValueError(f"bottleneck_rows: a group ends at row {end} but x has {num_rows} rows.")
-    return [rows for rows in [*others, slice(end, num_rows)] if rows.start < rows.stop]
 
 
 class _BottleneckRows(torch.autograd.Function):
@@ -85,7 +68,7 @@ def bottleneck_rows(x: Tensor, residual: Tensor | None, anchor: Tensor, groups: 
     Raises:
         ValueError: as segment_bottleneck; or groups share rows or lie outside of x.
     """
-    others = _others(groups, len(x))
+    others = other_rows("bottleneck_rows", ((g.first_row, g.bottleneck.segments) for g in groups), len(x))
     for g in groups:
         check("bottleneck_rows", g.bottleneck, g.of(x), None if residual is None else g.of(residual))
         if g.bottleneck.grads is None and torch.is_grad_enabled():

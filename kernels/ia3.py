@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dtypes import jit, store, tl
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import Segments, other_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
 BLOCK_T = 64  # rows of a kernel's tile, one of segments.BLOCKS
@@ -287,24 +287,6 @@ class _Ia3Rows(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
-def _others(groups: list[Ia3Rows], num_rows: int) -> list[slice]:
-    """The stretches of rows that belong to no group.
-
-    Raises:
-        ValueError: two groups share a row, or a group has rows that the batch has not.
-    """
-    others, end = [], 0
-    for rows in sorted((g.rows for g in groups if g.segments.num_rows), key=lambda rows: rows.start):
-        if rows.start < end:
-            raise ValueError(f"ia3_rows: a group starts at row {rows.start} but only rows from {end} on are free; a "
-                             "row can have one vector only.")
-        others.append(slice(end, rows.start))
-        end = rows.stop
-    if end > num_rows:
-        raise ValueError(f"ia3_rows: a group ends at row {end} but x has {num_rows} rows.")
-    return [rows for rows in [*others, slice(end, num_rows)] if rows.start < rows.stop]
-
-
 def ia3_rows(x: Tensor, anchor: Tensor, groups: list[Ia3Rows]) -> Tensor:
     """y[t] = l[u] * x[t] for rows of a group, y[t] = x[t] for all others.
 
@@ -316,7 +298,7 @@ def ia3_rows(x: Tensor, anchor: Tensor, groups: list[Ia3Rows]) -> Tensor:
     Raises:
         ValueError: as segment_ia3; or groups that share rows or lie outside of x.
     """
-    others = _others(groups, len(x))
+    others = other_rows("ia3_rows", ((g.rows.start, g.segments) for g in groups), len(x))
     for g in groups:
         _check("ia3_rows", x[g.rows], g.vectors, g.segments)
         if g.grad_vectors.shape != g.vectors.shape or (g.grad_vectors.stride(1) != 1 and x.shape[1] > 1):

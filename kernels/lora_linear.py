@@ -29,6 +29,7 @@ from minipeft_kernels.segment_lora import (
     forward_triton,
     num_kept,
 )
+from minipeft_kernels.segments import other_rows
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,15 @@ class LoraRows:
         return x[self.first_row : self.first_row + self.lora.segments.num_rows]
 
 
-def _zero_other_rows_(y: Tensor, groups: Sequence[LoraRows]) -> None:
-    """Zero the rows of y [T, N] that belong to no group."""
-    end = 0
-    for g in sorted(groups, key=lambda g: g.first_row):
-        y[end : g.first_row] = 0.0
-        end = g.first_row + g.lora.segments.num_rows
-    y[end:] = 0.0
-
-
 class _TritonLinear(torch.autograd.Function):
     """`anchor` is any tensor that requires grad: it keeps backward alive at a site whose x needs no gradient."""
 
     @staticmethod
-    def forward(ctx, x, anchor, groups, weights, biases):
+    def forward(ctx, x, anchor, groups, others, weights, biases):
         widths = [len(weight) for weight in weights]
         y = x.new_empty(len(x), sum(widths))
-        _zero_other_rows_(y, groups)
+        for rows in others:
+            y[rows] = 0.0
         kept = [forward_triton(g.lora, g.of(x), g.of(y)) for g in groups]
         ys = y.split(widths, dim=1)
         for y_m, weight, bias in zip(ys, weights, biases):
@@ -67,7 +60,7 @@ class _TritonLinear(torch.autograd.Function):
             if bias is not None:
                 y_m += bias
         ctx.save_for_backward(x, *(v for (v,) in kept))
-        ctx.groups, ctx.weights = groups, weights
+        ctx.groups, ctx.others, ctx.weights = groups, others, weights
         return ys
 
     @staticmethod
@@ -75,14 +68,15 @@ class _TritonLinear(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         grad_ys = [grad_y.contiguous() for grad_y in grad_ys]
         grad_x = torch.empty_like(x)
-        _zero_other_rows_(grad_x, ctx.groups)
+        for rows in ctx.others:
+            grad_x[rows] = 0.0
         for g, v in zip(ctx.groups, kept):
             backward_triton(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], (v,), g.of(grad_x))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         for grad_y, weight in zip(grad_ys, ctx.weights):
             grad_x.addmm_(grad_y, weight)
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 class _TorchLinear(torch.autograd.Function):
@@ -133,7 +127,7 @@ def lora_linear(
     Returns:
         M of [T, N_m], dtype of x. Differentiable in x.
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes or devices disagree; or groups share rows or lie outside of x.
     """
     for g in groups:
         R = g.lora.Bts[0].shape[1]
@@ -142,9 +136,10 @@ def lora_linear(
                              f"{g.lora.A.shape[1]} rank rows in A; give it as many sites.")
         for Bt in g.lora.Bts:
             check("lora_linear", g.of(x), g.lora.A[:, :R], Bt, g.lora.scale, g.lora.segments, g.lora.ranks)
+    others = other_rows("lora_linear", ((g.first_row, g.lora.segments) for g in groups), len(x))
     if backend(x.device) == "torch":
         return _TorchLinear.apply(x, anchor, groups, weights, biases, tile)
     if tile is not None:
         raise ValueError("lora_linear: products in fixed tiles (deterministic mode) are not built for a GPU; "
                          "use tile=None there.")
-    return _TritonLinear.apply(x, anchor, groups, weights, biases)
+    return _TritonLinear.apply(x, anchor, groups, others, weights, biases)

@@ -8,7 +8,8 @@ Gradients, per segment of slot u, with v = s A x (kept) and w = s B^T grad_y:
 
 Both matrices are stored rank-major, A [U, R, K] and Bt = B^T [U, R, N], so forward and backward are the same three
 families: shrink (K -> R), expand (R -> N) and weight gradient. On a GPU they are the kernels of shrink_expand.py and
-wgrad.py, on a CPU batched products over pieces (cpu.py).
+wgrad.py, on a CPU batched products over pieces (cpu.py), where segments are multiples of a tile, as in training. The op
+by itself takes ragged segments on a CPU too, and gives those to torch's grouped_mm.
 
 `segment_lora` is the op by itself, for tests and for readers. Training calls `lora_linear` (lora_linear.py): the same
 `Lora`, forward and backward, around the frozen product.
@@ -17,6 +18,7 @@ wgrad.py, on a CPU batched products over pieces (cpu.py).
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
@@ -88,11 +90,11 @@ def backward_triton(lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Te
 # ---- On a CPU ------------------------------------------------------------------------------------------------------
 
 
-def _dropped(lora: Lora, x: Tensor) -> Tensor:
+def _dropped(x: Tensor, drop: Tensor | None, segments: Segments) -> Tensor:
     """What LoRA's branch sees of x."""
-    if lora.drop is None:
+    if drop is None:
         return x
-    keep, factor = keep_mask(lora.drop, lora.segments.starts, x.shape[1])
+    keep, factor = keep_mask(drop, segments.starts, x.shape[1])
     return torch.where(keep, x * factor.to(x.dtype), 0.0)
 
 
@@ -105,7 +107,7 @@ def _matrices(lora: Lora, slots: slice | Tensor) -> tuple[Tensor, list[Tensor], 
 
 def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor], beta: int) -> tuple[Tensor, ...]:
     """ys, M of [T, N_m], = beta * ys + delta, beta 0 or 1. Returns what backward_torch wants, see num_kept."""
-    vs, parts, dropped = [], [], _dropped(lora, x)
+    vs, parts, dropped = [], [], _dropped(x, lora.drop, lora.segments)
     for pieces in lora.segments.tiles.pieces:
         A, Bts, scale = _matrices(lora, pieces.slots)
         part = pieces.of(dropped)  # [n, size, K]
@@ -133,7 +135,7 @@ def backward_torch(
     tiles = lora.segments.tiles
     vs, xs = kept[: len(tiles.pieces)], kept[len(tiles.pieces) :]
     if lora.drop is not None:
-        x = _dropped(lora, xs[0])
+        x = _dropped(xs[0], lora.drop, lora.segments)
         xs = [pieces.of(x) for pieces in tiles.pieces]
     delta = grad_x if lora.drop is None or grad_x is None else torch.empty_like(grad_x)
     num_pieces, end = sum(len(v) for v in vs), 0
@@ -150,11 +152,61 @@ def backward_torch(
         for grad_Bt, v_m, part in zip(grad_Bts, v.split(Bts[0].shape[1], dim=1), parts):
             torch.bmm(v_m, part, out=grad_Bt[start:end])
     if delta is not grad_x:
-        delta = _dropped(lora, delta)
+        delta = _dropped(delta, lora.drop, lora.segments)
         grad_x.copy_(grad_x + delta if beta else delta)
     if num_pieces:
         for grad, partial in zip((lora.grad_A, *lora.grad_Bts), (grad_A, *grad_Bts)):
             grad[tiles.live_slots] = cpu.sum_pieces(partial, tiles)
+
+
+# ---- On a CPU, ragged ----------------------------------------------------------------------------------------------
+
+
+def _can_group(x: Tensor, Bt: Tensor, segments: Segments) -> bool:
+    """Whether segments are ragged, so that pieces would have to be copied, and torch's grouped_mm takes them."""
+    groups, widths = segments.tiles.groups, (x.shape[1], Bt.shape[2])
+    return (groups is not None and 1 <= len(groups.slots) < 1024
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not any(width * x.itemsize % 16 for width in widths))  # fmt: skip
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy, contiguous from an address that is a multiple of 16 bytes: grouped_mm takes nothing else."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+class _GroupedLora(torch.autograd.Function):
+    """The same sums by torch.nn.functional.grouped_mm: one product after another on the rows where they lie.
+
+    Pieces of ragged segments are copies, of x and of grad_y and back into y and grad_x, and copying costs more than
+    products of such few ranks. Segments of whole pieces are views, and then one bmm is faster than many products.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, Bt, scale, segments, ranks):
+        groups = segments.tiles.groups
+        own_A, own_Bt = (cpu.tile_matrices(M, groups.slots, ranks) for M in (A, Bt))  # [S', R, K], [S', R, N]
+        if A.shape[1] * A.itemsize % 16:  # rows of v must be whole 16 bytes
+            own_A, own_Bt = (F.pad(M, (0, 0, 0, -A.shape[1] % 8)) for M in (own_A, own_Bt))
+        own_scale = scale.index_select(0, groups.slot_of_row).to(x.dtype)[:, None]  # [T, 1]
+        v = F.grouped_mm(x, own_A.transpose(1, 2), offs=groups.ends).mul_(own_scale)  # [T, padded R]
+        ctx.save_for_backward(x, own_A, own_Bt, own_scale, v)
+        ctx.groups, ctx.R, ctx.U = groups, A.shape[1], A.shape[0]
+        return F.grouped_mm(v, own_Bt, offs=groups.ends)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (x, own_A, own_Bt, own_scale, v), groups, grads = ctx.saved_tensors, ctx.groups, []
+        grad_y = _aligned(grad_y)
+        w = F.grouped_mm(grad_y, own_Bt.transpose(1, 2), offs=groups.ends).mul_(own_scale)
+        for ranks, rows in ((w, x), (v, grad_y)):  # grad_A = sum w x^T, grad_Bt = sum v grad_y^T
+            own = F.grouped_mm(ranks.t(), rows, offs=groups.ends)[:, : ctx.R]  # [S', R, K or N]
+            whole = own.new_empty(ctx.U, *own.shape[1:])  # [U, R, K or N]
+            if len(own) < ctx.U:
+                whole.zero_()
+            grads.append(whole.index_copy_(0, groups.slots, own))
+        return F.grouped_mm(w, own_A, offs=groups.ends), *grads, None, None, None
 
 
 # ---- The op --------------------------------------------------------------------------------------------------------
@@ -227,7 +279,10 @@ def segment_lora(
         [T, N], dtype of x; sums run in fp32. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
         ValueError: the shapes or dtypes disagree, or the device has no implementation.
-    Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run.
+    Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run, and a user's
+    in any company; on a CPU only in company that is ragged as well, or is not (multiples of segments.TILE rows).
     """
     check("segment_lora", x, A, Bt, scale, segments, ranks)
+    if segments.plan is None and _can_group(x, Bt, segments):
+        return _GroupedLora.apply(_aligned(_dropped(x, drop, segments)), A, Bt, scale, segments, ranks)
     return _SegmentLora.apply(x.contiguous(), A, Bt, scale, segments, ranks, drop)

@@ -6,7 +6,7 @@ The plan is built once per batch on the host, in O(tiles), and reused by every l
 for the kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,24 @@ def _as_index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor
 
 
 @dataclass(frozen=True)
+class RowGroups:
+    """The segments that have rows, as torch.nn.functional.grouped_mm takes them. On the device.
+
+    slots: [S'] int64. Each segment's slot. slot_of_row: [T] int64. ends: [S'] int32. Each segment's end row: `offs`.
+    """
+
+    slots: Tensor
+    slot_of_row: Tensor
+    ends: Tensor
+
+    @staticmethod
+    def build(slots: np.ndarray, starts: np.ndarray, device: torch.device | str) -> "RowGroups":
+        live = np.diff(starts) > 0
+        on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+        return RowGroups(on(slots[live]), on(np.repeat(slots, np.diff(starts))), on(starts[1:][live].astype(np.int32)))
+
+
+@dataclass(frozen=True)
 class Tiles:
     """The plan of the PyTorch path: every tile is a matrix of a batched product. Index tensors, all on the device.
 
@@ -75,6 +93,7 @@ class Tiles:
     first_tile: [S'] int64. The first tile of each of those; a segment's tiles are consecutive.
     gather:     [n * tile] int64, row of each place of each tile, T where there is none; None if all are whole.
     scatter:    [T] int64, place of each row; None if all tiles are whole.
+    groups:     the segments as they are; None if all tiles are whole.
     """
 
     pieces: tuple[Pieces, ...]
@@ -86,6 +105,7 @@ class Tiles:
     first_tile: Tensor
     gather: Tensor | None
     scatter: Tensor | None
+    groups: RowGroups | None
 
     def cut(self, x: Tensor) -> Tensor:
         """Rows [T, K] -> tiles [n, tile, K]: a view if every segment is a multiple of the tile, else a padded copy."""
@@ -157,6 +177,26 @@ class Segments:
         return int(self.starts[-1])
 
 
+def other_rows(op: str, groups: Iterable[tuple[int, Segments]], num_rows: int) -> list[slice]:
+    """The stretches of a batch's rows that belong to no group; a group is (its first row, its segments).
+
+    Raises:
+        ValueError: two groups share a row, or a group has rows that the batch has not.
+    """
+    others, end = [], 0
+    for first_row, segments in sorted(groups, key=lambda group: (group[0], group[1].num_rows)):
+        if not segments.num_rows:
+            continue
+        if first_row < end:
+            raise ValueError(f"{op}: a group starts at row {first_row} but only rows from {end} on are free; a row can "
+                             "belong to one group only.")
+        others.append(slice(end, first_row))
+        end = first_row + segments.num_rows
+    if end > num_rows:
+        raise ValueError(f"{op}: a group ends at row {end} but x has {num_rows} rows.")
+    return [rows for rows in [*others, slice(end, num_rows)] if rows.start < rows.stop]
+
+
 def _cut(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Pieces of at most `size` rows of every segment, from its own first row: their segments and first rows, [n]."""
     num_pieces = -(-np.diff(starts) // size)  # [S]
@@ -167,17 +207,18 @@ def _cut(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _tiles(slots: np.ndarray, starts: np.ndarray, device: torch.device | str, tile: int) -> Tiles:
     segment, first_row = _cut(starts, tile)
-    gather = scatter = None
+    gather = scatter = groups = None
     if (np.diff(starts) % tile).any():
         rows = first_row[:, None] + np.arange(tile)  # [n, tile]
         real = rows < starts[segment + 1][:, None]
         gather = np.where(real, rows, starts[-1]).ravel()
         scatter = np.flatnonzero(real.ravel())
+        groups = RowGroups.build(slots, starts, device)
     live, first_tile = np.unique(segment, return_index=True)
     on_device = lambda a: None if a is None else torch.from_numpy(a).to(device)  # noqa: E731
     pieces, order, first_piece = _pieces(slots, starts, device)
     return Tiles(pieces, order, first_piece, tile, on_device(slots[segment]), on_device(slots[live]),
-                 on_device(first_tile), on_device(gather), on_device(scatter))
+                 on_device(first_tile), on_device(gather), on_device(scatter), groups)
 
 
 def _pieces(

@@ -184,28 +184,32 @@ def _expand_kernel(
 # ---- Launchers -----------------------------------------------------------------------------------------------------
 
 
-def configuration(num_ranks: int) -> dict[str, int]:
-    """Block sizes for this many rank rows: of the widths alone, never of the batch, or bits would depend on it.
+def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
+    """Block sizes for this many rank rows and bytes per number: never of the batch, or bits would depend on it.
 
-    More ranks need more rows per program: each reads first and second whole, which a GPU's L2 cache has to bear.
+    The largest that tests/test_aot.py finds to fit on every chip: no spilled register, 64 KB of shared memory.
     """
+    if itemsize > 2:
+        return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 4 if num_ranks <= 64 else 8, "num_stages": 3}
     if num_ranks <= 32:
-        return {"BLOCK_T": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 4}
-    if num_ranks <= 64:
-        return {"BLOCK_T": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_T": 64, "BLOCK": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_T": 32, "BLOCK": 128, "num_warps": 4 if num_ranks <= 16 else 8, "num_stages": 4}
+    if num_ranks <= 128:
+        return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 4 if num_ranks <= 64 else 8, "num_stages": 3}
+    return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 2}
 
 
-def can_join(widths: Sequence[int], num_ranks: int) -> bool:
+def can_join(widths: Sequence[int], num_ranks: int, dtype: torch.dtype) -> bool:
     """Whether sites of these output widths can share one launch: blocks of columns must not straddle two sites."""
-    return len(widths) == 1 or all(width % configuration(num_ranks)["BLOCK"] == 0 for width in widths)
+    return len(widths) == 1 or all(width % configuration(num_ranks, dtype.itemsize)["BLOCK"] == 0 for width in widths)
 
 
-def site_table(widths: Sequence[int], num_ranks: int, device: torch.device | str) -> Tensor | None:
+def site_table(
+    widths: Sequence[int], num_ranks: int, dtype: torch.dtype, device: torch.device | str
+) -> Tensor | None:
     """[blocks, 3] int32: the site of each block of columns, its first column and its width. None for one site."""
     if len(widths) == 1:
         return None
-    block, start, table = configuration(num_ranks)["BLOCK"], 0, []
+    block, start, table = configuration(num_ranks, dtype.itemsize)["BLOCK"], 0, []
     for site, width in enumerate(widths):
         table += [(site, start, width)] * (width // block)
         start += width
@@ -230,7 +234,7 @@ def shrink_expand(
     (T, K), N, num_ranks = x.shape, y.shape[1], first.shape[1]
     R = second.shape[1]
     M = num_ranks // R if sites is not None else 1
-    config = configuration(num_ranks)
+    config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if split or (split is None and (len(tiles) < FEW_TILES or num_ranks > MOST_FUSED_RANKS)):
         planes = shrink(x, first, ranks, plan, drop_x, R=R)
@@ -266,7 +270,7 @@ def shrink(
         planes = empty_planes(num_planes, T, num_ranks, x.device)
     planes[num_planes:, :, column : column + num_ranks] = 0.0
     R = R or num_ranks
-    config = configuration(num_ranks)
+    config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if len(tiles):
         _shrink_kernel[(len(tiles), num_planes)](
@@ -283,7 +287,7 @@ def expand(
     """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y."""
     num_planes, T, num_ranks = planes.shape
     v = y.new_empty(T, num_ranks)
-    config = configuration(num_ranks)
+    config = configuration(num_ranks, y.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if len(tiles):
         _expand_kernel[(len(tiles), -(-y.shape[1] // config["BLOCK"]))](

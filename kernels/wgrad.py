@@ -48,7 +48,7 @@ def _finish(acc, grad_ptr, squares_ptr, accumulate_ptr, slot, ranks, used, block
 def _wgrad_kernel(
     v_ptr, x_ptr, grad_ptr, parts_ptr, squares_ptr,  # [T, V], [T, D], [U, R, D], [parts, R, D], [U, blocks] or None
     chunks_ptr, segments_ptr, ranks_ptr, accumulate_ptr, drop_ptr,  # [c, 4], [S, 3], [U], [U] or None, [S, 2] or None
-    v_stride, x_stride, slot_stride, row_stride, squares_stride,
+    x_stride, slot_stride, row_stride, squares_stride, V: tl.constexpr,  # V: numbers between rows of v
     D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One chunk's share of G = v^T x. One program = the rows of one chunk, BLOCK_D columns of x."""
@@ -70,7 +70,7 @@ def _wgrad_kernel(
         row_ok = rows < end_row
         positions = rows - start
         rows = rows.to(tl.int64)
-        v = load_block(v_ptr, rows, row_ok, v_stride, 0, M * R, RANKS)  # [BLOCK_T, RANKS]
+        v = load_block(v_ptr, rows, row_ok, V, 0, M * R, RANKS)  # [BLOCK_T, RANKS]
         x = load_block(x_ptr, rows, row_ok, x_stride, block * BLOCK_D, D, BLOCK_D)  # [BLOCK_T, BLOCK_D]
         if drop_ptr is not None:
             x = tl.where(keep_block(key, threshold, positions, block * BLOCK_D, BLOCK_T, BLOCK_D), x, 0.0)
@@ -116,7 +116,7 @@ def _wgrad_final_kernel(
 def configuration(num_ranks: int) -> dict[str, int]:
     """Block sizes for this many rank rows; of the widths alone, never of the batch."""
     if num_ranks <= 32:
-        return {"BLOCK_T": 64, "BLOCK_D": 256, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
     if num_ranks <= 64:
         return {"BLOCK_T": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
@@ -151,7 +151,7 @@ def wgrad(
     squares_stride = 0 if squares is None else squares.stride(0)
     _wgrad_kernel[(len(plan.chunks), blocks)](
         v, x, grad, parts, squares, plan.chunks, plan.segments, ranks, accumulate, drop,
-        v.stride(0), x.stride(0), grad.stride(0), grad.stride(1), squares_stride, D, R, M, **config,
+        x.stride(0), grad.stride(0), grad.stride(1), squares_stride, v.stride(0), D, R, M, **config,
     )  # fmt: skip
     if len(plan.finals):
         del config["BLOCK_T"]

@@ -112,7 +112,7 @@ def _prepare_lora_linear(i: Inputs) -> Inputs:
     frozen = tuple((torch.randn(N, K, generator=draw, device=device) * K**-0.5).to(i.x.dtype) for N in i.point.widths)
     grads = torch.empty(i.bank.shape, dtype=torch.float32 if kernels else i.x.dtype, device=device)
     (A, Bts), (grad_A, grad_Bts) = _matrices(i, i.bank), _matrices(i, grads)
-    sites = site_table(i.point.widths, M * R, device) if kernels else None
+    sites = site_table(i.point.widths, M * R, i.x.dtype, device) if kernels else None
     lora = Lora(A, Bts, i.scale, i.ranks, i.segments, grad_A, grad_Bts, sites)
     return replace(i, frozen=frozen, buffers=(grads,), prepared=LoraRows(0, lora))
 

@@ -8,7 +8,7 @@ real models' widths, Triton believes the target to be active, and its own cache 
 repeated here, so what is compiled afterwards is what a GPU would run. Nothing reads or writes the tensors, so most of
 them take no memory. The machine code is then read with the disassembler that ships inside Triton.
 
-One JSON object per configuration goes to stdout; aot_budgets.py holds them to budgets. MODULE.py: that file's kernels,
+One JSON object per configuration goes to stdout; test_aot.py holds them to budgets. MODULE.py: that file's kernels,
 launched by its function `launch_everything`, instead of minipeft's.
 """
 
@@ -80,7 +80,8 @@ def _lora(lengths: list[int], K: int, widths: list[int], R: int, dtype=bf16, dro
     (A, *Bts), (grad_A, *grad_Bts) = _bank(dtype, *shapes), _bank(fp32, *shapes)
     scale, ranks = torch.ones(USERS), torch.full((USERS,), R, dtype=torch.int32)
     drops = torch.zeros(len(lengths), 2, dtype=torch.int64) if drop else None
-    lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), site_table(widths, M * R, "cpu"), drops)
+    sites = site_table(widths, M * R, dtype, "cpu")
+    lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), sites, drops)
     x, grad_x, y, *grad_ys = _rows(lengths, K, K, sum(widths), *widths, dtype=dtype)
     backward_triton(lora, x, grad_ys, forward_triton(lora, x, y), grad_x)
 

@@ -358,7 +358,7 @@ def test_groups_that_do_not_fit_are_errors(device):
     grads = first.bottleneck.grads
     without_a_row = BottleneckRows(0, replace(first.bottleneck, grads=grads._replace(up=grads.up[:, 1:])))
     for message, wrong in (
-        ("a group starts at row 19 but the one before ends at row 20", [replace(second, first_row=19), first]),
+        ("a group starts at row 19 but only rows from 20 on are free", [replace(second, first_row=19), first]),
         ("a group ends at row 44 but x has 43 rows", [first, replace(second, first_row=21)]),
         (r"up of the grads is \(3, 9, 40\) with strides .* needed is \(3, 10, 40\)", [without_a_row]),
     ):

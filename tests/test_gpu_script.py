@@ -63,7 +63,7 @@ def inaccurate(inputs, rows, slots):
     rows[1] *= 1 + 1e-6
 
 
-def test_what_is_right_passes(gpu):
+def test_what_is_right_passes(gpu, kernels):
     inputs = make(SEGMENT_LORA, POINT, "cpu", torch.float32, mixed_ranks=True)
     for backward in (False, True):
         assert all(gpu.findings(SEGMENT_LORA, inputs, backward).values())
@@ -73,7 +73,7 @@ def test_what_is_right_passes(gpu):
     (unwritten, {"within_tolerance", "as_accurate"}), (leaking, {"isolated"}), (leaking_gradient, {"isolated"}),
     (company, {"alone"}), (order, {"alone", "reordered"}), (inaccurate, {"as_accurate"}),
 ])  # fmt: skip
-def test_a_planted_fault_is_noticed(gpu, fault, noticed):
+def test_a_planted_fault_is_noticed(gpu, kernels, fault, noticed):
     inputs = make(SEGMENT_LORA, POINT, "cpu", torch.float32, mixed_ranks=True)
     found = gpu.findings(op_with(fault), inputs, True)
     assert noticed <= {key for key, good in found.items() if good is False}
@@ -144,10 +144,10 @@ def test_the_report_is_whole_after_every_item_and_time_is_kept(gpu, tmp_path, mo
 
 def test_configurations_are_overridden_and_restored(gpu):
     module = gpu.shrink_expand
-    shipped = module.configuration(16)
+    shipped = module.configuration(16, 2)
     with gpu.configured(module, {"BLOCK_T": 16}):
-        assert module.configuration(64) == {"BLOCK_T": 16}
-    assert module.configuration(16) == shipped
+        assert module.configuration(64, 2) == {"BLOCK_T": 16}
+    assert module.configuration(16, 2) == shipped
 
 
 def test_an_unknown_part_is_a_usage_line():

@@ -116,7 +116,7 @@ def three_sites(device, mixed_ranks, drop=None):
         return A.unflatten(1, (3 * R, K)), tuple(Bt.unflatten(1, (R, -1)) for Bt in Bts)
 
     (A, Bts), (grad_A, grad_Bts), scale = views(bank), views(grads), torch.rand(U, generator=draw).to(device) + 0.5
-    sites = site_table(WIDTHS, 3 * R, device) if segments.plan is not None else None
+    sites = site_table(WIDTHS, 3 * R, bank.dtype, device) if segments.plan is not None else None
     joint = Lora(A, Bts, scale, ranks, segments, grad_A, grad_Bts, sites, drop)
     own = slice
     singles = [Lora(A[:, own(m * R, m * R + R)], (Bts[m],), scale, ranks, segments,

@@ -13,7 +13,7 @@ from minipeft_kernels import reference, segments
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.segment_lora import segment_lora
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import TILE, Segments
 
 NAMES = ("y", "grad_x", "grad_A", "grad_Bt")
 K, N, R = 40, 24, 8
@@ -96,6 +96,26 @@ def test_dropout_is_dropout_of_the_adapters_input(device, dtype):
     assert torch.equal(y[kept_whole], without[kept_whole]) and not torch.equal(y, without)
 
 
+@pytest.mark.parametrize("why, lengths, changes, function", [
+    ("ragged", [5, 40], {}, "_GroupedLora"),
+    ("whole tiles", [16, 48], {}, "_SegmentLora"),
+    ("odd width", [5, 40], {"sizes": (K, 23)}, "_SegmentLora"),
+    ("fp64", [5, 40], {"dtype": torch.float64}, "_SegmentLora"),
+    ("more users than grouped_mm takes", [1] * 1024, {"R": 3}, "_SegmentLora"),
+])  # fmt: skip
+def test_which_path_a_cpu_takes(why, lengths, changes, function):
+    x, *inputs, _ = make_inputs(lengths, **changes)
+    assert type(segment_lora(x.requires_grad_(), *inputs).grad_fn).__name__ == f"{function}Backward", why
+
+
+def test_rows_at_odd_addresses(device):
+    x, *inputs, grad_y = make_inputs([5, 40], device)
+    moved = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (x, grad_y)]
+    for one, other in zip(forward_backward(segment_lora, x, *inputs, grad_y),
+                          forward_backward(segment_lora, moved[0], *inputs, moved[1])):  # fmt: skip
+        assert torch.equal(one, other)
+
+
 def test_unused_rank_rows_and_absent_slots_get_gradient_zero(device):
     inputs = make_inputs([5, 40], device)
     *_, plan, ranks, _ = inputs
@@ -127,13 +147,19 @@ def test_rewriting_a_users_rows_changes_nobody_else(device, poison):
         assert not torch.equal(one[~others], other[~others]), name
 
 
-def test_a_users_bits_do_not_depend_on_company_order_or_threads(device, monkeypatch):
+@pytest.mark.parametrize("ragged", [True, False])
+def test_a_users_bits_do_not_depend_on_company_order_or_threads(device, monkeypatch, ragged):
+    """On a CPU in any company that is ragged, at one number of threads, or in any that is not: two ways to compute."""
     monkeypatch.setattr(segments, "CHUNK", 32)  # so that some users' gradients are summed in parts
-    lengths = [300, 7, 33, 500, 16, 1] if backend(device) == "torch" else [70, 7, 33, 1]
+    on_cpu = backend(device) == "torch"
+    if ragged:
+        lengths, company = [300, 7, 33, 500, 16, 1] if on_cpu else [70, 7, 33, 1], 19
+    else:
+        lengths, company = [304, 16, 512, 1024 + 48] if on_cpu else [64, 16, 48], 32
     x, A, Bt, scale, plan, ranks, grad_y = make_inputs(lengths, device)
     before, runs = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3) if backend(device) == "torch" else (1, 2):
+        for threads in ((2, 2) if ragged else (1, 2, 3)) if on_cpu else (1, 2):
             torch.set_num_threads(threads)
             runs.append(forward_backward(segment_lora, x, A, Bt, scale, plan, ranks, grad_y))
     finally:
@@ -147,10 +173,11 @@ def test_a_users_bits_do_not_depend_on_company_order_or_threads(device, monkeypa
         own_x, own_grad_y = x[start:end], grad_y[start:end]
         one = Segments.build([slot], [end - start], device)
         alone = forward_backward(segment_lora, own_x, A, Bt, scale, one, ranks, own_grad_y)
-        two = Segments.build([absent, slot], [19, end - start], device)
-        after_another = forward_backward(segment_lora, torch.cat([x[-19:], own_x]), A, Bt, scale, two, ranks,
-                                         torch.cat([grad_y[-19:], own_grad_y]))  # fmt: skip
-        for run in (alone, after_another):
+        two = Segments.build([absent, slot], [company, end - start], device)
+        after_another = forward_backward(segment_lora, torch.cat([x[-company:], own_x]), A, Bt, scale, two, ranks,
+                                         torch.cat([grad_y[-company:], own_grad_y]))  # fmt: skip
+        alone_is_as_ragged = not on_cpu or bool((end - start) % TILE) == ragged
+        for run in (alone, after_another) if alone_is_as_ragged else (after_another,):
             assert torch.equal(run[0][-len(own_x) :], y[start:end])
             assert torch.equal(run[1][-len(own_x) :], grad_x[start:end])
             assert torch.equal(run[2][slot], grad_A[slot]) and torch.equal(run[3][slot], grad_Bt[slot])

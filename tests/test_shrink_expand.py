@@ -1,6 +1,7 @@
 """Do the shrink and expand kernels give the same bits split or not, and read and write nothing but their own?"""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_sites_side_by_side_are_the_sites_one_by_one(kernels, split):
     bank = torch.randn(len(A), R * sum(widths), generator=draw).to(kernels)
     Bts = [Bt.unflatten(1, (R, -1)) for Bt in bank.split([R * width for width in widths], dim=1)]
     y = torch.full((len(x), sum(widths)), math.nan, device=kernels)
-    sites = site_table(widths, 3 * R, kernels)
+    sites = site_table(widths, 3 * R, y.dtype, kernels)
     shrink_expand.shrink_expand(x, A, Bts[0], y, scale, ranks, segments.plan, sites, split=split)
     for m, (part, Bt) in enumerate(zip(y.split(widths, dim=1), Bts)):
         inputs = (x.cpu(), A[:, m * R : (m + 1) * R].cpu(), Bt.cpu(), scale.cpu(), segments, ranks.cpu())
@@ -55,15 +56,16 @@ def test_a_user_of_rank_zero_gets_exactly_nothing(kernels):
 
 
 def test_block_sizes_are_what_the_kernels_can_take():
-    for num_ranks in range(1, 257):
-        config = configuration(num_ranks)
+    for num_ranks, itemsize in product(range(1, 257), (2, 4)):
+        config = configuration(num_ranks, itemsize)
         assert shrink_expand.PLANE % config["BLOCK"] == 0 and config["BLOCK"] % 16 == 0
         assert config["BLOCK_T"] in (16, 32, 64)
 
 
-def test_only_widths_of_whole_blocks_can_be_joined():
-    block = configuration(24)["BLOCK"]
-    assert can_join([block, 3 * block], 24) and can_join([5], 8) and not can_join([block, block + 16], 24)
-    assert site_table([5], 8, "cpu") is None
-    assert site_table([block, 2 * block], 16, "cpu").tolist() == [[0, 0, block], [1, block, 2 * block],
-                                                                  [1, block, 2 * block]]  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_widths_of_whole_blocks_can_be_joined(dtype):
+    block = configuration(24, dtype.itemsize)["BLOCK"]
+    assert can_join([block, 3 * block], 24, dtype) and not can_join([block, block + 16], 24, dtype)
+    assert can_join([5], 8, dtype) and site_table([5], 8, dtype, "cpu") is None
+    table = site_table([block, 2 * block], 24, dtype, "cpu").tolist()
+    assert table == [[0, 0, block], [1, block, 2 * block], [1, block, 2 * block]]

@@ -132,7 +132,7 @@ class LoraBank:
             if offsets[f"{after}.Bt"] != offsets[f"{site}.Bt"] + R * N:
                 return False
         on_cpu = backend(self.scale.device) == "torch"
-        return on_cpu or can_join([sizes[site][1] for site in sites], R * len(sites))
+        return on_cpu or can_join([sizes[site][1] for site in sites], R * len(sites), self.bank.weights.dtype)
 
     def _view(self, sites: tuple[str, ...], sizes: dict[str, tuple[int, int]]) -> dict:
         """The parameters of these sites, and their gradients, as fields of `Lora`."""
@@ -142,8 +142,10 @@ class LoraBank:
             start = layout.offsets[f"{sites[0]}.A"]
             fields[f"{prefix}A"] = rows[:, start : start + M * R * K].unflatten(1, (M * R, K))
             fields[f"{prefix}Bts"] = tuple(layout.view(rows, f"{site}.Bt") for site in sites)
-        if backend(self.scale.device) == "triton":
-            fields["sites"] = site_table([sizes[site][1] for site in sites], M * R, self.scale.device)
+        weights = self.bank.weights
+        if backend(weights.device) == "triton":
+            widths = [sizes[site][1] for site in sites]
+            fields["sites"] = site_table(widths, M * R, weights.dtype, weights.device)
         return fields
 
     def _make_room_for_squares(self, num_slots: int, device: torch.device | str) -> None:
