@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minipeft.models.decoder import RMSNorm
+from minipeft.models.layers import RMSNorm
 from minipeft_kernels import cpu, reference
 from minipeft_kernels.segment_lora import segment_lora
 from minipeft_kernels.segments import TILE, Segments

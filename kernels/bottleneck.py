@@ -288,7 +288,7 @@ def _backward_torch(
         grad_x += grad_y
     down, down_bias, up, up_bias = g.grads
     for grad, parts in zip((down, down_bias[:, :, None], up, up_bias[:, None, :]), zip(*partial)):
-        grad[tiles.live_slots] = cpu.sum_pieces(torch.cat(parts), tiles).to(grad.dtype)
+        grad[tiles.groups.slots] = cpu.sum_pieces(torch.cat(parts), tiles).to(grad.dtype)
 
 
 def path(device: torch.device):

@@ -1,13 +1,13 @@
 """The CPU path: batched products over pieces of one slot each.
 
-A piece or tile (segments.py) holds some rows of one slot, so x as [n, tile, K] and the slots' matrices gathered as
-[n, R, K] turn every family of the LoRA op into one `bmm` for each size of pieces:
+A piece (segments.py) holds some rows of one slot, so x as [n, size, K] and the slots' matrices gathered as [n, R, K]
+turn every family of the LoRA op into one `bmm` for each size of pieces:
 
-    shrink   v^T = scale * A x^T        [n, R, tile]     (rank first: twice as fast as x A^T on two cores)
-    expand   y   = (v^T)^T Bt           [n, tile, N]
-    wgrad    G   = v^T x                [n, R, K], then the tiles of a segment are summed in order
+    shrink   v^T = scale * A x^T        [n, R, size]     (rank first: twice as fast as x A^T on two cores)
+    expand   y   = (v^T)^T Bt           [n, size, N]
+    wgrad    G   = v^T x                [n, R, K], then the pieces of a segment are summed in order
 
-Sums run over K, over the rows of one tile, and over the tiles of one segment in order: never across users, and never
+Sums run over K, over the rows of one piece, and over the pieces of one segment in order: never across users, and never
 in an order that the company decides.
 """
 
@@ -29,7 +29,7 @@ def tile_matrices(matrices: Tensor, slots: slice | Tensor, ranks: Tensor | None,
 
 
 def shrink(x: Tensor, A: Tensor, scale: Tensor) -> Tensor:
-    """x [n, tile, K], A [n, R, K], scale [n] -> v^T [n, R, tile] = scale * A x^T."""
+    """x [n, size, K], A [n, R, K], scale [n] -> v^T [n, R, size] = scale * A x^T."""
     return torch.bmm(A, x.transpose(1, 2)).mul_(scale[:, None, None])
 
 

@@ -22,10 +22,8 @@ gradients into the bank.
 """
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels.backend import backend
@@ -153,23 +151,18 @@ def _backward_triton(
 
 
 def _forward_torch(x: Tensor, vectors: Tensor, segments: Segments, y: Tensor) -> None:
-    """As _forward_triton, on the tiles of the PyTorch path: a tile [tile, D] has one vector."""
-    tiles = segments.tiles
-    y.copy_(tiles.join(tiles.cut(x) * vectors.index_select(0, tiles.tile_slots)[:, None]))
+    """As _forward_triton, with every row's vector gathered."""
+    torch.mul(x, vectors.index_select(0, segments.tiles.groups.slot_of_row), out=y)
 
 
 def _backward_torch(
     x: Tensor, grad_y: Tensor, vectors: Tensor, segments: Segments, grad_x: Tensor, grad_vectors: Tensor
 ) -> None:
-    """As _backward_triton. Sums run over the rows of a tile, then over a segment's tiles, both in order."""
+    """As _backward_triton."""
     _forward_torch(grad_y, vectors, segments, grad_x)
-    tiles, wide = segments.tiles, torch.promote_types(x.dtype, torch.float32)
-    products = tiles.cut(grad_y).to(wide) * tiles.cut(x)  # [n, tile, D]
-    # Not products.sum(1), which adds the last few columns of a thread's share in another order than the rest.
-    sums = reduce(torch.add, products.unbind(1))  # [n, D]
-    order = torch.arange(len(sums), device=x.device)
-    total = F.embedding_bag(order, sums, tiles.first_tile, mode="sum")  # [S', D]
-    grad_vectors[tiles.live_slots] = total.to(grad_vectors.dtype)
+    groups = segments.tiles.groups
+    products = grad_y.to(torch.promote_types(x.dtype, torch.float32)) * x  # [T, D]
+    grad_vectors.index_copy_(0, groups.slots, groups.sum_rows(products).to(grad_vectors.dtype))
 
 
 def _path(device: torch.device):

@@ -156,7 +156,7 @@ def backward_torch(
         grad_x.copy_(grad_x + delta if beta else delta)
     if num_pieces:
         for grad, partial in zip((lora.grad_A, *lora.grad_Bts), (grad_A, *grad_Bts)):
-            grad[tiles.live_slots] = cpu.sum_pieces(partial, tiles)
+            grad[tiles.groups.slots] = cpu.sum_pieces(partial, tiles)
 
 
 # ---- On a CPU, ragged ----------------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def backward_torch(
 
 def _can_group(x: Tensor, Bt: Tensor, segments: Segments) -> bool:
     """Whether segments are ragged, so that pieces would have to be copied, and torch's grouped_mm takes them."""
-    groups, widths = segments.tiles.groups, (x.shape[1], Bt.shape[2])
-    return (groups is not None and 1 <= len(groups.slots) < 1024
+    widths = (x.shape[1], Bt.shape[2])
+    return (segments.tiles.ragged and len(segments.tiles.groups.slots) < 1024
             and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not any(width * x.itemsize % 16 for width in widths))  # fmt: skip
 

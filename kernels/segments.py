@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels.backend import backend
@@ -60,63 +61,56 @@ def _as_index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor
 
 @dataclass(frozen=True)
 class RowGroups:
-    """The segments that have rows, as torch.nn.functional.grouped_mm takes them. On the device.
+    """The segments that have rows, for products and sums on the rows where they lie. Index tensors, on the device.
 
-    slots: [S'] int64. Each segment's slot. slot_of_row: [T] int64. ends: [S'] int32. Each segment's end row: `offs`.
+    slots:       [S'] int64. Each segment's slot.
+    slot_of_row: [T] int64.
+    ends:        [S'] int32. Each segment's end row: `offs` of torch.nn.functional.grouped_mm.
+    chunks:      [c] int64. First rows of chunks of at most TILE rows, each segment's from its own first row.
+    first_chunk: [S'] int64. Each segment's first one.
     """
 
     slots: Tensor
     slot_of_row: Tensor
     ends: Tensor
+    chunks: Tensor
+    first_chunk: Tensor
 
     @staticmethod
     def build(slots: np.ndarray, starts: np.ndarray, device: torch.device | str) -> "RowGroups":
         live = np.diff(starts) > 0
+        segment, chunks = _cut(starts, TILE)
+        _, first_chunk = np.unique(segment, return_index=True)
         on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-        return RowGroups(on(slots[live]), on(np.repeat(slots, np.diff(starts))), on(starts[1:][live].astype(np.int32)))
+        return RowGroups(on(slots[live]), on(np.repeat(slots, np.diff(starts))),
+                         on(starts[1:][live].astype(np.int32)), on(chunks), on(first_chunk))  # fmt: skip
+
+    def sum_rows(self, x: Tensor) -> Tensor:
+        """[T, D] -> [S', D], each segment's rows summed: chunk by chunk, rows and chunks in order."""
+        for first in (self.chunks, self.first_chunk):
+            x = F.embedding_bag(torch.arange(len(x), device=x.device), x, first, mode="sum")
+        return x
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The plan of the PyTorch path: every tile is a matrix of a batched product. Index tensors, all on the device.
+    """The plan of the PyTorch path: every piece is a matrix of a batched product. Index tensors, all on the device.
 
-    A segment is cut in two ways. Into tiles of one size, the last one filled up with zeros. And into pieces: as many of
-    512 rows as its length holds, then of 16, 4 or 1, the last of them filled up (PIECES). Both start at the segment's
-    own first row and depend on its own length alone.
+    A segment is cut into pieces: as many of 512 rows as its length holds, then of 16, 4 or 1, the last of them filled
+    up (PIECES). They start at the segment's own first row and depend on its own length alone.
 
-    pieces:     those sizes that occur, in that order.
-    order:      [p] int64: the pieces of all sizes, one size after another, in the order of their rows.
+    pieces:      those sizes that occur, in that order.
+    order:       [p] int64: the pieces of all sizes, one size after another, in the order of their rows.
     first_piece: [S'] int64: where each segment's pieces begin in that order.
-    tile:       rows per tile.
-    tile_slots: [n] int64. Which slot each tile belongs to.
-    live_slots: [S'] int64. Slots of the segments that have rows, in row order.
-    first_tile: [S'] int64. The first tile of each of those; a segment's tiles are consecutive.
-    gather:     [n * tile] int64, row of each place of each tile, T where there is none; None if all are whole.
-    scatter:    [T] int64, place of each row; None if all tiles are whole.
-    groups:     the segments as they are; None if all tiles are whole.
+    groups:      the segments that have rows, as they are.
+    ragged:      whether a segment's rows are no multiple of TILE. If none is, pieces of rows are views.
     """
 
     pieces: tuple[Pieces, ...]
     order: Tensor
     first_piece: Tensor
-    tile: int
-    tile_slots: Tensor
-    live_slots: Tensor
-    first_tile: Tensor
-    gather: Tensor | None
-    scatter: Tensor | None
-    groups: RowGroups | None
-
-    def cut(self, x: Tensor) -> Tensor:
-        """Rows [T, K] -> tiles [n, tile, K]: a view if every segment is a multiple of the tile, else a padded copy."""
-        if self.gather is not None:
-            x = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, self.gather)
-        return x.view(-1, self.tile, x.shape[-1])
-
-    def join(self, tiles: Tensor) -> Tensor:
-        """Tiles [n, tile, N] -> rows [T, N]: undoes `cut`."""
-        rows = tiles.reshape(-1, tiles.shape[-1])
-        return rows if self.scatter is None else rows.index_select(0, self.scatter)
+    groups: RowGroups
+    ragged: bool
 
 
 @dataclass(frozen=True)
@@ -151,10 +145,8 @@ class Segments:
     plan: Plan | None
 
     @staticmethod
-    def build(
-        slots: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu", tile: int = TILE
-    ) -> "Segments":
-        """The plan for segments of these slots and lengths, in row order. tile: rows per tile of the PyTorch path.
+    def build(slots: Sequence[int], lengths: Sequence[int], device: torch.device | str = "cpu") -> "Segments":
+        """The plan for segments of these slots and lengths, in row order.
 
         Raises:
             ValueError: a slot appears twice or is negative, a length is negative, the two lists differ in size, or the
@@ -169,7 +161,9 @@ class Segments:
             raise ValueError(f"Segments.build: a slot appears twice in {slots}; join its rows into one segment.")
         starts = np.concatenate([[0], np.cumsum(lengths)])
         if backend(device) == "torch":
-            return Segments(slots, starts, _tiles(slots, starts, device, tile), None)
+            tiles = Tiles(*_pieces(slots, starts, device), RowGroups.build(slots, starts, device),
+                          bool((lengths % TILE).any()))  # fmt: skip
+            return Segments(slots, starts, tiles, None)
         return Segments(slots, starts, None, _plan(slots, starts, device))
 
     @property
@@ -203,22 +197,6 @@ def _cut(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     segment = np.repeat(np.arange(len(num_pieces)), num_pieces)  # [n]
     nth = np.arange(len(segment)) - (np.cumsum(num_pieces) - num_pieces)[segment]
     return segment, starts[segment] + size * nth
-
-
-def _tiles(slots: np.ndarray, starts: np.ndarray, device: torch.device | str, tile: int) -> Tiles:
-    segment, first_row = _cut(starts, tile)
-    gather = scatter = groups = None
-    if (np.diff(starts) % tile).any():
-        rows = first_row[:, None] + np.arange(tile)  # [n, tile]
-        real = rows < starts[segment + 1][:, None]
-        gather = np.where(real, rows, starts[-1]).ravel()
-        scatter = np.flatnonzero(real.ravel())
-        groups = RowGroups.build(slots, starts, device)
-    live, first_tile = np.unique(segment, return_index=True)
-    on_device = lambda a: None if a is None else torch.from_numpy(a).to(device)  # noqa: E731
-    pieces, order, first_piece = _pieces(slots, starts, device)
-    return Tiles(pieces, order, first_piece, tile, on_device(slots[segment]), on_device(slots[live]),
-                 on_device(first_tile), on_device(gather), on_device(scatter), groups)
 
 
 def _pieces(

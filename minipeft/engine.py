@@ -19,7 +19,8 @@ from minipeft.batch import Batch, Part, pack
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question
 from minipeft.methods.lora import LoRA, LoraBank
-from minipeft.models.decoder import Decoder, LinearFn
+from minipeft.models.decoder import Decoder
+from minipeft.models.linear import LinearFn
 from minipeft.schedule import Job, PassConfig, Run, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.cpu import tiled_linear

@@ -45,7 +45,7 @@ def test_every_user_has_whole_tiles_and_nothing_is_lost(owners, lengths):
     owned = [(part.bank, part.slot, start) for part, start in zip(parts, starts)]
     in_groups = []
     for bank, first_row, segments in batch.groups:
-        assert segments.tiles.gather is None  # whole tiles need no copy
+        assert not segments.tiles.ragged  # whole tiles need no copy
         in_groups += [(bank, slot, first_row + start) for slot, start in zip(segments.slots, segments.starts)]
     assert in_groups == owned
     assert len({bank for bank, _, _ in batch.groups}) == len(batch.groups)

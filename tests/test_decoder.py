@@ -10,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linears import site_by_site
 
-from minipeft.models.decoder import (
-    Decoder,
-    DecoderConfig,
-    RMSNorm,
-    plain_linear,
-    rope_frequencies,
-    stable_sigmoid,
-)
-from minipeft.models.loading import _checkpoint_key, load_model
+from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.models.decoder_files import key_of
+from minipeft.models.layers import RMSNorm, stable_sigmoid
+from minipeft.models.linear import plain_linear
+from minipeft.models.loading import load_model
+from minipeft.models.rotary import CHUNK, Rotary, rope_frequencies
 from minipeft.models.rows import Rows
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -142,8 +139,7 @@ def test_frequencies_match_transformers(rope, head_dim, theta):
     config = transformers.LlamaConfig(**fields, rope_parameters={"rope_theta": theta, **ROPES[rope]})
     expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
     scaling = {} if rope == "default" else ROPES[rope]
-    shape = DecoderConfig(1, 2 * head_dim, 1, 2, 2, head_dim, 1, rope_theta=theta, rope_scaling=scaling)
-    ours = rope_frequencies(shape)
+    ours = rope_frequencies(head_dim, theta, scaling)
     assert ((ours - expected) / expected).abs().max() < 2e-7  # two units in the last place of fp32
 
 
@@ -161,7 +157,7 @@ def test_gradients_match_transformers(case, tmp_path):
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
     assert len(theirs) == len(list(model.parameters()))
     for name, weight in model.named_parameters():
-        expected = theirs[_checkpoint_key(name)]
+        expected = theirs[key_of(name)]
         assert (weight.grad - expected).norm() < 1e-5 * expected.norm(), name
 
 
@@ -292,10 +288,22 @@ def test_weights_are_frozen_and_gradients_reach_the_first_site():
 
 def test_converting_a_model_leaves_its_angles_in_fp32():
     model = make_model()
-    rope = model.rope.clone()
+    before = model.rotary.frequencies.clone()
     for converted in (model.bfloat16(), model.double(), model.to(torch.float16)):
-        assert converted.rope.dtype == torch.float32 and torch.equal(converted.rope, rope)
-    assert "rope" not in model.state_dict()
+        now = converted.rotary.frequencies
+        assert now.dtype == torch.float32 and torch.equal(now, before)
+    assert not any("frequencies" in name for name in model.state_dict())
+
+
+def test_a_positions_angles_do_not_depend_on_the_company():
+    rotary = Rotary(10, 10000.0, {})
+    alone = rotary(Rows.pack([[0] * 7]), torch.float32)
+    with_a_long_one = rotary(Rows.pack([[0] * 7, [0] * (CHUNK + 300)]), torch.float32)
+    for one, other in zip(alone, with_a_long_one):
+        assert torch.equal(one, other[:7])
+    position = torch.tensor(float(CHUNK + 299), dtype=torch.float64)
+    exact = (position * rope_frequencies(10, 10000.0, {}).double()).cos()
+    assert (with_a_long_one[0][-1, 0] - exact).abs().max() < 1e-4
 
 
 def test_tied_head_is_the_embedding():

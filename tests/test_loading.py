@@ -93,7 +93,7 @@ def test_save_model_is_all_or_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "_sync", break_off)
+        patch.setattr(loading, "sync", break_off)
         with pytest.raises(OSError, match="disk full"):
             save_model(model, tokenizer, tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
@@ -249,7 +249,7 @@ def spell_as_transformers_5(fields):
 @pytest.mark.parametrize("fields, expected", FOUND.values(), ids=FOUND.keys())
 def test_config_of_published_models(fields, expected, spell, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(spell(fields)))
-    assert read_config(tmp_path) == expected
+    assert read_config(tmp_path)[1] == expected
 
 
 def test_config_spelled_as_transformers_4_gives_the_same_logits(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.models.rows import Rows, packed_attention, padded_length
+from minipeft.models.attention import padded_length
+from minipeft.models.rows import Rows
 
 LENGTHS = {"one row": [1], "one sequence": [37], "one row each": [1, 1, 1], "ragged": [5, 100, 1, 17, 8, 9, 64, 33, 17]}
 HEADS = {"equal": (4, 4), "grouped": (6, 2), "odd": (3, 1), "single": (1, 1)}
@@ -29,7 +30,7 @@ def plain_attention(q, k, v, lengths, window):
 
 
 def packed(q, k, v, lengths, window):
-    return packed_attention(q, k, v, Rows.pack([[0] * n for n in lengths]), window)
+    return Rows.pack([[0] * n for n in lengths]).attend(0, q, k, v, window)
 
 
 def make_inputs(lengths, heads, dtype=torch.float32, seed=0, head_dim=20):
@@ -115,9 +116,10 @@ def test_pack_lays_out_every_row_once(sequences):
     T = lengths.sum()
     assert rows.tokens.tolist() == [token for s in sequences for token in s]
     assert rows.positions.tolist() == [i for s in sequences for i in range(len(s))]
-    assert rows.index[rows.inverse].tolist() == list(range(T))
-    assert sum(n for n, _ in rows.buckets) == len(sequences)
-    assert len(rows.index) == sum(n * width for n, width in rows.buckets) == padded_length(lengths).sum()
+    plan, padded = rows.attend, padded_length(lengths).sum()
+    assert plan.q_index[plan.q_places].tolist() == plan.k_index[plan.k_places].tolist() == list(range(T))
+    assert sum(bucket.num for bucket in plan.buckets) == len(sequences) == len(rows.split(rows.tokens))
+    assert len(plan.q_index) == sum(bucket.num * bucket.q_width for bucket in plan.buckets) == padded
 
 
 def test_padded_length_grows_by_at_most_half():

@@ -1,4 +1,4 @@
-"""Does the batch plan cut every segment into tiles of its own, and put every row back where it was?"""
+"""Does the batch plan cut every segment into pieces and tiles of its own, every row once?"""
 
 import os
 import subprocess
@@ -14,65 +14,77 @@ import minipeft_kernels.backend
 import minipeft_kernels.segments as segments_module
 from minipeft_kernels.backend import backend
 from minipeft_kernels.cpu import expand_rows_
-from minipeft_kernels.segments import BLOCKS, TILE, Segments
+from minipeft_kernels.segments import BLOCKS, Segments
 
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=7)
 
 
-def build(lengths, tile=TILE):
+def build(lengths):
     """Segments whose slots are in another order than their rows."""
-    return Segments.build([(5 * i + 3) % 11 for i in range(len(lengths))], lengths, tile=tile)
+    return Segments.build([(5 * i + 3) % 11 for i in range(len(lengths))], lengths)
 
 
-@settings(derandomize=True, max_examples=50, deadline=None)
-@given(lengths=LENGTHS, tile=st.sampled_from([1, 4, 16]))
-def test_tiles_hold_one_segment_each_and_rows_undo_tiles(lengths, tile):
-    segments = build(lengths, tile)
-    x = torch.arange(1.0, 1 + 3 * sum(lengths)).view(-1, 3)  # [T, 3], no zero among them
-    tiles = segments.tiles.cut(x)  # [n, tile, 3]
-    assert segments.num_rows == sum(lengths)
-    assert tiles.shape == (sum(-(-n // tile) for n in lengths), tile, 3)
-    assert torch.equal(segments.tiles.join(tiles), x)
-    expected_tiles, expected_slots, live, first = [], [], [], []
-    for slot, mine in zip(segments.slots, x.split(lengths)):
-        if len(mine):
-            live.append(slot)
-            first.append(len(expected_slots))
-        for start in range(0, len(mine), tile):
-            block = torch.zeros(tile, 3)  # the last tile of a segment is filled up with zeros
-            block[: len(mine[start : start + tile])] = mine[start : start + tile]
-            expected_tiles.append(block)
-            expected_slots.append(slot)
-    if expected_tiles:
-        assert torch.equal(tiles, torch.stack(expected_tiles))
-    assert segments.tiles.tile_slots.tolist() == expected_slots
-    assert segments.tiles.live_slots.tolist() == live and segments.tiles.first_tile.tolist() == first
+@settings(derandomize=True, max_examples=80, deadline=None)
+@given(lengths=st.lists(st.integers(0, 70) | st.integers(500, 1100), min_size=1, max_size=7))
+def test_pieces_hold_one_segment_each_and_every_row_once(lengths):
+    segments, T = build(lengths), sum(lengths)
+    tiles, seen, of_piece = segments.tiles, [], []
+    for pieces in tiles.pieces:
+        rows, slots = (torch.arange(end)[index] for end, index in ((T, pieces.rows), (11, pieces.slots)))
+        rows = rows.view(-1, pieces.size)
+        real = torch.ones_like(rows, dtype=torch.bool) if pieces.filled is None else pieces.filled[2][:, 0] > 0
+        if pieces.filled is not None:
+            assert torch.equal(pieces.filled[0], real.flatten().nonzero()[:, 0])
+            assert torch.equal(pieces.filled[1], rows[real])
+        for slot, own, ok in zip(slots.tolist(), rows, real):
+            s = segments.slots.tolist().index(slot)
+            assert ((segments.starts[s] <= own.numpy()) & (own.numpy() < segments.starts[s + 1])).all()
+            seen += own[ok].tolist()
+            of_piece.append((int(own[0]), s))
+    assert sorted(seen) == list(range(T))
+    in_order = [of_piece[i] for i in tiles.order.tolist()]
+    assert in_order == sorted(of_piece)
+    live = [s for s, length in enumerate(lengths) if length]
+    assert [in_order[i][1] for i in tiles.first_piece.tolist()] == live
+    assert [in_order[i][0] for i in tiles.first_piece.tolist()] == segments.starts[live].tolist()
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)
-@given(lengths=LENGTHS, tile=st.sampled_from([4, 16]))
-def test_tiles_do_not_depend_on_the_company(lengths, tile):
-    segments, x = build(lengths, tile), torch.rand(sum(lengths), 2)
-    together = segments.tiles.cut(x)
-    for slot, mine in zip(segments.slots, x.split(lengths)):
-        by_itself = Segments.build([slot], [len(mine)], tile=tile).tiles.cut(mine)
-        assert torch.equal(together[segments.tiles.tile_slots == int(slot)], by_itself)
+@given(lengths=LENGTHS)
+def test_pieces_do_not_depend_on_the_company(lengths):
+    def sizes(segments, slot):
+        return [(pieces.size, int((torch.arange(11)[pieces.slots] == slot).sum())) for pieces in segments.tiles.pieces]
+
+    segments = build(lengths)
+    for slot, length in zip(segments.slots, lengths):
+        here = [entry for entry in sizes(segments, slot) if entry[1]]
+        assert here == sizes(Segments.build([slot], [length]), slot)
 
 
-def test_aligned_segments_need_no_copy():
-    segments = build([32, 0, 16, 48])
-    assert segments.tiles.gather is None and segments.tiles.scatter is None
-    x = torch.rand(96, 5)
-    tiles = segments.tiles.cut(x)
-    assert tiles.data_ptr() == x.data_ptr() and segments.tiles.join(tiles).data_ptr() == x.data_ptr()
-    assert build([32, 1]).tiles.gather is not None
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(lengths=LENGTHS)
+def test_groups_are_the_segments_with_rows(lengths):
+    segments = build(lengths)
+    groups, live = segments.tiles.groups, [s for s, length in enumerate(lengths) if length]
+    assert groups.slots.tolist() == segments.slots[live].tolist()
+    x = torch.randn(sum(lengths), 3, dtype=torch.float64)
+    expected = [rows.sum(0) for rows in x.split(lengths) if len(rows)]
+    torch.testing.assert_close(groups.sum_rows(x), torch.stack(expected) if expected else x)
+    assert groups.ends.tolist() == segments.starts[1:][live].tolist() and groups.ends.dtype == torch.int32
+    assert groups.slot_of_row.tolist() == [int(slot) for slot, n in zip(segments.slots, lengths) for _ in range(n)]
+
+
+def test_whole_tiles_need_no_copy():
+    x, segments = torch.rand(96, 5), build([32, 0, 16, 48])
+    (pieces,) = segments.tiles.pieces
+    assert pieces.of(x).data_ptr() == x.data_ptr() and not segments.tiles.ragged
+    assert build([32, 1]).tiles.ragged
 
 
 def test_slots_and_starts_are_on_the_host():
     segments = build([5, 0, 17])
     assert segments.slots.tolist() == [3, 8, 2] and segments.starts.tolist() == [0, 5, 5, 22]
     assert segments.slots.dtype == segments.starts.dtype == np.int64
-    assert segments.tiles.tile_slots.dtype == torch.int64
 
 
 @pytest.mark.parametrize("slots, lengths, message", [

@@ -1,0 +1,223 @@
+"""Attention on packed rows: who sees whom, and softmax(q k^T) v among them.
+
+Rows of many sequences lie end to end (rows.py), and attention is the one place where a base must know which of them
+belong together. `Packed.plan` says it for a batch:
+
+    a decoder            each row sees its sequence's rows up to itself                    causal
+    an encoder           each row sees all rows of its sequence
+    cross-attention      each row sees all rows of another sequence: T5's decoder, its encoder's
+    a shared prefix      each row sees a prefix's rows first, then its own sequence's up to itself: several labels
+                         after one prompt
+
+On the CPU attention gathers sequences of similar length into padded buckets, runs `scaled_dot_product_attention` on
+each, and gathers the results back. The padded length of a sequence depends on its own length alone, never on the
+company, so its bits do not either.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of one padded length: n members of q_width rows each, which see k_width rows each.
+
+    ages:    [n, q_width, k_width] int64: how many places before the row each row lies that it may see; negative: after.
+             n is 1 where all members agree.
+    real:    [n, k_width] bool: which places of the keys hold a row; None: all.
+    """
+
+    num: int
+    q_width: int
+    k_width: int
+    ages: Tensor
+    real: Tensor | None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Who sees whom in a batch. A padding place repeats its sequence's last row, which is finite and never seen.
+
+    q_index: [M] int64. Padded layout -> row: buckets one after another, each [num, q_width] flattened.
+    q_places: [T] int64. Row -> its place in the padded layout.
+    k_index, k_places: the same of the rows that are seen. k_places is None where a row may be seen by several members.
+    square:  each sequence sees itself and nothing else.
+    """
+
+    q_index: Tensor
+    q_places: Tensor
+    k_index: Tensor
+    k_places: Tensor | None
+    buckets: tuple[Bucket, ...]
+    causal: bool
+    square: bool
+
+    @staticmethod
+    def plan(
+        q_lengths: np.ndarray, causal: bool, device: torch.device | str, k_lengths: np.ndarray | None = None,
+        sees: np.ndarray | None = None, shared: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> "Packed":  # fmt: skip
+        """The plan for sequences of these lengths [n], end to end.
+
+        Args:
+            k_lengths: [m] lengths of the sequences that are seen, end to end, for cross-attention; None: their own.
+            sees:      [n] which of those each sequence sees; None: its own number.
+            shared:    first row and length, [n] each, of the rows that a sequence sees before its own; length 0: none.
+        """
+        on = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
+        starts = _starts(q_lengths)
+        q_first, k_first, k_own = starts, starts, q_lengths
+        if k_lengths is not None:
+            sees = np.arange(len(q_lengths)) if sees is None else sees
+            k_first, k_own = _starts(k_lengths)[sees], k_lengths[sees]
+        prefix_first, prefix = (np.zeros_like(q_lengths),) * 2 if shared is None else shared
+        square = k_lengths is None and not prefix.any()
+        k_own_lengths = q_lengths if k_lengths is None else k_lengths
+        all_once = not prefix.any() and (sees is None or np.array_equal(np.sort(sees), np.arange(len(k_own_lengths))))
+        q_widths = padded_length(q_lengths)
+        k_widths = q_widths if square else padded_length(prefix + k_own)
+
+        q_index, k_index, buckets = [], [], []
+        q_places, k_places = (np.empty(int(lengths.sum()), dtype=np.int64) for lengths in (q_lengths, k_own_lengths))
+        q_filled = k_filled = 0
+        for q_width, k_width in np.unique(np.stack([q_widths, k_widths], 1), axis=0).tolist():
+            members = np.flatnonzero((q_widths == q_width) & (k_widths == k_width))
+            column = lambda per_sequence: per_sequence[members][:, None]  # noqa: B023, E731  # [n, 1]
+            q_cols, k_cols = np.arange(q_width), np.arange(k_width)
+            q_rows = column(q_first) + np.minimum(q_cols, column(q_lengths) - 1)  # [n, q_width]
+            real = q_cols < column(q_lengths)
+            q_places[q_rows[real]] = q_filled + np.flatnonzero(real)
+            q_filled += q_rows.size
+            own = column(k_first) + np.minimum(k_cols - column(prefix), column(k_own) - 1)
+            k_rows = np.where(k_cols < column(prefix), column(prefix_first) + k_cols, own)  # [n, k_width]
+            q_index.append(q_rows.ravel())
+            k_index.append(k_rows.ravel())
+            offsets = np.unique(prefix[members]) if not prefix[members].any() else column(prefix)[:, 0]
+            ages = offsets[:, None, None] + q_cols[:, None] - k_cols  # [1 or n, q_width, k_width]
+            seen = k_cols < column(prefix + k_own)
+            if all_once:
+                k_places[k_rows[seen]] = k_filled + np.flatnonzero(seen)
+                k_filled += k_rows.size
+            buckets.append(Bucket(len(members), q_width, k_width, on(ages), None if seen.all() else on(seen)))
+        q_index, k_index = np.concatenate(q_index), np.concatenate(k_index)
+        q_index, q_places, k_index, k_places = map(on, (q_index, q_places, k_index, k_places))
+        return Packed(q_index, q_places, k_index, k_places if all_once else None, tuple(buckets), causal, square)
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
+        biases: Sequence[Tensor] | None = None, scale: float | None = None, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """softmax(scale q k^T + bias) v among the rows that each row sees; grouped queries where q has more heads.
+
+        Args:
+            layer:   which layer asks; a cache keeps each layer's keys apart (generate.py), a plan does not care.
+            q:       [T, H, D]. k, v: [T', H_kv, D], H a multiple of H_kv. With position encoding applied.
+            window:  each row sees itself and the window - 1 rows before it (Mistral); None: all that the plan allows.
+            biases:  what `scores_bias` returned, added to the scores; it hides what is not seen, windows included.
+            scale:   None: 1 / sqrt(D). softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+        Returns:
+            [T, H, D], dtype of q.
+        """
+        grouped = q.shape[1] != k.shape[1]
+        q = _Regroup.apply(q, self.q_index, self.q_places)  # [M, H, D]
+        k, v = (x.index_select(0, self.k_index) if self.k_places is None else
+                _Regroup.apply(x, self.k_index, self.k_places) for x in (k, v))  # fmt: skip
+        outputs, q_end, k_end = [], 0, 0
+        for i, bucket in enumerate(self.buckets):
+            q_start, q_end = q_end, q_end + bucket.num * bucket.q_width
+            k_start, k_end = k_end, k_end + bucket.num * bucket.k_width
+            own_q = q[q_start:q_end].unflatten(0, (bucket.num, bucket.q_width)).transpose(1, 2)  # [n, H, q_width, D]
+            own_k, own_v = (x[k_start:k_end].unflatten(0, (bucket.num, bucket.k_width)).transpose(1, 2) for x in (k, v))
+            mask = self._mask(bucket, window) if biases is None else biases[i]
+            is_causal = self.causal and mask is None
+            if softcap is not None:
+                mask = self._mask(bucket, window, always=True)
+                y = capped_attention(own_q, own_k, own_v, mask, scale, softcap)
+            else:
+                y = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask, is_causal=is_causal,
+                                                   scale=scale, enable_gqa=grouped)  # fmt: skip
+            outputs.append(y.transpose(1, 2).reshape(q_end - q_start, -1, v.shape[-1]))
+        return _Ungroup.apply(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.q_places)
+
+    def _mask(self, bucket: Bucket, window: int | None, always: bool = False) -> Tensor | None:
+        """[n or 1, 1, q_width, k_width] bool, what is seen; None where the causal kernel or no mask says the same."""
+        windowed = window is not None and bucket.k_width > window
+        if self.causal and (always or windowed or not self.square):  # what pads keys lies after every real row
+            seen = bucket.ages >= 0
+            return (seen & (bucket.ages < window) if windowed else seen)[:, None]
+        if self.causal or bucket.real is None:
+            return bucket.ages.new_ones(1, 1, 1, 1, dtype=torch.bool) if always else None
+        return bucket.real[:, None, None]  # [n, 1, 1, k_width]
+
+    def scores_bias(self, bias_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What T5 adds to the scores, for every bucket: -inf where a row is not seen. Once per pass, for all layers.
+
+        bias_of: ages [..., q_width, k_width] -> [..., H, q_width, k_width].
+        """
+        biases = []
+        for bucket in self.buckets:
+            bias, mask = bias_of(bucket.ages), self._mask(bucket, None, always=self.causal)
+            biases.append(bias if mask is None else torch.where(mask, bias, -torch.inf))
+        return biases
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float
+) -> Tensor:
+    """softmax(softcap * tanh(scale q k^T / softcap)) v where mask; [n, H, width, D] each, no fused kernel does it."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, wide).to(v.dtype) @ v
+
+
+def padded_length(lengths: np.ndarray) -> np.ndarray:
+    """Each length rounded up to 8, 16, 24, 32, 48, 64, 96, 128, ...: at most half as long again past 16 rows."""
+    steps = [8, 16, 24, 32]
+    while steps[-1] < lengths.max():
+        steps.append(steps[-1] * 3 // 2 if (steps[-1] & (steps[-1] - 1)) == 0 else steps[-1] * 4 // 3)
+    steps = np.array(steps)
+    return steps[np.searchsorted(steps, lengths)]
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.cumsum(lengths) - lengths
+
+
+class _Regroup(torch.autograd.Function):
+    """x[index] where the gradient is another gather, not a scatter: back[j] is the one place that copies row j.
+
+    Padding places copy a row too, but nothing depends on them, so their gradient is zero and may be dropped.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.contiguous().index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Ungroup(torch.autograd.Function):
+    """x[inverse], whose gradient is zero at the padding places."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.places = x.shape[0]
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inverse,) = ctx.saved_tensors
+        grad_x = grad.new_zeros(ctx.places, *grad.shape[1:])
+        grad_x.index_copy_(0, inverse, grad)
+        return grad_x, None

@@ -1,0 +1,57 @@
+"""What all decoders have in common: the three plain functions for people, and how the engine calls them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.models.linear import LinearFn, plain_linear
+from minipeft.models.rows import Rows
+
+
+class Causal(nn.Module):
+    """A frozen decoder on packed rows: `hidden`, then `head` at the rows that are wanted.
+
+    A subclass sets, besides its weights:
+
+    config:  with vocab_size, width, num_layers and max_positions.
+    embed:   the token embedding. head_linear: hidden states -> logits, site "head".
+    sites:   site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
+    shared_inputs: the same sites, in groups that share their input: the `sites` that `linear` is called with.
+    """
+
+    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+        """Last hidden states after the final norm. Returns [T, width], dtype of the weights.
+
+        Raises:
+            ValueError: a sequence is longer than the base has positions.
+        """
+        raise NotImplementedError
+
+    def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
+        """Hidden states of chosen rows [rows, width] -> logits [rows, vocab_size]."""
+        return self.head_linear(h, linear)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @torch.no_grad()
+    def logits(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Lists of token ids -> for each the logits [its length, vocab_size]; row i predicts token i + 1."""
+        rows = Rows.pack(sequences, self.device)
+        return rows.split(self.head(self.hidden(rows)))
+
+    @torch.no_grad()
+    def encode(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Lists of token ids -> for each its last hidden states [its length, width]."""
+        rows = Rows.pack(sequences, self.device)
+        return rows.split(self.hidden(rows))
+
+
+def check_lengths(rows: Rows, max_positions: int) -> None:
+    """No sequence is longer than the base has positions, or ValueError. Nothing is ever cut here."""
+    if rows.longest > max_positions:
+        number = int(rows.lengths.argmax())
+        raise ValueError(f"sequence {number} has {rows.longest} tokens but this base has {max_positions} positions; "
+                         "shorten the text or choose a base with more.")

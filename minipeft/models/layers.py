@@ -1,0 +1,84 @@
+"""Normalisations and gated activations that bases share, with gradients by hand where PyTorch's own are slow.
+
+What a row becomes depends on that row alone, to the bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = g * x / sqrt(mean(x^2) + eps), the mean over the last axis in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm by hand: on the CPU three times faster than F.rms_norm, which makes a pass for every arithmetic step.
+
+    With r = 1 / sqrt(mean(x^2) + eps) and h = g * grad_y:  grad_x = r h - x r^3 mean(h x),  grad_g = sum_t grad_y x r.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays fp64
+        rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, weight, rstd = ctx.saved_tensors
+        x32, grad_y = x.to(rstd.dtype), grad_y.to(rstd.dtype)
+        h = grad_y * weight
+        mean = (h * x32).mean(-1, keepdim=True)
+        grad_x = h.mul_(rstd).sub_(x32 * mean.mul_(rstd * rstd * rstd)) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad_y * x32 * rstd).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(g) * u by hand (Shazeer 2020, arXiv:2002.05202). With s = sigmoid(g) and a = g s:
+
+    grad_u = grad_y a,  grad_g = grad_y u (s + a (1 - s)).
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        s = stable_sigmoid(gate)
+        ctx.save_for_backward(gate, up, s)
+        return (gate * s).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        gate, up, s = ctx.saved_tensors
+        a = gate * s
+        grad_gate = (1 - s).mul_(a).add_(s).mul_(up).mul_(grad_y)
+        return grad_gate, a.mul_(grad_y)
+
+
+def stable_sigmoid(x: Tensor) -> Tensor:
+    """sigmoid(x) whose bits depend on the element alone, whatever the size of x and the number of threads.
+
+    On the CPU PyTorch splits a large tensor evenly over the threads and computes what does not fill a vector register
+    at the end of a share with another exp, so an element's last bit may depend on where it lies. Where the shares are
+    not whole registers this goes in blocks that one thread takes alone, the last one filled up with zeros.
+    """
+    GRAIN, LANES = 32768, 64  # elements one thread takes alone; more than any CPU's registers hold
+    if x.device.type == "cpu" and x.numel() % LANES:
+        return stable_sigmoid(F.pad(x.flatten(), (0, -x.numel() % LANES)))[: x.numel()].view(x.shape)
+    if x.device.type == "cpu" and x.numel() > GRAIN:
+        threads = min(torch.get_num_threads(), -(-x.numel() // GRAIN))
+        if -(-x.numel() // threads) % LANES:
+            y = torch.empty_like(x)
+            for part, out in zip(x.view(-1).split(GRAIN), y.view(-1).split(GRAIN)):
+                torch.sigmoid(part, out=out)
+            return y
+    return torch.sigmoid(x)
