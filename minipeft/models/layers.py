@@ -3,6 +3,8 @@
 What a row becomes depends on that row alone, to the bit.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,21 +66,47 @@ class SwiGLU(torch.autograd.Function):
         return grad_gate, a.mul_(grad_y)
 
 
-def stable_sigmoid(x: Tensor) -> Tensor:
-    """sigmoid(x) whose bits depend on the element alone, whatever the size of x and the number of threads.
+def stable(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """function(*xs), elementwise, with bits that depend on the elements alone, whatever the size and the threads.
 
     On the CPU PyTorch splits a large tensor evenly over the threads and computes what does not fill a vector register
-    at the end of a share with another exp, so an element's last bit may depend on where it lies. Where the shares are
-    not whole registers this goes in blocks that one thread takes alone, the last one filled up with zeros.
+    at the end of a share with another exp or erf, so an element's last bit may depend on where it lies. Where the
+    shares are not whole registers this goes in blocks that one thread takes alone, the last one filled up with zeros.
     """
-    GRAIN, LANES = 32768, 64  # elements one thread takes alone; more than any CPU's registers hold
-    if x.device.type == "cpu" and x.numel() % LANES:
-        return stable_sigmoid(F.pad(x.flatten(), (0, -x.numel() % LANES)))[: x.numel()].view(x.shape)
-    if x.device.type == "cpu" and x.numel() > GRAIN:
-        threads = min(torch.get_num_threads(), -(-x.numel() // GRAIN))
-        if -(-x.numel() // threads) % LANES:
-            y = torch.empty_like(x)
-            for part, out in zip(x.view(-1).split(GRAIN), y.view(-1).split(GRAIN)):
-                torch.sigmoid(part, out=out)
-            return y
-    return torch.sigmoid(x)
+    GRAIN, LANES, x = 32768, 64, xs[0]  # elements one thread takes alone; more than any CPU's registers hold
+    if x.device.type != "cpu":
+        return function(*xs)
+    if x.numel() % LANES:
+        padded = (F.pad(x.flatten(), (0, -x.numel() % LANES)) for x in xs)
+        return stable(function, *padded)[: x.numel()].view(x.shape)
+    threads = min(torch.get_num_threads(), -(-x.numel() // GRAIN))
+    if threads > 1 and -(-x.numel() // threads) % LANES:
+        return torch.cat([function(*parts) for parts in zip(*(x.reshape(-1).split(GRAIN) for x in xs))]).view(x.shape)
+    return function(*xs)
+
+
+def stable_sigmoid(x: Tensor) -> Tensor:
+    return stable(torch.sigmoid, x)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, approximate):
+        ctx.save_for_backward(x)
+        ctx.approximate = approximate
+        return stable(lambda x: F.gelu(x, approximate=approximate), x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        slope = lambda grad_y, x: torch.ops.aten.gelu_backward(grad_y, x, approximate=ctx.approximate)  # noqa: E731
+        return stable(slope, grad_y.contiguous(), ctx.saved_tensors[0].contiguous()), None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), with the error function (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    return _GELU.apply(x, "none")
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: what GPT-2, T5 1.1 and Gemma use ("gelu_new")."""
+    return _GELU.apply(x, "tanh")
