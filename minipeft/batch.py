@@ -25,11 +25,14 @@ class Read:
     """A token sequence whose last `num_read` rows are read: row i predicts the token after tokens[i].
 
     targets: in training, the tokens that these rows shall predict; else empty.
+    after:   0, or how many reads before this one is the one whose tokens stand before these: several answers to one
+             question read the question's rows once.
     """
 
     tokens: tuple[int, ...]
     num_read: int
     targets: tuple[int, ...] = ()
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Batch:
 
     rows:      the packed sequences, fillers included.
     groups:    (bank number, first row, Segments) of each bank in the batch; its rows are consecutive.
-    head_rows: [M'] int64. Rows the LM head runs on: each user's read rows, filled up to a multiple of TILE.
+    head_rows: [M'] int64. Rows the head runs on: each user's read rows, filled up to a multiple of TILE.
+    head_groups: as groups, of head_rows.
     read:      [M] int64. Which of head_rows is each row that was asked for: parts, sequences and rows in order.
     num_real_rows: rows that are not filler.
     """
@@ -65,12 +69,13 @@ class Batch:
     rows: Rows
     groups: tuple[tuple[int, int, Segments], ...]
     head_rows: Tensor
+    head_groups: tuple[tuple[int, int, Segments], ...]
     read: Tensor
     num_real_rows: int
 
 
-def pack(parts: Sequence[Part], device: torch.device | str = "cpu") -> Batch:
-    """The batch of these parts, which must be sorted by (bank, slot), one part per user.
+def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool = True) -> Batch:
+    """The batch of these parts, which must be sorted by (bank, slot), one part per user. causal: see Rows.pack.
 
     Raises:
         ValueError: not sorted, a user without rows, or a read of more rows than its sequence has.
@@ -79,15 +84,17 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu") -> Batch:
     if owners != sorted(set(owners)):
         raise ValueError(f"batch.pack: parts must be sorted by bank and slot, one each; got {owners}.")
     sequences: list[Sequence[int]] = []
+    prefixes: list[int] = []
     head_rows: list[int] = []
     read: list[int] = []
-    lengths, row, num_real_rows = [], 0, 0
+    lengths, head_lengths, row, num_real_rows = [], [], 0, 0
     for part in parts:
         first_row, first_head_row = row, len(head_rows)
         for sequence in part.reads:
             if sequence.num_read > len(sequence.tokens):
                 raise ValueError(f"batch.pack: bank {part.bank}, slot {part.slot} reads {sequence.num_read} rows of a "
                                  f"sequence of {len(sequence.tokens)}; was its prompt empty?")
+            prefixes.append(len(sequences) - sequence.after if sequence.after else -1)
             sequences.append(sequence.tokens)
             row += len(sequence.tokens)
             read.extend(range(len(head_rows), len(head_rows) + sequence.num_read))
@@ -97,21 +104,30 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu") -> Batch:
         num_real_rows += row - first_row
         filler = -(row - first_row) % TILE
         if filler:
+            prefixes.append(-1)
             sequences.append((0,) * filler)
             row += filler
         head_rows.extend([first_row] * (-(len(head_rows) - first_head_row) % TILE))
         lengths.append(row - first_row)
+        head_lengths.append(len(head_rows) - first_head_row)
 
-    groups, starts = [], np.concatenate([[0], np.cumsum(lengths)])
-    banks = np.array([part.bank for part in parts])
-    for bank in dict.fromkeys(banks.tolist()):
-        members = np.flatnonzero(banks == bank)
-        segments = Segments.build([parts[i].slot for i in members], [lengths[i] for i in members], device)
-        groups.append((bank, int(starts[members[0]]), segments))
     return Batch(
-        Rows.pack(sequences, device),
-        tuple(groups),
+        Rows.pack(sequences, device, causal, prefixes if causal else None),
+        _groups(owners, lengths, device),
         torch.tensor(head_rows, device=device),
+        _groups(owners, head_lengths, device),
         torch.tensor(read, device=device),
         num_real_rows,
     )
+
+
+def _groups(
+    owners: Sequence[tuple[int, int]], lengths: Sequence[int], device: torch.device | str
+) -> tuple[tuple[int, int, Segments], ...]:
+    """(bank number, first row, Segments) of each bank, for users (bank, slot) with these numbers of rows."""
+    groups, starts, banks = [], np.concatenate([[0], np.cumsum(lengths)]), np.array([bank for bank, _ in owners])
+    for bank in dict.fromkeys(banks.tolist()):
+        members = np.flatnonzero(banks == bank)
+        segments = Segments.build([owners[i][1] for i in members], [lengths[i] for i in members], device)
+        groups.append((bank, int(starts[members[0]]), segments))
+    return tuple(groups)

@@ -28,7 +28,9 @@ from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError
 from minipeft.labels import Question
 from minipeft.methods.lora import LoRA
-from minipeft.models.decoder import Decoder
+from minipeft.models.bert import Bert
+from minipeft.models.causal import Causal
+from minipeft.models.classifier import Base, Classifier
 from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
 from minipeft.profiling import profiled, region
 from minipeft.prompts import Encoded, encode_task
@@ -50,7 +52,7 @@ from minipeft_kernels.backend import backend
 PERSONAL = TrainConfig(
     method=LoRA(rank=8, alpha=16, sites=("v", "o", "down")), learning_rate=5e-3, batch_size=4, epochs=3
 )
-SHARED = replace(PERSONAL, epochs=1, batch_size=64)
+SHARED = {"epochs": 1, "batch_size": 64}  # what is different for the one adapter of everybody
 TRIAL_STEPS = 320  # steps of all users together in the speed trial
 NUM_ALONE = 2  # users whose whole training is repeated alone
 PASSES = PassConfig()
@@ -123,7 +125,8 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
         save_adapter(args.out / "adapters", adapter, model.sites)
         finished.append(adapter.user)
 
-    jobs = [Job(user, encoded.train[user], encoded.val[user], replace(PERSONAL, seed=args.seed)) for user in task.users]
+    plan = plan_for(model, args.seed)
+    jobs = [Job(user, encoded.train[user], encoded.val[user], plan) for user in task.users]
     jobs.sort(key=lambda job: -len(job.train))  # longest first: nobody is left to finish alone
     together = timed_training(model, encoded, jobs, PASSES, f"{len(jobs)} users together", keep)
     shortened = trial_jobs(jobs)
@@ -131,15 +134,16 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     trial_alone = timed_training(model, encoded, shortened, ALONE, "speed trial, one by one")
     some = jobs[:: -(-len(jobs) // NUM_ALONE)]
     alone = timed_training(model, encoded, some, ALONE, f"{len(some)} of the users alone")
-    everyone = Job(EVERYONE, pooled(encoded.train), pooled(encoded.val), replace(SHARED, seed=args.seed))
+    everyone = Job(EVERYONE, pooled(encoded.train), pooled(encoded.val), replace(plan, **SHARED))
     shared = timed_training(model, encoded, [everyone], ALONE, "one shared LoRA")
 
     correct = {
         "own_majority": per_user(task, majority_answers(task)),
-        "base": per_user(task, answers(task, model, encoded, None)),
         "shared": per_user(task, answers(task, model, encoded, dict.fromkeys(task.users, shared.adapters[EVERYONE]))),
         "personal": per_user(task, answers(task, model, encoded, together.adapters)),
     }
+    if model.causal:  # an encoder alone has no answer
+        correct["base"] = per_user(task, answers(task, model, encoded, None))
     apart = [relative_difference(trial.adapters[user], trial_alone.adapters[user]) for user in task.users]
     apart += [relative_difference(together.adapters[user], adapter) for user, adapter in alone.adapters.items()]
     gains = correct["personal"] - correct["shared"]
@@ -147,10 +151,10 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     result = {
         "suite": "quick", "task": task.name, "num_users": len(task.users), "seed": args.seed, "base": base_name,
         "base_numbers": sum(p.numel() for p in model.parameters()),
-        "adapter_numbers": PERSONAL.method.count(model.sites),
+        "adapter_numbers": plan.method.count(model.sites),
         "training": together.figures(), "trial_steps": trial.steps,
         "fused": trial.figures(), "one_by_one": trial_alone.figures(), "speedup": trial_alone.seconds / trial.seconds,
-        "accuracy": accuracy | {
+        "accuracy": {"base": None} | accuracy | {
             **known_truth(task, truth),
             "ci": {name: interval(values) for name, values in correct.items()},
             "personal_minus_shared": interval(gains),
@@ -226,7 +230,7 @@ def get_task(args: argparse.Namespace) -> tuple[Task, Truth | None]:
     return task, None
 
 
-def get_base(args: argparse.Namespace, task: Task) -> tuple[Decoder, Encoded, str]:
+def get_base(args: argparse.Namespace, task: Task) -> tuple[Base, Encoded, str]:
     """The base of --model, or the embedded default made for this task; the task in its tokens; and its name."""
     if args.model is None:
         with progress("training the default base") as bar:
@@ -237,7 +241,18 @@ def get_base(args: argparse.Namespace, task: Task) -> tuple[Decoder, Encoded, st
     model = load_model(folder, device=args.device)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, model)
-    return model, encode_task(task, tokenizer, model.config.max_positions), name
+    if isinstance(model, Bert):
+        model = Classifier(model, len(task.labels))
+    elif not isinstance(model, Causal):
+        raise InputError(f"--model {folder}: this suite trains decoders and encoders; it does not train "
+                         f"{type(model).__name__} yet")  # fmt: skip
+    return model, encode_task(task, tokenizer, model.config.max_positions, model.causal), name
+
+
+def plan_for(model: Base, seed: int) -> TrainConfig:
+    """How each user trains; on an encoder with a head of their own."""
+    num_classes = 0 if model.causal else model.sites["head"][1]
+    return replace(PERSONAL, seed=seed, method=replace(PERSONAL.method, num_classes=num_classes))
 
 
 # ---- The measurements ----------------------------------------------------------------------------------------------
@@ -276,7 +291,7 @@ class Trained:
 
 
 def timed_training(
-    model: Decoder, encoded: Encoded, jobs: Sequence[Job], passes: PassConfig, title: str,
+    model: Base, encoded: Encoded, jobs: Sequence[Job], passes: PassConfig, title: str,
     on_finish: Callable[[Adapter], None] | None = None,
 ) -> Trained:
     engine = Engine(model, encoded.labels, passes)
@@ -297,7 +312,7 @@ def timed_training(
 
 
 def answers(
-    task: Task, model: Decoder, encoded: Encoded, adapters: dict[str, Adapter] | None
+    task: Task, model: Base, encoded: Encoded, adapters: dict[str, Adapter] | None
 ) -> dict[str, list[tuple[str, ...]]]:
     """The label each user's model finds most likely for each of their test examples; adapters None: the base alone."""
     if adapters is None:
@@ -319,7 +334,7 @@ def relative_difference(a: Adapter, b: Adapter) -> float:
     return float((a.row - b.row).norm() / b.row.norm())
 
 
-def bitwise_isolated(model: Decoder, encoded: Encoded, jobs: Sequence[Job], num_users: int = 8) -> bool | None:
+def bitwise_isolated(model: Base, encoded: Encoded, jobs: Sequence[Job], num_users: int = 8) -> bool | None:
     """Rewrite one user's examples, lengths kept: does every other user in the same passes keep every bit?
 
     None if there is no other user.
@@ -349,6 +364,7 @@ def active_figures(task: Task, truth: Truth | None, correct: dict[str, np.ndarra
     return {
         "at_least": ACTIVE,
         "num_users": len(some.users),
+        "base": None,
         **{name: float(values[chosen].mean()) for name, values in correct.items()},
         **known_truth(some, truth),
     }
@@ -389,13 +405,14 @@ def progress(title: str):
     print(f"{title}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
-def describe(args: argparse.Namespace, task: Task, model: Decoder, base_name: str, encoded: Encoded) -> str:
+def describe(args: argparse.Namespace, task: Task, model: Base, base_name: str, encoded: Encoded) -> str:
     sizes = sorted(len(examples) for examples in task.train.values())
+    method = plan_for(model, args.seed).method
     lines = [
         f"task {task.name}: {len(task.users)} users, {sum(sizes)} training examples ({sizes[0]} to {sizes[-1]} a user, "
         f"median {sizes[len(sizes) // 2]}), labels {', '.join(task.labels)}, alpha {nominal_alpha(task):.2f}",
         f"base {base_name}: {sum(p.numel() for p in model.parameters()):,} frozen numbers; LoRA of rank "
-        f"{PERSONAL.method.rank}: {PERSONAL.method.count(model.sites):,} numbers a user",
+        f"{method.rank}{'' if model.causal else ' and a head'}: {method.count(model.sites):,} numbers a user",
         f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32",
     ]
     if encoded.num_cut:

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from minipeft.batch import Batch, Part, pack
 from minipeft.errors import InputError
-from minipeft.labels import LabelSet, Question
+from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods.lora import LoRA, LoraBank
-from minipeft.models.decoder import Decoder
+from minipeft.models.classifier import Base
 from minipeft.models.linear import LinearFn
 from minipeft.schedule import Job, PassConfig, Run, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.cpu import tiled_linear
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
-from minipeft_kernels.segments import TILE
+from minipeft_kernels.segments import TILE, Segments
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Engine:
         passes: how users share passes.
     """
 
-    def __init__(self, model: Decoder, labels: LabelSet, passes: PassConfig | None = None):
+    def __init__(self, model: Base, labels: LabelSet | Classes, passes: PassConfig | None = None):
         passes = passes or PassConfig()
         passes.check()
         self.model, self.labels, self.passes = model, labels, passes
         self.totals = Totals()
-        self._bank_of: dict[tuple, int] = {}  # (sites, rank class) -> bank number
+        self._bank_of: dict[tuple, int] = {}  # (sites, rank class, classes of the head) -> bank number
         self._banks: list[LoraBank] = []
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
 
@@ -78,7 +78,7 @@ class Engine:
 
     def admit(self, user: str, method: LoRA, row: Tensor | None = None, seed: int = 0) -> tuple[int, int]:
         """Make a user resident, at their start value or at `row` [P]. Returns (bank number, slot)."""
-        key = (tuple(method.chosen(self.model.sites)), method.rank_class)
+        key = (tuple(method.chosen(self.model.sites)), method.rank_class, method.num_classes)
         if key not in self._bank_of:
             self._bank_of[key] = len(self._banks)
             self._banks.append(LoraBank(method, self.model.sites, self.model.shared_inputs,
@@ -94,10 +94,10 @@ class Engine:
 
     # ---- One pass --------------------------------------------------------------------------------------------------
 
-    def _linear(self, batch: Batch) -> LinearFn:
-        """How the base computes its linear sites in this batch: its own product, plus each row's own adapter."""
+    def _linear(self, groups: Sequence[tuple[int, int, Segments]]) -> LinearFn:
+        """How the base computes linear sites on rows of these groups: its own product, plus each row's own adapter."""
         tile = TILE if self.passes.deterministic else None
-        groups = [(self._banks[number], first_row, segments) for number, first_row, segments in batch.groups]
+        groups = [(self._banks[number], first_row, segments) for number, first_row, segments in groups]
 
         def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
             return [bank.at(sites, first_row, segments) for bank, first_row, segments in groups]
@@ -127,15 +127,15 @@ class Engine:
     def _log_probs(self, batch: Batch) -> Tensor:
         """Log-probabilities of the next token at the rows that were asked for: [M, vocab]."""
         self.totals.count(batch)
-        linear = self._linear(batch)
-        hidden = self.model.hidden(batch.rows, linear)  # [T, width]
-        logits = self.model.head(hidden.index_select(0, batch.head_rows), linear)  # [M', vocab]
+        hidden = self.model.hidden(batch.rows, self._linear(batch.groups))  # [T, width]
+        read = hidden.index_select(0, batch.head_rows)  # [M', width]
+        logits = self.model.head(read, self._linear(batch.head_groups))  # [M', vocab]
         return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
         parts = [run.minibatch(self.labels) for run in chosen]
-        batch = pack(parts, self.model.device)
+        batch = pack(parts, self.model.device, self.model.causal)
         targets, weights = [], []
         for part in parts:
             tokens = [token for read in part.reads for token in read.targets]
@@ -194,8 +194,9 @@ class Engine:
                 owners.add(owner)
             taken.sort(key=lambda piece: (piece[1].bank, piece[1].slot))
             with torch.no_grad():
-                scores = self.labels.scores(self._log_probs(pack([part for _, part in taken], self.model.device)))
-            sizes = [len(part.reads) // len(self.labels.stems) for _, part in taken]
+                batch = pack([part for _, part in taken], self.model.device, self.model.causal)
+                scores = self.labels.scores(self._log_probs(batch))
+            sizes = [len(part.reads) // self.labels.reads_per_question for _, part in taken]
             for (position, _), piece in zip(taken, scores.split(sizes)):
                 yield position, piece.cpu().numpy()
             pieces = left
@@ -279,8 +280,8 @@ class Engine:
 
 
 def predict(
-    model: Decoder, labels: LabelSet, adapters: dict[str, Adapter], questions: dict[str, Sequence[Question]],
-    passes: PassConfig | None = None,
+    model: Base, labels: LabelSet | Classes, adapters: dict[str, Adapter],
+    questions: dict[str, Sequence[Question]], passes: PassConfig | None = None,
 ) -> dict[str, np.ndarray]:
     """Label scores [questions, C] (log p) of every user's questions, each user with their own adapter.
 

@@ -3,8 +3,9 @@
     score(label) = sum_i log p(label token i | prompt, label tokens before i)
 
 An example becomes a question (prompt tokens, which label is right). Training minimises -log p over the right labels'
-tokens (engine.py says how they are averaged); prediction takes the label with the highest score. Labels that share
-their first tokens share those rows: with one-token labels a question costs one sequence however many labels there are.
+tokens (engine.py says how they are averaged); prediction takes the label with the highest score. All labels
+share the prompt's rows, and labels that share their first tokens share those rows too: with one-token labels a question
+costs one sequence however many labels there are.
 """
 
 from collections.abc import Sequence
@@ -42,19 +43,22 @@ class LabelSet:
                         f"labels {i} and {j} of the task cannot be told apart: the tokens of one begin the other's; "
                         "end each label with an end-of-text token or rename one"
                     )
-        # What must be read: label[:-1] after the prompt, once for labels that share it.
-        stems = sorted({label[:-1] for label in self.labels}, key=len, reverse=True)
+        # What must be read after the prompt: label[:-1], once for labels that share it.
+        stems = sorted({label[:-1] for label in self.labels if len(label) > 1}, key=len, reverse=True)
         self.stems: list[tuple[int, ...]] = []
         for stem in stems:
             if not any(kept[: len(stem)] == stem for kept in self.stems):
                 self.stems.append(stem)
-        # Where each label's tokens are predicted: (row among a question's read rows, token).
-        firsts = np.cumsum([0] + [len(stem) + 1 for stem in self.stems])
+        self.reads_per_question = 1 + len(self.stems)
+        # Where each label's tokens are predicted: (row among a question's read rows, token). Row 0: the prompt's last.
+        firsts = np.cumsum([1] + [len(stem) for stem in self.stems])
         self.rows_per_question = int(firsts[-1])
         rows, tokens, owners = [], [], []
         for number, label in enumerate(self.labels):
-            home = next(k for k, stem in enumerate(self.stems) if stem[: len(label) - 1] == label[:-1])
-            rows += [int(firsts[home]) + i for i in range(len(label))]
+            rows.append(0)
+            if len(label) > 1:
+                home = next(k for k, stem in enumerate(self.stems) if stem[: len(label) - 1] == label[:-1])
+                rows += [int(firsts[home]) + i for i in range(len(label) - 1)]
             tokens += label
             owners += [number] * len(label)
         self.rows, self.tokens, self.owners = (torch.tensor(x) for x in (rows, tokens, owners))
@@ -66,8 +70,8 @@ class LabelSet:
         return Read(question.prompt + label[:-1], len(label), label)
 
     def scoring_reads(self, question: Question) -> list[Read]:
-        """The sequences from which every label of a question is scored."""
-        return [Read(question.prompt + stem, len(stem) + 1) for stem in self.stems]
+        """The sequences from which every label of a question is scored: the prompt, and what goes on from it."""
+        return [Read(question.prompt, 1), *(Read(stem, len(stem), after=1 + k) for k, stem in enumerate(self.stems))]
 
     def scores(self, log_probs: Tensor) -> Tensor:
         """Log-probabilities of the read rows [questions * rows_per_question, vocab] -> label scores [questions, C]."""
@@ -75,3 +79,23 @@ class LabelSet:
         picked = per_question[:, self.rows, self.tokens]  # [questions, all label tokens]
         scores = picked.new_zeros(len(picked), len(self.labels))
         return scores.index_add_(1, self.owners, picked)
+
+
+class Classes:
+    """The labels of a task as classes of an encoder's head (classifier.py): a LabelSet for bases that do not speak."""
+
+    reads_per_question = rows_per_question = 1
+
+    def __init__(self, num_classes: int):
+        self.labels = list(range(num_classes))
+        self.lengths = torch.ones(num_classes, dtype=torch.int64)
+
+    def training_read(self, question: Question) -> Read:
+        return Read(question.prompt, 1, (question.label,))
+
+    def scoring_reads(self, question: Question) -> list[Read]:
+        return [Read(question.prompt, 1)]
+
+    def scores(self, log_probs: Tensor) -> Tensor:
+        """[questions, C], as they are."""
+        return log_probs

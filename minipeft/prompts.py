@@ -8,6 +8,8 @@ for each label:
 Any other base gets the instruction, as PEFT-U's prompts do (arXiv:2407.18078):
 
     {instruction} Text: {text} Label:  ->  " yes"
+
+An encoder reads the text alone, between its own special tokens, and its head knows the classes by their number.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from minipeft.errors import InputError
-from minipeft.labels import LabelSet, Question
+from minipeft.labels import Classes, LabelSet, Question
 from minipeft.tasks.task import SPLITS, Example, Task
 
 ANSWER = "<|answer|>"
@@ -36,26 +38,31 @@ class Encoded:
     num_cut: examples whose text was shortened (from its end) to fit the base; the prompt's frame is always whole.
     """
 
-    labels: LabelSet
+    labels: LabelSet | Classes
     train: dict[str, list[Question]]
     val: dict[str, list[Question]]
     test: dict[str, list[Question]]
     num_cut: int
 
 
-def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Encoded:
+def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int, speaks: bool = True) -> Encoded:
     """The task's questions in this tokenizer's tokens.
 
     Args:
         max_tokens: the most tokens a prompt with its longest label may have: the base's positions.
+        speaks:     whether the base answers in tokens; an encoder does not.
     Raises:
         InputError: a multi-label task (scored label by label in a later version), labels that begin alike, or an
             instruction that leaves no room for text.
     """
     if task.multi_label:
         raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
-    own = tokenizer.token_to_id(ANSWER) is not None
-    if own:
+    if not speaks:
+        framed = tokenizer.encode("a")
+        text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
+        before, after = framed.ids[: text[0]], framed.ids[text[-1] + 1 :]
+        labels = Classes(len(task.labels))
+    elif tokenizer.token_to_id(ANSWER) is not None:
         before, after = [], [tokenizer.token_to_id(ANSWER)]
         unknown = [label for label in task.labels if tokenizer.token_to_id(label_token(label)) is None]
         if unknown:
@@ -65,7 +72,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Encoded:
         before = _ids(tokenizer, f"{task.instruction} Text: ")
         after = _ids(tokenizer, " Label:")
         labels = LabelSet([_ids(tokenizer, f" {label}") for label in task.labels])
-    room = max_tokens - len(before) - len(after) - int(labels.lengths.max())
+    room = max_tokens - len(before) - len(after) - (int(labels.lengths.max()) if speaks else 0)
     if room < 1:
         raise InputError(f"the instruction of task {task.name!r} leaves no room for text in {max_tokens} positions")
 

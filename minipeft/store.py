@@ -1,7 +1,7 @@
 """Adapters on disk: one file per finished user, each whole or absent.
 
-    FOLDER/<user id, percent-encoded>.safetensors      the tensors "<site>.A" [rank, K] and "<site>.B" [N, rank]
-                                                       and, as metadata, user, method and metrics
+    FOLDER/<user id, percent-encoded>.safetensors      the method's tensors, e.g. LoRA.tensors, and, as metadata,
+                                                       user, method and metrics
 
 A file is written under a temporary name, fsynced and renamed, so whoever reads sees all of it or none.
 """
@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -40,11 +39,7 @@ def adapter_path(folder: Path, user: str) -> Path:
 def save_adapter(folder: Path, adapter: Adapter, sites: dict[str, tuple[int, int]]) -> Path:
     """Write one adapter; replaces an earlier one of the same user. `sites` are the base's (Decoder.sites)."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in adapter.method.layout(sites).tensors(adapter.row).items():
-        used = tensor[: adapter.method.rank]
-        site, _, kind = name.rpartition(".")
-        tensors[name if kind == "A" else f"{site}.B"] = (used if kind == "A" else used.T).contiguous()
+    tensors = adapter.method.tensors(adapter.row, sites)
     metadata = {"user": adapter.user, "method": json.dumps({"name": "lora", **asdict(adapter.method)}),
                 "metrics": json.dumps(adapter.metrics)}
     path = adapter_path(folder, adapter.user)
@@ -76,18 +71,10 @@ def load_adapter(folder: Path, user: str, sites: dict[str, tuple[int, int]]) -> 
     if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
         raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
     fields = json.loads(metadata["method"])
-    method = LoRA(fields["rank"], fields["alpha"], tuple(fields["sites"]))
-    layout = method.layout(sites)
-    row = torch.zeros(layout.row_size)
-    for name, shape in layout.shapes.items():
-        site, _, kind = name.rpartition(".")
-        key = name if kind == "A" else f"{site}.B"
-        expected = (method.rank, shape[1]) if kind == "A" else (shape[1], method.rank)
-        if key not in tensors or tuple(tensors[key].shape) != expected:
-            came = tuple(tensors[key].shape) if key in tensors else "nothing"
-            raise InputError(f"{path}: {key} is {came}, this base needs {expected}; was it trained on another base?")
-        used = tensors.pop(key)
-        layout.view(row, name)[: method.rank] = used if kind == "A" else used.T
-    if tensors:
-        raise InputError(f"{path}: {sorted(tensors)[0]} is no site of this base; was it trained on another base?")
+    method = LoRA(fields["rank"], fields["alpha"], tuple(fields["sites"]), fields.get("num_classes", 0))
+    try:
+        method.check(sites)
+        row = method.row(tensors, sites)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return Adapter(metadata["user"], method, row, json.loads(metadata["metrics"]))

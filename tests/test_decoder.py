@@ -1,8 +1,9 @@
-"""Is the decoder the model that transformers runs, for Llama, Mistral, Qwen2 and Qwen3?"""
+"""Is the decoder the model that transformers runs, for Llama, Mistral, Qwen2, Qwen3 and Phi-3?"""
 
 import tempfile
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -10,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linears import site_by_site
 
+from minipeft.errors import InputError
+from minipeft.models import decoder_files
 from minipeft.models.decoder import Decoder, DecoderConfig
-from minipeft.models.decoder_files import key_of
 from minipeft.models.layers import RMSNorm, stable_sigmoid
 from minipeft.models.linear import plain_linear
-from minipeft.models.loading import load_model
+from minipeft.models.loading import FAMILIES, fingerprint, load_model, save_model
 from minipeft.models.rotary import CHUNK, Rotary, rope_frequencies
 from minipeft.models.rows import Rows
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
-         "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 128}  # fmt: skip
+         "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+         "pad_token_id": None}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 ROPES = {"default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 3.0}, "llama3": LLAMA3}
@@ -37,6 +40,11 @@ CASES = {  # family, settings beyond SIZES, rope
     "qwen3": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}, "default"),
     "qwen3 window": ("qwen3", {"head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 9,
                                "layer_types": ["sliding_attention", "full_attention"]}, "linear"),
+}  # fmt: skip
+PHI3 = {  # the file keeps q, k, v together, and gate, up; saved, it is another family's
+    "phi3": ("phi3", {}, "default"),
+    "phi3 window": ("phi3", {"sliding_window": 7, "num_key_value_heads": 6, "tie_word_embeddings": True}, "default"),
+    "phi3 odd heads": ("phi3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6}, "default"),
 }  # fmt: skip
 RAGGED = [3, 100, 1, 17, 8, 9, 64, 40, 2]
 
@@ -84,15 +92,23 @@ def compare(family, changes, rope, lengths):
     return largest_difference(model.logits(sequences), expected)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", (CASES | PHI3).values(), ids=(CASES | PHI3).keys())
 def test_logits_match_transformers(case):
     assert compare(*case, RAGGED) < 1e-4
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_logits_match_transformers_with_odd_heads(family, tied):
+    for biases in ({}, {"attention_bias": True, "mlp_bias": True}) if family in ("llama", "qwen3") else ({},):
+        changes = {"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 50, "tie_word_embeddings": tied}
+        assert compare(family, changes | biases, "default", [200, 1, 199, 8, 33]) < 1e-4
+
+
 @st.composite
 def configurations(draw):
-    family = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    family = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "phi3"]))
+    kv_heads, group = draw(st.sampled_from([1, 2, 3, 5])), draw(st.integers(1, 4))
     heads = kv_heads * group
     changes = {
         "vocab_size": 61, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
@@ -105,23 +121,23 @@ def configurations(draw):
         changes["attention_bias"] = draw(st.booleans())
     if family == "llama":
         changes["mlp_bias"] = draw(st.booleans())
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         changes["sliding_window"] = draw(st.none() | st.integers(1, 30))
     if family in ("qwen2", "qwen3") and draw(st.booleans()):
         changes |= {"use_sliding_window": True, "sliding_window": draw(st.integers(1, 30)),
                     "max_window_layers": draw(st.integers(0, 3))}  # fmt: skip
-    return family, changes, draw(st.sampled_from(list(ROPES)))
+    return family, changes, "default" if family == "phi3" else draw(st.sampled_from(list(ROPES)))
 
 
-@settings(max_examples=40, derandomize=True, database=None, deadline=None)
-@given(case=configurations(), lengths=st.lists(st.integers(1, 100), min_size=1, max_size=17))
+@settings(max_examples=50, derandomize=True, database=None, deadline=None)
+@given(case=configurations(), lengths=st.lists(st.integers(1, 200), min_size=1, max_size=17))
 def test_logits_match_transformers_on_drawn_configurations(case, lengths):
     assert compare(*case, lengths) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bf16_is_as_accurate_as_transformers(family, tmp_path):
-    reference = make_reference(family, {"head_dim": 16}, "llama3").bfloat16()
+@pytest.mark.parametrize("family, rope", [("llama", "llama3"), ("qwen3", "llama3"), ("phi3", "default")])
+def test_bf16_is_as_accurate_as_transformers(family, rope, tmp_path):
+    reference = make_reference(family, {"head_dim": 16}, rope).bfloat16()
     reference.save_pretrained(tmp_path)
     sequences = make_sequences(RAGGED)
     ours = load_model(tmp_path, torch.bfloat16)
@@ -143,21 +159,27 @@ def test_frequencies_match_transformers(rope, head_dim, theta):
     assert ((ours - expected) / expected).abs().max() < 2e-7  # two units in the last place of fp32
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", (CASES | PHI3).values(), ids=(CASES | PHI3).keys())
 def test_gradients_match_transformers(case, tmp_path):
     """Of every weight, so of every step between it and the logits."""
     reference = make_reference(*case)
     reference.save_pretrained(tmp_path)
-    model, sequences = load_model(tmp_path).requires_grad_(True), make_sequences([3, 40, 17, 1])
+    model = load_model(tmp_path).requires_grad_(True)
+    assert_gradients_match(model, reference, FAMILIES[case[0]].sources(model))
+
+
+def assert_gradients_match(model, reference, sources):
+    sequences = make_sequences([3, 40, 17, 1])
     pull = torch.randn(61, 61, generator=torch.Generator().manual_seed(3))  # [token, C]: what each logit's gradient is
     rows = Rows.pack(sequences)
     (model.head(model.hidden(rows)) * pull[rows.tokens]).sum().backward()
     for s in sequences:
         (reference(torch.tensor([s]), use_cache=False).logits[0] * pull[s]).sum().backward()
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
-    assert len(theirs) == len(list(model.parameters()))
+    assert theirs.keys() == {source.key for source in sources.values()}
     for name, weight in model.named_parameters():
-        expected = theirs[key_of(name)]
+        source = sources[name]
+        expected = theirs[source.key] if source.part is None else source.part(theirs[source.key])
         assert (weight.grad - expected).norm() < 1e-5 * expected.norm(), name
 
 
@@ -196,8 +218,11 @@ def test_bits_of_sigmoid_depend_on_the_element_alone(shape, dtype):
     after=st.lists(st.integers(1, 40), max_size=5), mlp_width=st.sampled_from([33, 40, 64]), qk_norm=st.booleans(),
 )  # fmt: skip
 def test_bits_do_not_depend_on_company_where_those_of_linear_do_not(length, before, after, mlp_width, qk_norm):
+    assert_bits_do_not_depend_on_company(make_model(mlp_width=mlp_width, qk_norm=qk_norm), length, before, after)
+
+
+def assert_bits_do_not_depend_on_company(model, length, before, after):
     """With a matrix product that takes each row alone: all else in the decoder keeps a sequence's bits."""
-    model = make_model(mlp_width=mlp_width, qk_norm=qk_norm)
 
     @site_by_site
     def linear(site, x, weight, bias):
@@ -315,3 +340,64 @@ def test_tied_head_is_the_embedding():
 def test_each_layer_has_a_window():
     with pytest.raises(AssertionError, match="1 windows for 2 layers"):
         make_model(windows=(3,))
+
+
+# Phi-3's files
+
+PHI3_MINI = {  # config.json of microsoft/Phi-3-mini-4k-instruct, as transformers 4 writes it
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "embd_pdrop": 0.0, "eos_token_id": 32000, "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02,
+    "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "phi3", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 32, "original_max_position_embeddings": 4096,
+    "pad_token_id": 32000, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+    "sliding_window": 2047, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32064,
+}  # fmt: skip
+
+
+def test_phi3_reads_as_transformers_4_and_5_spell_it():
+    mini = DecoderConfig(vocab_size=32064, width=3072, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=96,
+                         mlp_width=8192, norm_eps=1e-5, windows=(2047,) * 32, max_positions=4096)  # fmt: skip
+    assert decoder_files.read(PHI3_MINI) == mini
+    spelled_anew = transformers.Phi3Config(**PHI3_MINI).to_dict()
+    assert "rope_parameters" in spelled_anew and "rope_theta" not in spelled_anew
+    assert decoder_files.read(spelled_anew) == mini
+
+
+LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"rope_scaling": LONG}, "longrope"),
+    ({"rope_scaling": LONG | {"type": "su"}}, "su"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0}}, "longrope"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"sliding_window": 0}, "sliding_window is 0"),
+    ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
+])  # fmt: skip
+def test_what_phi3_has_not_is_refused_by_name(changes, words):
+    with pytest.raises(InputError, match=words):
+        decoder_files.read(PHI3_MINI | changes)
+
+
+def test_a_fused_tensor_of_another_shape_is_refused(tmp_path):
+    make_reference("phi3", {}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_key_value_heads": 2', '"num_key_value_heads": 3'))
+    with pytest.raises(InputError, match=r"layers.0.self_attn.qkv_proj.weight is \[40, 24\], needed \[48, 24\]"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("case", PHI3.values(), ids=PHI3.keys())
+def test_phi3_is_saved_as_the_family_that_is_the_same_model(case, tmp_path):
+    make_reference(*case).save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"w0": 0}, unk_token="w0"))
+    save_model(model, tokenizer, tmp_path / "saved")
+    assert fingerprint(load_model(tmp_path / "saved")) == fingerprint(model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
+    assert theirs.config.model_type == ("mistral" if model.config.windows else "llama")
+    sequences = make_sequences(RAGGED)
+    assert largest_difference(model.logits(sequences), reference_logits(theirs, sequences)) < 1e-4

@@ -7,15 +7,15 @@ from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question
 
 LABELS = {
-    "one token each": ([[5], [6], [7]], 1, 1),  # label tokens, sequences per question, rows per question
-    "different lengths": ([[5], [6, 7], [8, 9, 3]], 2, 5),
-    "shared stems": ([[5, 6, 7], [5, 6, 8], [5, 9], [4]], 1, 3),
-    "one label": ([[5, 6]], 1, 2),
+    "one token each": ([[5], [6], [7]], 1, 1),  # label tokens, reads per question, rows per question
+    "different lengths": ([[5], [6, 7], [8, 9, 3]], 3, 4),
+    "shared stems": ([[5, 6, 7], [5, 6, 8], [5, 9], [4]], 2, 3),
+    "one label": ([[5, 6]], 2, 2),
 }
 
 
-@pytest.mark.parametrize("labels, num_sequences, num_rows", LABELS.values(), ids=LABELS.keys())
-def test_scores_are_sums_of_the_tokens_log_probabilities(labels, num_sequences, num_rows):
+@pytest.mark.parametrize("labels, num_reads, num_rows", LABELS.values(), ids=LABELS.keys())
+def test_scores_are_sums_of_the_tokens_log_probabilities(labels, num_reads, num_rows):
     """A made-up language model: log p of the next token is a fixed function of all tokens before it."""
 
     def log_probs(tokens):
@@ -27,11 +27,12 @@ def test_scores_are_sums_of_the_tokens_log_probabilities(labels, num_sequences, 
     rows = []
     for question in questions:
         reads = label_set.scoring_reads(question)
-        assert len(reads) == num_sequences == len(label_set.stems)
-        for read in reads:
-            assert read.tokens[: len(question.prompt)] == question.prompt
-            n = len(read.tokens)
-            rows += [log_probs(read.tokens[: i + 1]) for i in range(n - read.num_read, n)]
+        assert len(reads) == num_reads == label_set.reads_per_question
+        assert reads[0].tokens == question.prompt and reads[0].num_read == 1
+        for number, read in enumerate(reads):
+            assert number == read.after  # the prompt, or goes on from it
+            tokens = read.tokens if number == 0 else question.prompt + read.tokens
+            rows += [log_probs(tokens[: i + 1]) for i in range(len(tokens) - read.num_read, len(tokens))]
     assert len(rows) == 2 * num_rows == 2 * label_set.rows_per_question
     scores = label_set.scores(torch.stack(rows))
     assert scores.shape == (2, len(labels))

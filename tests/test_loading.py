@@ -1,8 +1,15 @@
 """Does a model folder come in and go out whole, and is every other folder refused with one clear line?"""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
@@ -11,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_decoder import CASES, RAGGED, largest_difference, make_model, make_reference, make_sequences, reference_logits
 
 from minipeft.errors import InputError
-from minipeft.models import loading
-from minipeft.models.decoder import DecoderConfig
+from minipeft.models import checkpoint, loading
+from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import check_vocabulary, fingerprint, load_model, load_tokenizer, read_config, save_model
 
 EMBED, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -296,6 +303,12 @@ def only_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def big_heads(folder):
+    """Sizes that the weights have numbers enough for, one by one; their product no tensor has."""
+    edit_weights(folder, lambda weights: weights.update(big=torch.zeros(2**21, dtype=torch.float16)))
+    edit_config(folder, hidden_size=2**21, head_dim=2**21, num_attention_heads=2**21, num_key_value_heads=2**21)
+
+
 def make_index(spoil_index=lambda where: None, spoil_shard=lambda shard: None):
     """Split the weights into a.safetensors and b.safetensors with an index, then spoil the map and the second shard."""
     def spoil(folder):
@@ -320,13 +333,21 @@ REFUSED = {
     "broken json": (write("config.json", b'{"model_type": "llama",\n'), ["config.json", "JSON"]),
     "not text": (write("config.json", b"\xff\xfe\x00"), ["config.json", "JSON"]),
     "not an object": (write("config.json", b"[1]"), ["needed a JSON object, got list"]),
-    "unknown architecture": (config(model_type="gpt2"), ["'gpt2'", "llama, mistral, qwen2, qwen3"]),
+    "unknown architecture": (config(model_type="gpt3"), ["'gpt3'", "llama, mistral, qwen2, qwen3"]),
     "no architecture": (config(model_type=...), ["model_type is None"]),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), ["quantised"]),
     "activation": (config(hidden_act="gelu"), ["'gelu'", "'silu'"]),
     **{f"no {name}": (config(**{name: ...}), [f"{name!r} is missing", "config.json"]) for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")},
     "size not whole": (config(hidden_size="24"), ["hidden_size is '24'", "whole number"]),
+    "size giant": (config(vocab_size=10**4000), ["vocab_size is 10000", "..., needed", "at most"]),
+    "size larger than the weights": (config(head_dim=2**27), ["head_dim is 134217728", "weights are only"]),
+    "layers that are not there": (config(num_hidden_layers=3), [
+        "model.layers.2.input_layernorm.weight is missing, needed [24]", "and 5 more", "same model"]),
+    "layers, many": (config(num_hidden_layers=10_000), ["10000 layers", "only 21 tensors"]),
+    "product of sizes": (big_heads, ["no such model can be made"]),
+    "theta giant": (config(rope_parameters={"rope_theta": 10**400}), ["rope_theta is 1000", "positive number"]),
+    "nested": (write("config.json", b'{"a":' * 50_000), ["config.json", "JSON"]),
     "size zero": (config(num_hidden_layers=0), ["num_hidden_layers is 0"]),
     "size true": (config(vocab_size=True), ["vocab_size is True"]),
     "eps": (config(rms_norm_eps=-1), ["rms_norm_eps is -1", "positive number"]),
@@ -350,7 +371,7 @@ REFUSED = {
     "layer types, no window": (config(
         model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), ["sliding_window None"]),
     "no weights": (remove("model.safetensors"), ["no weights", "model.safetensors.index.json"]),
-    "only pickle": (only_pickle, [".bin", "run code", "save_pretrained"]),
+    "only pickle": (only_pickle, [".bin", "run code", "python -c"]),
     "empty file": (write("model.safetensors", b""), ["model.safetensors", "damaged or cut short"]),
     "pointer file": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
     "cut in the header": (cut(0.01), ["damaged or cut short", "Download it again"]),
@@ -390,6 +411,154 @@ def test_refused_with_one_clear_line(spoil, words, folder):
         assert word in message
 
 
+@pytest.mark.parametrize("original", ["llama", "tied"])
+def test_the_command_for_pickled_weights_makes_the_same_model(original, originals, tmp_path):
+    folder = shutil.copytree(originals / original, tmp_path / "it's a folder")
+    before = fingerprint(load_model(folder))
+    torch.save(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError) as caught:
+        load_model(folder)
+    command = str(caught.value).partition("as safetensors: ")[2].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True)
+    assert fingerprint(load_model(folder)) == before
+
+
+@pytest.mark.parametrize("original", ["llama", "tied"])
+def test_pieces_of_any_size_give_the_same_model(original, originals, tmp_path, monkeypatch):
+    folder = shutil.copytree(originals / original, tmp_path / "base")
+    if original == "tied":
+        edit_weights(folder, lambda w: w.update({HEAD: w[EMBED].clone()}))
+    before = fingerprint(load_model(folder))
+    monkeypatch.setattr(checkpoint, "PIECE", 7)
+    assert fingerprint(load_model(folder)) == before
+    if original == "tied":
+        edit_weights(folder, lambda w: w[HEAD].view(-1)[-1].add_(1))
+        with pytest.raises(InputError, match="differs"):
+            load_model(folder)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(folder):
+    files = checkpoint.Checkpoint(folder)
+    cut(0.3)(folder)
+    with pytest.raises(InputError, match=r"model.safetensors: became shorter"):
+        for key in files.keys:
+            files.read_(key, torch.empty(files.shape(key)))
+
+
+def test_nan_and_infinite_weights_are_counted_in_a_warning(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(folder)
+    def edit(weights):
+        weights[Q][3, :5] = float("nan")
+        weights[EMBED][60, 23] = float("-inf")
+        weights[HEAD][:] = 1e38  # finite, though its sum is not
+    edit_weights(folder, edit)
+    with pytest.warns(UserWarning, match=rf"6 numbers in 2 tensors .* torch.float32, the first in {EMBED}") as caught:
+        model = load_model(folder)
+    assert len(caught) == 1 and caught[0].filename == __file__ and "\n" not in str(caught[0].message)
+    assert model.layers[1].attn.q.weight.isnan().sum() == 5
+    edit_weights(folder, lambda w: w.update({Q: torch.full((24, 24), 3.4e38), EMBED: w[HEAD].clone()}))
+    with pytest.warns(UserWarning, match=rf"576 numbers in 1 tensors .* torch.bfloat16, the first in {Q}"):
+        load_model(folder, torch.bfloat16)  # fp32 holds 3.4e38, bf16 does not
+
+
+# how much memory
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A Llama of 400 MB whose head repeats its embedding, in one file and in three."""
+    generator = torch.Generator().manual_seed(0)
+    config = DecoderConfig(20000, 1024, 5, 16, 16, 64, 2816, tied_head=True)
+    model = Decoder(config)
+    for weight in model.parameters():
+        weight.normal_(generator=generator)
+    folder = tmp_path_factory.mktemp("large")
+    save_model(model, make_tokenizer(), folder / "single")
+    edit_weights(folder / "single", lambda weights: weights.update({HEAD: weights[EMBED].clone()}))
+    weights = load_file(folder / "single" / "model.safetensors")
+    (folder / "sharded").mkdir()
+    shutil.copy(folder / "single" / "config.json", folder / "sharded")
+    where = {key: f"{i % 3}.safetensors" for i, key in enumerate(weights)}
+    for shard in set(where.values()):
+        save_file({key: weights[key] for key in weights if where[key] == shard}, folder / "sharded" / shard)
+    (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("form, dtype", [("single", "float32"), ("single", "bfloat16"), ("sharded", "float32")])
+def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dtype, large):
+    """Memory-mapped pages count too."""
+    size = sum(path.stat().st_size for path in (large / form).glob("*.safetensors"))
+    program = r"""
+import re, sys, torch
+from minipeft import load_model
+kib = lambda name: int(re.search(name + r":\s*(\d+)", open("/proc/self/status").read())[1])
+before = kib("VmRSS")
+model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
+print(1024 * (kib("VmHWM") - before), sum(weight.nbytes for weight in model.parameters()))
+"""
+    command = [sys.executable, "-c", program, large / form, dtype]
+    run = subprocess.run(command, capture_output=True, check=True, text=True)
+    growth, held = map(int, run.stdout.split())
+    assert 350e6 < size and held <= growth <= min(1.15 * size, held + 64e6)
+
+
+# a hub id
+
+
+def test_a_hub_id_is_loaded_from_the_folder_that_the_hub_library_gives(folder, tmp_path, monkeypatch):
+    calls = []
+
+    def fake(repo, revision=None, allow_patterns=None, ignore_patterns=None):
+        files = ["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.safetensors", "tokenizer.json",
+                 "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+                 "consolidated.safetensors"]  # fmt: skip
+        kept = huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        calls.append((repo, revision, sorted(kept)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.chdir(tmp_path)
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json",
+              "tokenizer.json"]  # fmt: skip
+    assert fingerprint(load_model("org/some-name_1.5")) == fingerprint(load_model(folder))
+    assert load_tokenizer("org/name@v1.0").get_vocab_size() == 61
+    assert calls == [("org/some-name_1.5", None, wanted), ("org/name", "v1.0", wanted)]
+
+    shutil.copytree(folder, tmp_path / "org" / "name")  # what is a folder is a folder
+    load_model("org/name")
+    for not_an_id in ("name", "/org/name", "org/name/more", "../name", "x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="no such folder"):
+            load_model(not_an_id)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)
+def test_a_hub_id_without_network_is_refused_with_one_clear_line(setting, tmp_path):
+    """In a process of its own: the library reads the environment when it is imported."""
+    program = """
+from minipeft import InputError, load_model, load_tokenizer
+for load in (load_model, load_tokenizer):
+    try:
+        load("org/name@main")
+    except InputError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", **setting}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True, text=True)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("org/name@main: no such folder, and not found as a hub id (")
+        assert "`hf download org/name --local-dir FOLDER`" in line
+
+
 def test_split_in_two_is_the_same_model(folder):
     before = fingerprint(load_model(folder))
     make_index()(folder)
@@ -417,6 +586,8 @@ def test_tokenizer_neither_cuts_nor_pads(folder):
 
 
 def test_tokenizer_missing_or_broken(folder):
+    (folder / "tokenizer.json").unlink()
+    load_model(folder)  # needs none
     (folder / "tokenizer.json").write_text('{"version": "1.0",\n')
     with pytest.raises(InputError, match=r"tokenizer.json: broken .*Download it again") as caught:
         load_tokenizer(folder)

@@ -1,12 +1,14 @@
 """Is attention on packed rows plain attention inside each sequence, to the bit whatever the company?"""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.models.attention import padded_length
+from minipeft.models.attention import Packed, padded_length
 from minipeft.models.rows import Rows
 
 LENGTHS = {"one row": [1], "one sequence": [37], "one row each": [1, 1, 1], "ragged": [5, 100, 1, 17, 8, 9, 64, 33, 17]}
@@ -15,13 +17,16 @@ WINDOWS = {"no window": None, "window 1": 1, "window 5": 5}
 NAMES = ("y", "grad_q", "grad_k", "grad_v")
 
 
-def plain_attention(q, k, v, lengths, window):
+def plain_attention(q, k, v, lengths, window, scale=None, softcap=None):
     """Definition: for each sequence and head, softmax over the rows at most window - 1 back, one matrix each."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     for q_n, k_n, v_n in zip(q.split(lengths), k.split(lengths), v.split(lengths)):  # [n, H, D], [n, H_kv, D]
         group = q_n.shape[1] // k_n.shape[1]
         k_n, v_n = k_n.repeat_interleave(group, 1), v_n.repeat_interleave(group, 1)  # [n, H, D]
-        scores = torch.einsum("ihd,jhd->hij", q_n, k_n) / q_n.shape[-1] ** 0.5  # [H, n, n]
+        scores = scale * torch.einsum("ihd,jhd->hij", q_n, k_n)  # [H, n, n]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         age = torch.arange(len(q_n))[:, None] - torch.arange(len(q_n))  # [n, n]
         seen = (age >= 0) & (age < (window or len(q_n)))
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -29,8 +34,12 @@ def plain_attention(q, k, v, lengths, window):
     return torch.cat(outputs)  # [T, H, D]
 
 
-def packed(q, k, v, lengths, window):
-    return Rows.pack([[0] * n for n in lengths]).attend(0, q, k, v, window)
+def packed(q, k, v, lengths, window, **settings):
+    return Rows.pack([[0] * n for n in lengths]).attend(0, q, k, v, window, **settings)
+
+
+CAP = {"scale": 0.4, "softcap": 1.5}  # scores of about 0.4 sqrt(20): most are bent
+OPS = {"plain": (packed, plain_attention), "capped": (partial(packed, **CAP), partial(plain_attention, **CAP))}
 
 
 def make_inputs(lengths, heads, dtype=torch.float32, seed=0, head_dim=20):
@@ -47,15 +56,15 @@ def forward_backward(op, inputs, lengths, window):
     return [x.detach() for x in (y, q.grad, k.grad, v.grad)]
 
 
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_output_and_gradients_match_plain_softmax(lengths, heads, window, dtype):
+def test_output_and_gradients_match_plain_softmax(lengths, heads, window, dtype, ops):
     inputs = make_inputs(lengths, heads, dtype)
-    ours = forward_backward(packed, inputs, lengths, window)
-    plain = forward_backward(plain_attention, inputs, lengths, window)
-    exact = forward_backward(plain_attention, [x.double() for x in inputs], lengths, window)
+    ours, plain = (forward_backward(op, inputs, lengths, window) for op in ops)
+    exact = forward_backward(ops[1], [x.double() for x in inputs], lengths, window)
     for name, one, other, truth in zip(NAMES, ours, plain, exact):
         # The fused kernel rebuilds each weight as exp(score - logsumexp): off by eps * |score| where plain is exact.
         allowed = 2 * (other.double() - truth).square().mean().sqrt() + 1e-6  # rms: the max is one bf16 ulp
@@ -63,29 +72,31 @@ def test_output_and_gradients_match_plain_softmax(lengths, heads, window, dtype)
         assert one.dtype == dtype and error <= allowed, f"{name}: error {error:.2e}, plain PyTorch allows {allowed:.2e}"
 
 
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS.keys())
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_fp64_is_exact(heads, window):
+def test_fp64_is_exact(heads, window, ops):
     lengths = LENGTHS["ragged"]
     inputs = make_inputs(lengths, heads, torch.float64)
-    ours, plain = (forward_backward(op, inputs, lengths, window) for op in (packed, plain_attention))
+    ours, plain = (forward_backward(op, inputs, lengths, window) for op in ops)
     for name, one, truth in zip(NAMES, ours, plain):
         assert (one - truth).abs().max() < 1e-13, name
 
 
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS.keys())
 @pytest.mark.parametrize("poison", [3.0, float("nan")], ids=["numbers", "nan"])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_isolation(heads, window, poison):
+def test_isolation(heads, window, poison, ops):
     lengths = LENGTHS["ragged"]
     inputs = make_inputs(lengths, heads)
-    before = forward_backward(packed, inputs, lengths, window)
+    before = forward_backward(ops[0], inputs, lengths, window)
     for n in range(len(lengths)):
         start = sum(lengths[:n])
         mine = torch.zeros(sum(lengths), dtype=torch.bool)
         mine[start : start + lengths[n]] = True
         rewritten = [torch.where(mine[:, None, None], poison * x - 1, x) for x in inputs]
-        for name, x, y in zip(NAMES, before, forward_backward(packed, rewritten, lengths, window)):
+        for name, x, y in zip(NAMES, before, forward_backward(ops[0], rewritten, lengths, window)):
             assert torch.equal(x[~mine], y[~mine]), f"sequence {n} changed another's {name}"
         assert not torch.equal(before[0][mine], y[mine])
 
@@ -95,15 +106,16 @@ def test_isolation(heads, window, poison):
     length=st.integers(1, 150), before=st.lists(st.integers(1, 150), max_size=8),
     after=st.lists(st.integers(1, 150), max_size=8), heads=st.sampled_from(list(HEADS.values())),
     window=st.sampled_from([None, 3, 40]), head_dim=st.sampled_from([2, 8, 20, 64]),
+    ops=st.sampled_from(list(OPS.values())),
 )  # fmt: skip
-def test_bits_do_not_depend_on_company(length, before, after, heads, window, head_dim):
+def test_bits_do_not_depend_on_company(length, before, after, heads, window, head_dim, ops):
     mine = make_inputs([length], heads, seed=1, head_dim=head_dim)
     lengths = [*before, length, *after]
     inputs = make_inputs(lengths, heads, seed=2, head_dim=head_dim)
     here = slice(sum(before), sum(before) + length)
     for x, own in zip(inputs, mine):
         x[here] = own
-    alone, company = (forward_backward(packed, x, n, window) for x, n in ((mine, [length]), (inputs, lengths)))
+    alone, company = (forward_backward(ops[0], x, n, window) for x, n in ((mine, [length]), (inputs, lengths)))
     for name, x, y in zip(NAMES, alone, company):
         assert torch.equal(x, y[here]), name
 
@@ -120,6 +132,117 @@ def test_pack_lays_out_every_row_once(sequences):
     assert plan.q_index[plan.q_places].tolist() == plan.k_index[plan.k_places].tolist() == list(range(T))
     assert sum(bucket.num for bucket in plan.buckets) == len(sequences) == len(rows.split(rows.tokens))
     assert len(plan.q_index) == sum(bucket.num * bucket.q_width for bucket in plan.buckets) == padded
+
+
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@given(prompts=st.lists(st.integers(1, 40), min_size=1, max_size=5), stems=st.lists(st.integers(1, 12), max_size=4),
+       heads=st.sampled_from(list(HEADS.values())), window=st.sampled_from([None, 1, 3, 20]),
+       cap=st.sampled_from([{}, CAP]))  # fmt: skip
+def test_sequences_that_go_on_from_one_prefix_share_its_rows(prompts, stems, heads, window, cap):
+    """As if the prefix stood before each of them: outputs, and gradients, which add up in the prefix's rows."""
+    sequences, prefixes, whole = [], [], []  # whole: the rows of each sequence with its prefix before it
+    for n in prompts:
+        home = len(sequences)
+        for length in (n, *stems):
+            start = sum(map(len, sequences))
+            sequences.append([0] * length)
+            prefixes.append(-1 if len(sequences) - 1 == home else home)
+            own = list(range(start, start + length))
+            whole.append((own, own if prefixes[-1] < 0 else whole[home][0] + own))
+    inputs = make_inputs([sum(map(len, sequences))], heads, torch.float64)
+    rows = Rows.pack(sequences, prefixes=prefixes)
+    assert rows.positions.tolist() == [i for own, seen in whole for i in range(len(seen) - len(own), len(seen))]
+    assert rows.longest == max(len(seen) for _, seen in whole)
+
+    def shared(q, k, v, lengths, window):
+        return rows.attend(0, q, k, v, window, **cap)
+
+    def apart(q, k, v, lengths, window):
+        return torch.cat([plain_attention(q[seen], k[seen], v[seen], [len(seen)], window, **cap)[-len(own) :]
+                          for own, seen in whole])  # fmt: skip
+
+    for name, one, other in zip(NAMES, *(forward_backward(op, inputs, None, window) for op in (shared, apart))):
+        assert (one - other).abs().max() < 1e-12, name
+
+
+def seeing_all(q, k, v, q_lengths, k_lengths, bias=None):
+    """Definition: each row of a sequence sees all rows of its partner."""
+    outputs = []
+    for q_n, k_n, v_n in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths)):
+        group = q_n.shape[1] // k_n.shape[1]
+        k_n, v_n = k_n.repeat_interleave(group, 1), v_n.repeat_interleave(group, 1)
+        scores = torch.einsum("ihd,jhd->hij", q_n, k_n) / q_n.shape[-1] ** 0.5
+        if bias is not None:
+            scores = scores + bias(torch.arange(len(q_n))[:, None] - torch.arange(len(k_n)))
+        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_n))
+    return torch.cat(outputs)
+
+
+def bias_of(ages):
+    """[..., q, k] -> [..., 6, q, k]: some function of the distance, another one for each head."""
+    return torch.stack([torch.sin(ages * (h + 1.0)).double() for h in range(6)], -3)
+
+
+PAIRS = {"alike": ([8, 16], [8, 16]), "ragged": ([5, 1, 40, 3], [17, 60, 2, 9]), "one": ([1], [1])}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("q_lengths, k_lengths", PAIRS.values(), ids=PAIRS.keys())
+def test_cross_attention_sees_all_of_the_partner(q_lengths, k_lengths, biased):
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(sum(q_lengths), 6, 8), (sum(k_lengths), 2, 8), (sum(k_lengths), 2, 8), (sum(q_lengths), 6, 8)]
+    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    plan = Packed.plan(np.array(q_lengths), False, "cpu", np.array(k_lengths))
+
+    def ours(q, k, v, lengths, window):
+        return plan(0, q, k, v, biases=plan.scores_bias(bias_of) if biased else None)
+
+    def plain(q, k, v, lengths, window):
+        return seeing_all(q, k, v, q_lengths, k_lengths, bias_of if biased else None)
+
+    for name, one, other in zip(NAMES, *(forward_backward(op, inputs, None, None) for op in (ours, plain))):
+        assert (one - other).abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_encoder_sees_all_of_its_sequence(biased):
+    lengths = LENGTHS["ragged"]
+    inputs = make_inputs(lengths, (6, 6), torch.float64)
+    plan = Rows.pack([[0] * n for n in lengths], causal=False).attend
+
+    def ours(q, k, v, lengths, window):
+        return plan(0, q, k, v, biases=plan.scores_bias(bias_of) if biased else None)
+
+    def plain(q, k, v, lengths, window):
+        return seeing_all(q, k, v, lengths, lengths, bias_of if biased else None)
+
+    for name, one, other in zip(NAMES, *(forward_backward(op, inputs, lengths, None) for op in (ours, plain))):
+        assert (one - other).abs().max() < 1e-12, name
+
+
+def test_a_causal_bias_hides_what_comes_later():
+    lengths = LENGTHS["ragged"]
+    inputs, plan = make_inputs(lengths, (6, 6), torch.float64), Rows.pack([[0] * n for n in lengths]).attend
+
+    def hiding(ages):
+        return bias_of(ages).masked_fill(ages.unsqueeze(-3) < 0, -torch.inf)
+
+    ours = plan(0, *inputs[:3], biases=plan.scores_bias(bias_of))
+    assert (ours - seeing_all(*inputs[:3], lengths, lengths, hiding)).abs().max() < 1e-12
+
+
+def test_several_sequences_may_see_one_partner():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 4, generator=draw, dtype=torch.float64) for n in (9, 7, 7))
+    k.requires_grad_()
+    plan = Packed.plan(np.array([4, 2, 3]), False, "cpu", np.array([5, 2]), sees=np.array([0, 1, 0]))
+    own = [slice(0, 5), slice(5, 7), slice(0, 5)]
+    expected = torch.cat([seeing_all(part, k[seen], v[seen], [len(part)], [len(k[seen])])
+                          for part, seen in zip(q.split([4, 2, 3]), own)])  # fmt: skip
+    y = plan(0, q, k, v)
+    assert (y - expected).abs().max() < 1e-12
+    (one,), (other,) = (torch.autograd.grad(x.square().sum(), k) for x in (y, expected))
+    assert (one - other).abs().max() < 1e-12
 
 
 def test_padded_length_grows_by_at_most_half():

@@ -68,7 +68,7 @@ def test_the_file_holds_the_papers_matrices_and_no_padding(tmp_path):
     assert sum(tensor.numel() for tensor in tensors.values()) == adapter.method.count(SITES)
     with safe_open(path, "pt") as file:
         method = json.loads(file.metadata()["method"])
-        assert method == {"name": "lora", "rank": 3, "alpha": 7.0, "sites": ["q", "down"]}
+        assert method == {"name": "lora", "rank": 3, "alpha": 7.0, "sites": ["q", "down"], "num_classes": 0}
         assert file.metadata()["user"] == "ann"
 
 

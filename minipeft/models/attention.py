@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipeft.models.layers import stable
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -133,12 +135,13 @@ class Packed:
             k_start, k_end = k_end, k_end + bucket.num * bucket.k_width
             own_q = q[q_start:q_end].unflatten(0, (bucket.num, bucket.q_width)).transpose(1, 2)  # [n, H, q_width, D]
             own_k, own_v = (x[k_start:k_end].unflatten(0, (bucket.num, bucket.k_width)).transpose(1, 2) for x in (k, v))
-            mask = self._mask(bucket, window) if biases is None else biases[i]
-            is_causal = self.causal and mask is None
             if softcap is not None:
+                assert biases is None, "no base has both"
                 mask = self._mask(bucket, window, always=True)
                 y = capped_attention(own_q, own_k, own_v, mask, scale, softcap)
             else:
+                mask = self._mask(bucket, window) if biases is None else biases[i]
+                is_causal = self.causal and mask is None
                 y = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask, is_causal=is_causal,
                                                    scale=scale, enable_gqa=grouped)  # fmt: skip
             outputs.append(y.transpose(1, 2).reshape(q_end - q_start, -1, v.shape[-1]))
@@ -166,15 +169,31 @@ class Packed:
         return biases
 
 
-def capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float
-) -> Tensor:
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, softcap: float) -> Tensor:
     """softmax(softcap * tanh(scale q k^T / softcap)) v where mask; [n, H, width, D] each, no fused kernel does it."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
+    scores = soft_cap(q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale), softcap)
     wide = torch.promote_types(q.dtype, torch.float32)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, wide).to(v.dtype) @ v
+    # Not -inf: a padding row behind a prefix may see nothing, and its NaN would reach the gradients of real rows.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, wide).to(v.dtype) @ v
+
+
+class _SoftCap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cap):
+        y = stable(torch.tanh, x / cap)
+        ctx.save_for_backward(y)
+        return y * cap
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return stable(torch.ops.aten.tanh_backward, grad_y.contiguous(), *ctx.saved_tensors), None
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap): x where it is small, never past +-cap (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+    return _SoftCap.apply(x, cap)
 
 
 def padded_length(lengths: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from minipeft.models.generate import Sampling, generate
 from minipeft.models.linear import LinearFn, plain_linear
 from minipeft.models.rows import Rows
 
@@ -18,7 +19,11 @@ class Causal(nn.Module):
     embed:   the token embedding. head_linear: hidden states -> logits, site "head".
     sites:   site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
     shared_inputs: the same sites, in groups that share their input: the `sites` that `linear` is called with.
+    stop_tokens: what ends a text, as the checkpoint's folder says.
     """
+
+    causal = True
+    stop_tokens: tuple[int, ...] = ()
 
     def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
         """Last hidden states after the final norm. Returns [T, width], dtype of the weights.
@@ -47,6 +52,13 @@ class Causal(nn.Module):
         """Lists of token ids -> for each its last hidden states [its length, width]."""
         rows = Rows.pack(sequences, self.device)
         return rows.split(self.hidden(rows))
+
+    def generate(
+        self, sequences: Sequence[Sequence[int]], max_new_tokens: int, *, stop: Sequence[int] | None = None,
+        temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+    ) -> list[list[int]]:  # fmt: skip
+        """Lists of token ids -> what comes after each: its new tokens, see generate.py. temperature 0 is greedy."""
+        return generate(self, sequences, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed))
 
 
 def check_lengths(rows: Rows, max_positions: int) -> None:

@@ -5,10 +5,11 @@ weights (.bin) are never opened: they can run code.
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+import shlex
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 
-FILE_DTYPES = ("F32", "F16", "BF16", "F64")
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PIECE = 2**18  # numbers read and converted at a time
+CONVERT = (  # a command to run in the folder
+    "python -c \"import glob, torch; from safetensors.torch import save_file; "
+    "save_file({k: v.contiguous().clone() for f in glob.glob('pytorch_model*.bin') "
+    "for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\""
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class Family(NamedTuple):
     aliases: module -> key -> the key whose numbers it may repeat: a tied head that was saved all the same.
     prefix:  what all keys but the heads' begin with. Checkpoints of the headless model lack it.
     unused:  keys that may be there and are not read: heads for other purposes, tables that can be computed.
+    rename:  a key of an old file -> as it is spelled today. Other keys stay as they are.
+    complete: our config and the checkpoint's keys -> our config with what only keys say: which optional weights exist.
     """
 
     config: Callable[[dict], object]
@@ -51,10 +60,24 @@ class Family(NamedTuple):
     aliases: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     prefix: str = ""
     unused: str = r"(?!)"  # matches nothing
+    rename: Callable[[str], str] = lambda key: key
+    complete: Callable[[object, Collection[str]], object] = lambda config, keys: config
+
+
+class Stored(NamedTuple):
+    """Where a tensor's numbers lie: from byte `start` of a file on, in a dtype that safetensors spells so."""
+
+    path: Path
+    start: int
+    dtype: str
+    shape: list[int]
 
 
 class Checkpoint:
-    """The weights of a folder, memory-mapped: `with Checkpoint(folder) as files`.
+    """The weights of a folder: what there is, and reading it piece by piece.
+
+    The safetensors library judges each file's header; the numbers are then read with plain reads, not through a memory
+    map, whose pages would count as memory for as long as it is open.
 
     Raises:
         InputError: no weights, only pickled ones, a file that is damaged, or files and index that disagree.
@@ -62,60 +85,76 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Checkpoint":
-        try:
-            self._files = _open_files(self.folder, self._stack)
-        except BaseException:
-            self._stack.close()
-            raise
-        self._slices = {key: file.get_slice(key) for key, file in self._files.items()}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._stack.close()
+        self._stored = _find(folder)  # key -> Stored
 
     def prepare(self, family: Family) -> None:
-        """Forget unused keys, and give every key the prefix it lacks if this is the headless model's checkpoint."""
-        if family.prefix and not any(key.startswith(family.prefix) for key in self._slices):
-            self._files = {family.prefix + key: file for key, file in self._files.items()}
-            self._slices = {family.prefix + key: value for key, value in self._slices.items()}
-            self._names = {key: key.removeprefix(family.prefix) for key in self._slices}
-        else:
-            self._names = {key: key for key in self._slices}
-        self._slices = {key: value for key, value in self._slices.items() if not re.fullmatch(family.unused, key)}
+        """Forget unused keys, spell old ones as today, and give all the prefix they lack in a headless checkpoint."""
+        names = {key if (today := family.rename(key)) in self._stored else today: key for key in self._stored}
+        prefix = "" if any(key.startswith(family.prefix) for key in names) else family.prefix
+        self._stored = {prefix + key: self._stored[name] for key, name in names.items()
+                        if not re.fullmatch(family.unused, prefix + key)}  # fmt: skip
 
-    def __len__(self) -> int:
-        return len(self._slices)
+    @property
+    def keys(self) -> Collection[str]:
+        return self._stored.keys()
 
-    def read(self, key: str) -> Tensor:
-        return self._files[key].get_tensor(self._names[key])
+    @property
+    def num_numbers(self) -> int:
+        return sum(math.prod(stored.shape) for stored in self._stored.values())
+
+    def shape(self, key: str) -> list[int]:
+        return self._stored[key].shape
+
+    def read_(self, key: str, weight: Tensor) -> int:
+        """weight = the numbers of key, in weight's dtype and on its device. Returns how many are NaN or infinite there.
+
+        Memory: one piece.
+        """
+        flat, bad = weight.view(-1), 0
+        for start, piece in zip(range(0, flat.numel(), PIECE), self._pieces(key)):
+            place = flat[start : start + PIECE].copy_(piece)
+            if not place.sum().isfinite():  # or the sum alone passes the dtype's range
+                bad += int((~place.isfinite()).sum())
+        return bad
+
+    def _pieces(self, key: str) -> Iterator[Tensor]:
+        """A tensor's numbers in order, PIECE at a time, as the file has them."""
+        path, start, dtype, shape = self._stored[key]
+        with path.open("rb") as file:
+            file.seek(start)
+            for begin in range(0, math.prod(shape), PIECE):
+                piece = torch.empty(min(PIECE, math.prod(shape) - begin), dtype=FILE_DTYPES[dtype])
+                if file.readinto(piece.view(torch.uint8).numpy()) < piece.nbytes:
+                    raise InputError(f"{path}: became shorter while it was read. Load it again when it is whole.")
+                yield piece
 
     def check(self, needed: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> None:
         """The checkpoint has every needed key, in its shape and a plain dtype, and nothing else but true aliases."""
         needed = {key: list(shape) for key, shape in needed.items()}
-        aliases = {key: other for key, other in aliases.items() if key in self._slices and key not in needed}
+        aliases = {key: other for key, other in aliases.items() if key in self._stored and key not in needed}
         needed |= {key: needed[other] for key, other in aliases.items()}
-        problems = [f"{key} is missing, needed {shape}" for key, shape in needed.items() if key not in self._slices]
-        for key, value in self._slices.items():
+        problems = [f"{key} is missing, needed {shape}" for key, shape in needed.items() if key not in self._stored]
+        for key, (_, _, dtype, shape) in self._stored.items():
             if key not in needed:
-                problems.append(f"{key} {value.get_shape()} is unexpected")
-            elif value.get_shape() != needed[key]:
-                problems.append(f"{key} is {value.get_shape()}, needed {needed[key]}")
-            elif value.get_dtype() not in FILE_DTYPES:
-                problems.append(f"{key} is {value.get_dtype()}, needed one of {', '.join(FILE_DTYPES)}")
+                problems.append(f"{key} {shape} is unexpected")
+            elif shape != needed[key]:
+                problems.append(f"{key} is {shape}, needed {needed[key]}")
+            elif dtype not in FILE_DTYPES:
+                problems.append(f"{key} is {dtype}, needed one of {', '.join(FILE_DTYPES)}")
         if problems:
             more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise InputError(f"{self.folder}: weights and config.json disagree: {'; '.join(problems[:4])}{more}.")
+            first = "; ".join(map(one_line, problems[:4]))
+            raise InputError(f"{self.folder}: weights and config.json disagree: {first}{more}. Take both from the same "
+                             "model.")  # fmt: skip
         for key, other in aliases.items():
-            if not torch.equal(self.read(key), self.read(other)):
+            pairs = zip(self._pieces(key), self._pieces(other))
+            if not all(torch.allclose(x.double(), y.double(), rtol=0, atol=0, equal_nan=True) for x, y in pairs):
                 raise InputError(f"{self.folder}: tie_word_embeddings is true but {key} differs from {other}. "
                                  "If the head is its own, set tie_word_embeddings to false.")  # fmt: skip
 
 
-def _open_files(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
-    """Key -> the memory-mapped file that holds it, of model.safetensors or of all shards of its index."""
+def _find(folder: Path) -> dict[str, Stored]:
+    """Key -> where it lies, of model.safetensors or of all shards of its index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     where = None  # key -> shard, as the index says
     if single.is_file():
@@ -126,42 +165,56 @@ def _open_files(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
             raise InputError(f"{index}: weight_map must say which file holds each key. Download it again.")
         names = sorted(set(where.values()))
     elif list(folder.glob("*.bin")):
-        raise InputError(f"{folder}: only pickled weights (.bin), which can run code. Save it again as safetensors: "
-                         "transformers' model.save_pretrained().")  # fmt: skip
+        raise InputError(f"{folder}: only pickled weights (.bin), which can run code. Write them as safetensors: "
+                         f"cd {shlex.quote(str(folder))} && {CONVERT}")  # fmt: skip
     else:
         raise InputError(f"{folder}: no weights, neither {single.name} nor {index.name}. Download them.")
 
-    files = {}
+    found = {}
     for name in names:
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise InputError(f"{path}: named by {index.name} but no such file in the folder. Download it.")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: damaged or cut short ({one_line(error)}). Download it again.") from None
-        for key in file.keys():
+        if os.path.basename(name) != name or not os.path.isfile(path):
+            raise InputError(f"{one_line(path)}: named by {index.name} but no such file in the folder. Download it.")
+        for key, stored in _header(path).items():
             if where is not None and where.get(key) != name:
-                raise InputError(f"{path}: holds {key} but {index.name} says {where.get(key)}. Download both again.")
-            files[key] = file
+                raise InputError(f"{path}: holds {one_line(key)} but {index.name} says {one_line(where.get(key))}. "
+                                 "Download both again.")  # fmt: skip
+            found[key] = stored
     for key in where or ():
-        if key not in files:
-            raise InputError(f"{folder / where[key]}: {index.name} says it holds {key}. Download both again.")
-    return files
+        if key not in found:
+            raise InputError(f"{folder / where[key]}: {index.name} says it holds {one_line(key)}. Download both again.")
+    return found
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """What a safetensors file says it holds: 8 bytes for the header's length, the header in JSON, then the numbers."""
+    try:
+        with safe_open(path, framework="pt"):  # raises unless sizes, offsets and the file's length agree
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length).decode())
+        header.pop("__metadata__", None)
+        return {key: Stored(path, 8 + length + tensor["data_offsets"][0], tensor["dtype"], tensor["shape"])
+                for key, tensor in header.items()}  # fmt: skip
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged or cut short ({one_line(error)}). Download it again.") from None
 
 
 def read_json(path: Path, prefix: str = "") -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{prefix}cannot be read as JSON ({one_line(error)}). Download it again.") from None
     if not isinstance(value, dict):
         raise InputError(f"{prefix}needed a JSON object, got {type(value).__name__}. Download it again.")
     return value
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(what: object) -> str:
+    """For a message: at most 300 printable characters and no line break, whatever a damaged file holds."""
+    text = "".join(c if c.isprintable() else " " for c in str(what)[:1000])
+    return " ".join(text.split())[:300]
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The Llama-shaped decoder: Llama 2/3, Mistral, Qwen2 and Qwen3 are this file with different settings.
+"""The Llama-shaped decoder: Llama 2/3, Mistral, Qwen2, Qwen3 and Phi-3 are this file with different settings.
 
     x = embedding[tokens]
     for each layer:   x = x + o(attention(rope(q(n1 x)), rope(k(n1 x)), v(n1 x)))          n1, n2: RMSNorm

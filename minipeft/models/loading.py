@@ -8,7 +8,10 @@ file: an InputError of one line that names it. Pickled weights (.bin) are never 
 
 import hashlib
 import json
+import os
+import re
 import shutil
+import warnings
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,59 +19,130 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from minipeft.errors import InputError
-from minipeft.models import decoder_files
+from minipeft.models import bert, decoder_files, gemma2, gpt2, gpt_neox, t5
 from minipeft.models.checkpoint import Checkpoint, Family, one_line, read_json, sync
 from minipeft.models.decoder import Decoder
+from minipeft.models.fields import shown
 
 FAMILIES: dict[str, Family] = {  # model_type of config.json -> how it is read
     **dict.fromkeys(decoder_files.FAMILIES, decoder_files.FAMILY),
+    "phi3": decoder_files.PHI3,
+    "gemma2": gemma2.FAMILY,
+    "bert": bert.BERT,
+    "roberta": bert.ROBERTA,
+    "gpt2": gpt2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "t5": t5.FAMILY,
 }
+HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*")  # of a hub id
+NOT_SIZES = ("max_positions", "max_distance")  # settings that may be larger than all weights
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The frozen base of a Hugging Face folder, all keys and shapes checked before the first weight is read.
+    """The frozen base of a Hugging Face folder or hub id, all keys and shapes checked before the first weight is read.
 
-    Weights are memory-mapped and converted one by one into their final place, so memory holds each once. They are
-    copied out of the map even if nothing is converted: a file changed later cannot move the base.
+    Weights are read and converted piece by piece into their final place, so memory holds each once. A tensor that is
+    cut into several weights, or transposed, is held as a whole meanwhile. A file changed later cannot move the base.
+    NaN and infinite weights are kept, with a warning that counts them.
 
+    Args:
+        name: see `find_folder`.
     Raises:
         InputError: the folder, a setting or a file cannot be used, see `read_config`.
         ValueError: dtype is none of fp32, bf16 and fp64.
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}, needed one of {', '.join(map(str, COMPUTE_DTYPES))}.")
-    folder = Path(folder)
+    folder = find_folder(name)
     family, config = read_config(folder)
-    with Checkpoint(folder) as checkpoint:
-        checkpoint.prepare(family)
-        if config.num_layers > len(checkpoint):
-            raise InputError(f"{folder}: config.json says {config.num_layers} layers but the weights have only "
-                             f"{len(checkpoint)} tensors. Download both again.")  # fmt: skip
-        with torch.device("meta"):
-            model = family.model(config)
-        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        sources = family.sources(model)
-        checkpoint.check({source.key: source.shape or shapes[name] for name, source in sources.items()},
-                         family.aliases(model))  # fmt: skip
-        meta = dict(model.named_parameters(remove_duplicate=False))
-        places: dict[int, list[str]] = {}  # a tied weight has several names
-        for name, weight in meta.items():
-            places.setdefault(id(weight), []).append(name)
-        for name, source in sources.items():
-            weight = checkpoint.read(source.key)
-            weight = weight if source.part is None else source.part(weight)
+    checkpoint = Checkpoint(folder)
+    checkpoint.prepare(family)
+    check_sizes(config, checkpoint)
+    try:
+        with torch.device("meta"), _NoStartValues():
+            model = family.model(family.complete(config, checkpoint.keys))
+    except RuntimeError as error:  # a weight of 2**63 bytes
+        raise InputError(f"{folder / 'config.json'}: no such model can be made ({one_line(error)}). "
+                         "Download it again.") from None  # fmt: skip
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    sources = family.sources(model)
+    checkpoint.check({source.key: source.shape or shapes[name] for name, source in sources.items()},
+                     family.aliases(model))  # fmt: skip
+
+    meta = dict(model.named_parameters(remove_duplicate=False))
+    places: dict[int, list[str]] = {}  # a tied weight has several names
+    for name, weight in meta.items():
+        places.setdefault(id(weight), []).append(name)
+    names: dict[str, list[str]] = {}  # key -> the parameters that are cut from it
+    for name, source in sources.items():
+        names.setdefault(source.key, []).append(name)
+    bad = {}  # key -> how many NaN or infinite numbers
+    for key, cut in names.items():
+        whole = torch.empty(checkpoint.shape(key), dtype=dtype, device=device)
+        if num_bad := checkpoint.read_(key, whole):
+            bad[key] = num_bad
+        for name in cut:
+            part = sources[name].part
+            weight = whole if part is None else part(whole).clone(memory_format=torch.contiguous_format)
             assert tuple(weight.shape) == shapes[name], f"{name}: {tuple(weight.shape)}, not {shapes[name]}"
-            weight = weight.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
             weight = nn.Parameter(weight, requires_grad=False)
             for place in places[id(meta[name])]:
                 module, _, leaf = place.rpartition(".")
                 setattr(model.get_submodule(module), leaf, weight)
+    if bad:
+        warnings.warn(f"{folder}: {sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite in {dtype}, "
+                      f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
     return model.to(device)  # buffers
+
+
+class _NoStartValues(TorchFunctionMode):
+    """Inside, nn.Embedding draws no numbers: to draw none of "meta" PyTorch would import 800 modules, 70 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs or {})
+
+
+def find_folder(name: str | Path) -> Path:
+    """A model folder by its path, or by its hub id "org/name" or "org/name@revision". What is a folder is a folder.
+
+    A hub id's files are downloaded into huggingface_hub's cache unless they are there; HF_HUB_OFFLINE=1 keeps it off
+    the network.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(name)):
+        raise InputError(f"{name}: no such folder. Download the model: `hf download NAME --local-dir {name}`.")
+    from huggingface_hub import snapshot_download  # slow to import, and a folder does not need it
+
+    repo, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES),
+                                      ignore_patterns=["*/*", "consolidated*"]))  # fmt: skip
+    except Exception as error:  # the hub's, its HTTP library's or the disk's
+        raise InputError(
+            f"{name}: no such folder, and not found as a hub id ({one_line(error)}). Without network, name a folder: "
+            f"`hf download {repo} --local-dir FOLDER` makes one elsewhere."
+        ) from None
+
+
+def check_sizes(config: object, checkpoint: Checkpoint) -> None:
+    """config.json asks for nothing larger than the weights are, before anything is made in that size, or InputError."""
+    tensors, numbers = len(checkpoint.keys), checkpoint.num_numbers
+    for name, value in vars(config).items():
+        if name in NOT_SIZES or type(value) is not int:
+            continue
+        if "layers" in name and value > tensors:
+            raise InputError(f"{checkpoint.folder}: config.json says {value} layers but the weights have only "
+                             f"{tensors} tensors. Take both from the same model.")  # fmt: skip
+        if value > numbers:
+            raise InputError(f"{checkpoint.folder}: config.json says {name} is {value} but the weights are only "
+                             f"{numbers} numbers. Take both from the same model.")  # fmt: skip
 
 
 def read_config(folder: str | Path) -> tuple[Family, object]:
@@ -77,31 +151,31 @@ def read_config(folder: str | Path) -> tuple[Family, object]:
     Defaults are transformers'.
 
     Raises:
-        InputError: no such folder, no config.json, broken JSON, another architecture, a needed field missing or of
+        InputError: no config.json, broken JSON, another architecture, a needed field missing or of
             the wrong kind, or a setting the base does not have (rope type, activation, quantised weights).
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder. Download the model: `hf download NAME --local-dir {folder}`.")
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder, it has no config.json. Name the folder that holds one.")
     try:
         fields = read_json(path)
         kind = fields.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise InputError(f"model_type is {kind!r}; supported are {', '.join(FAMILIES)}. Choose a base of these.")
+            raise InputError(f"model_type is {shown(kind)}; supported are {', '.join(FAMILIES)}. Choose a base of "
+                             "these.")  # fmt: skip
         if fields.get("quantization_config") is not None:
             raise InputError("the weights are quantised (quantization_config); use the model's plain fp32 or bf16 "
                              "folder.")  # fmt: skip
         return FAMILIES[kind], FAMILIES[kind].config(fields)
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply to be a model's. Download it again.") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of tokenizer.json, set to neither cut nor pad: packed rows need no padding, cuts are counted."""
-    path = Path(folder) / "tokenizer.json"
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer of a folder or hub id, set to neither cut nor pad: packed rows need no padding, cuts are counted."""
+    path = find_folder(name) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file. Save the model's fast tokenizer there: tokenizer.save_pretrained().")
     try:

@@ -19,34 +19,44 @@ class Rows:
     """Sequences as packed rows, one after another in the order given.
 
     tokens:    [T] int64.
-    positions: [T] int64, counting from 0 in each sequence.
+    positions: [T] int64, counting from 0 in each sequence, or from where its prefix ends.
     attend:    who sees whom, and attention among them.
     lengths:   rows of each sequence, on the host.
+    longest:   positions of the longest sequence, its prefix included.
     """
 
     tokens: Tensor
     positions: Tensor
     attend: Packed
     lengths: np.ndarray
+    longest: int
 
     @staticmethod
-    def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", causal: bool = True) -> "Rows":
+    def pack(
+        sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", causal: bool = True,
+        prefixes: Sequence[int] | None = None,
+    ) -> "Rows":  # fmt: skip
         """Rows of these token id lists, in the order given. Empty sequences are an error: they have no row.
 
-        causal: each row sees its sequence up to itself (a decoder); otherwise all of it (an encoder).
+        Args:
+            causal:   each row sees its sequence up to itself (a decoder); otherwise all of it (an encoder).
+            prefixes: for each sequence the number of another that it goes on from, as if that one stood before it, or
+                      -1. The other has no prefix itself.
         """
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
         if len(lengths) == 0 or lengths.min() == 0:
             raise ValueError("Rows.pack: needs at least one sequence and no empty one; drop empty sequences before.")
         tokens = np.concatenate([np.asarray(s, dtype=np.int64) for s in sequences])
-        positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        starts, shared, before = np.cumsum(lengths) - lengths, None, np.zeros_like(lengths)
+        if prefixes is not None and max(prefixes) >= 0:
+            prefixes = np.asarray(prefixes)
+            assert causal and (prefixes[prefixes[prefixes >= 0]] < 0).all(), "a prefix has no prefix"
+            before = np.where(prefixes < 0, 0, lengths[prefixes])
+            shared = np.where(prefixes < 0, 0, starts[prefixes]), before
+        positions = np.arange(len(tokens)) - np.repeat(starts - before, lengths)
         as_tensor = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-        return Rows(as_tensor(tokens), as_tensor(positions), Packed.plan(lengths, causal, device), lengths)
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest sequence."""
-        return int(self.lengths.max())
+        return Rows(as_tensor(tokens), as_tensor(positions), Packed.plan(lengths, causal, device, shared=shared),
+                    lengths, int((before + lengths).max()))  # fmt: skip
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x [T, ...] -> each sequence's own rows."""

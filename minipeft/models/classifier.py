@@ -1,0 +1,50 @@
+"""An encoder that answers: one vector per text, and a linear map of it to the labels.
+
+    logits = W mean(hidden states) + b        C classes
+
+The base itself has no opinion: its W and b are zero. Each user trains their own beside it, at the site "head"
+(methods/lora.py). The bias is the weight of one more feature, which is always 1.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.models.bert import Bert
+from minipeft.models.causal import Causal
+from minipeft.models.linear import Linear, LinearFn, plain_linear
+from minipeft.models.rows import Rows
+
+
+class Classifier(nn.Module):
+    """A frozen encoder with a zero head of C classes, called like a decoder: `hidden`, then `head` at rows to read."""
+
+    causal = False
+
+    def __init__(self, encoder: Bert, num_classes: int):
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+        self.head_linear = Linear("head", encoder.config.width + 1, num_classes, bias=False)
+        self.head_linear.weight = nn.Parameter(torch.zeros_like(self.head_linear.weight, device=encoder.device,
+                                                                dtype=encoder.embed.weight.dtype))  # fmt: skip
+        self.sites = encoder.sites | {"head": (encoder.config.width + 1, num_classes)}
+        self.shared_inputs = (*encoder.shared_inputs, ("head",))
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+        """Every row's text in one vector: [T, width + 1], the mean of its text's last hidden states, and 1."""
+        pooled = self.encoder.pool(self.encoder.hidden(rows, linear), rows, "mean")  # [sequences, width]
+        text_of_row = torch.from_numpy(np.repeat(np.arange(len(rows.lengths)), rows.lengths)).to(pooled.device)
+        return F.pad(pooled, (0, 1), value=1.0).index_select(0, text_of_row)
+
+    def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
+        """Vectors of chosen rows [rows, width + 1] -> logits [rows, C]."""
+        return self.head_linear(h, linear)
+
+
+Base = Causal | Classifier  # what an engine runs on

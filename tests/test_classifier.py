@@ -1,0 +1,154 @@
+"""Does every user of an encoder get their own LoRA and their own head, as if they had trained alone?"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minipeft.engine import Engine, predict
+from minipeft.errors import InputError
+from minipeft.labels import Classes, Question
+from minipeft.methods.lora import LoRA
+from minipeft.models.bert import Bert, BertConfig
+from minipeft.models.classifier import Classifier
+from minipeft.models.loading import fingerprint
+from minipeft.models.rows import Rows
+from minipeft.schedule import Job, PassConfig, Run, TrainConfig
+from minipeft.store import load_adapter, save_adapter
+
+C = 3
+CONFIG = TrainConfig(method=LoRA(rank=4, sites=("q", "v", "down"), num_classes=C), learning_rate=1e-2, epochs=2,
+                     batch_size=4)  # fmt: skip
+
+
+def make_model():
+    encoder = Bert(BertConfig(vocab_size=50, width=24, num_layers=2, num_heads=4, mlp_width=40, max_positions=64))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in encoder.named_parameters():
+            noise = torch.randn(weight.shape, generator=draw)
+            if weight.ndim == 1:
+                weight.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise)
+            else:
+                weight.copy_(noise / weight.shape[1] ** 0.5)
+    return Classifier(encoder, C)
+
+
+def make_jobs(num_users=5, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def questions(n):
+        return [Question(tuple(rng.integers(0, 50, length).tolist()), int(rng.integers(C)))
+                for length in rng.integers(1, 30, n)]  # fmt: skip
+
+    return [Job(f"user {u}", questions(int(rng.integers(5, 20))), questions(4), replace(CONFIG, seed=u))
+            for u in range(num_users)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model, jobs = make_model(), make_jobs()
+    before = fingerprint(model)
+    adapters = Engine(model, Classes(C)).train(jobs)
+    assert fingerprint(model) == before
+    return model, jobs, adapters
+
+
+def test_together_is_alone(trained):
+    model, jobs, adapters = trained
+    for job in jobs:
+        alone = Engine(model, Classes(C), PassConfig(slots=1)).train([job])[job.user].row
+        assert (adapters[job.user].row - alone).norm() <= 1e-5 * alone.norm()
+    exact = PassConfig(deterministic=True)
+    together, alone = (Engine(model, Classes(C), exact).train(some) for some in (jobs, jobs[2:3]))
+    assert torch.equal(together[jobs[2].user].row, alone[jobs[2].user].row)
+
+
+def test_every_tensor_is_trained(trained):
+    model, jobs, adapters = trained
+    for job in jobs:
+        method = job.config.method
+        start = method.tensors(method.initial_row(model.sites, job.config.seed, job.user), model.sites)
+        for name, tensor in method.tensors(adapters[job.user].row, model.sites).items():
+            assert not torch.equal(tensor, start[name]), name
+            assert name.startswith("layers") or not start[name].any()
+        assert method.count(model.sites) == sum(tensor.numel() for tensor in start.values())
+
+
+def test_a_step_is_the_step_of_an_ordinary_classifier():
+    """The gradient of one user's first step against autograd through a plain head and plain low-rank updates."""
+    model, (job,) = make_model(), make_jobs(1)
+    job = replace(job, train=job.train[:4], config=replace(job.config, max_grad_norm=1e9))
+    engine = Engine(model, Classes(C))
+    bank, slot = engine.admit(job.user, job.config.method, seed=job.config.seed)
+    row = engine._banks[bank].bank.weights[slot]
+    layout, draw = job.config.method.layout(model.sites), torch.Generator().manual_seed(1)
+    for name in layout.shapes:  # B and the head away from zero, so that everything has a gradient
+        used = C if name == "head.W" else job.config.method.rank
+        part = layout.view(row, name)[:used]
+        part.copy_(0.3 * torch.randn(part.shape, generator=draw))
+    tensors = {name: t.clone().requires_grad_() for name, t in job.config.method.tensors(row, model.sites).items()}
+
+    def linear(sites, x, weights, biases):
+        ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+        scale = job.config.method.alpha / job.config.method.rank
+        return tuple(y + scale * x @ tensors[f"{site}.A"].T @ tensors[f"{site}.B"].T if f"{site}.A" in tensors else y
+                     for site, y in zip(sites, ys))  # fmt: skip
+
+    losses = []
+    for question in job.train:
+        rows = Rows.pack([question.prompt], causal=False)
+        vector = model.encoder.hidden(rows, linear).mean(0)
+        logits = tensors["head.weight"] @ vector + tensors["head.bias"]
+        losses.append(F.cross_entropy(logits, torch.tensor(question.label)))
+    torch.stack(losses).mean().backward()
+
+    engine.train_step([Run(job, bank, slot)])
+    grads = job.config.method.tensors(engine._banks[bank].bank.grads[slot], model.sites)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(grads[name], tensor.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_rewriting_one_users_texts_changes_nobody_else(trained):
+    model, jobs, adapters = trained
+    rng = np.random.default_rng(1)
+    rewritten = [Question(tuple(rng.permutation(q.prompt).tolist()), (q.label + 1) % C) for q in jobs[0].train]
+    others = Engine(model, Classes(C)).train([replace(jobs[0], train=rewritten), *jobs[1:]])
+    assert not torch.equal(others[jobs[0].user].row, adapters[jobs[0].user].row)
+    for job in jobs[1:]:
+        assert torch.equal(others[job.user].row, adapters[job.user].row)
+
+
+def test_predictions_and_files(trained, tmp_path):
+    model, jobs, adapters = trained
+    scores = predict(model, Classes(C), adapters, {job.user: job.val for job in jobs})
+    for job in jobs:
+        save_adapter(tmp_path, adapters[job.user], model.sites)
+        loaded = load_adapter(tmp_path, job.user, model.sites)
+        assert torch.equal(loaded.row, adapters[job.user].row) and loaded.method == job.config.method
+        again = predict(model, Classes(C), {job.user: loaded}, {job.user: job.val})
+        np.testing.assert_allclose(again[job.user], scores[job.user], atol=1e-5)
+        np.testing.assert_allclose(np.exp(scores[job.user]).sum(1), 1, atol=1e-5)
+    two = Classifier(model.encoder, 2)
+    with pytest.raises(InputError, match=r"user%200\.safetensors: LoRA: a head of 3 classes needs a base whose site"):
+        load_adapter(tmp_path, "user 0", two.sites)
+
+
+def test_users_with_and_without_early_stop_and_other_ranks_share_passes(trained):
+    model, jobs, _ = trained
+    mixed = [replace(job, config=replace(job.config, method=replace(job.config.method, rank=1 + 9 * (u % 2))))
+             for u, job in enumerate(jobs)]  # fmt: skip
+    together = Engine(model, Classes(C)).train(mixed)
+    for job in mixed:
+        alone = Engine(model, Classes(C), PassConfig(slots=1)).train([job])[job.user].row
+        assert (together[job.user].row - alone).norm() <= 1e-5 * alone.norm()
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 4}, {"sites": ("q", "head")}])
+def test_a_head_that_does_not_fit_is_refused(change):
+    (job,) = make_jobs(1)
+    job = replace(job, config=replace(job.config, method=replace(job.config.method, **change)))
+    with pytest.raises(InputError, match="classes needs a base whose site \"head\" has as many outputs and no LoRA"):
+        Engine(make_model(), Classes(C)).train([job])

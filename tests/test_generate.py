@@ -1,0 +1,173 @@
+"""Does generation say what transformers says, token for token, whoever else is generated with it?"""
+
+import numpy as np
+import pytest
+import test_t5
+import torch
+from test_decoder import make_reference, make_sequences
+
+from minipeft.models.generate import Sampling, generate
+from minipeft.models.linear import plain_linear
+from minipeft.models.loading import load_model
+
+BASES = {
+    "llama": ("llama", {"max_position_embeddings": 256}, "llama3"),
+    "mistral": ("mistral", {"sliding_window": 7, "max_position_embeddings": 256}, "default"),
+    "qwen3": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "max_position_embeddings": 256}, "default"),
+}
+NEW = 12
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request, tmp_path_factory):
+    """(ours, transformers'), in fp64, so that no two tokens are nearly as likely as each other."""
+    folder = tmp_path_factory.mktemp(request.param)
+    reference = make_reference(*BASES[request.param]).double()
+    reference.save_pretrained(folder)
+    return load_model(folder, torch.float64), reference
+
+
+def prompts(number=50):
+    return make_sequences(np.random.default_rng(0).integers(1, 60, number).tolist())
+
+
+@torch.no_grad()
+def greedily(reference, sequence, num_tokens, stop=()):
+    """transformers' own greedy loop."""
+    ids = torch.tensor([sequence])
+    new = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False,
+                             eos_token_id=list(stop) or None, pad_token_id=0)  # fmt: skip
+    return new[0, len(sequence) :].tolist()
+
+
+def test_fifty_prompts_token_for_token(base):
+    ours, reference = base
+    sequences = prompts()
+    new = ours.generate(sequences, NEW)
+    assert new == [greedily(reference, sequence, NEW) for sequence in sequences]
+    assert len({tuple(tokens) for tokens in new}) > 25  # a base that says something
+
+
+def test_every_token_is_the_likeliest_after_all_before_it(base):
+    ours, _ = base
+    sequences = prompts(5)
+    for sequence, new in zip(sequences, ours.generate(sequences, NEW)):
+        (logits,) = ours.logits([[*sequence, *new]])
+        assert logits[len(sequence) - 1 : -1].argmax(-1).tolist() == new
+
+
+def test_each_sequence_stops_on_its_own(base):
+    ours, reference = base
+    sequences = prompts(10)
+    stop = [greedily(reference, sequences[0], 4)[3], greedily(reference, sequences[1], 9)[8]]
+    new = ours.generate(sequences, NEW, stop=stop)
+    assert new == [greedily(reference, sequence, NEW, stop) for sequence in sequences]
+    assert 1 < len({len(tokens) for tokens in new}) and any(tokens[-1] in stop for tokens in new)
+    ours.stop_tokens = tuple(stop)  # the base's own, unless others are given
+    assert ours.generate(sequences, NEW) == new and ours.generate(sequences, NEW, stop=[]) != new
+    ours.stop_tokens = ()
+
+
+def test_sampling_does_not_depend_on_the_company(base):
+    ours, _ = base
+    sequences, options = prompts(12), {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3}
+    together = ours.generate(sequences, NEW, stop=[5, 6, 7], **options)
+    assert together == ours.generate(sequences, NEW, stop=[5, 6, 7], **options)
+    assert together[0] == ours.generate(sequences[:1], NEW, stop=[5, 6, 7], **options)[0]
+    assert together != ours.generate(sequences, NEW, stop=[5, 6, 7], **options | {"seed": 4})
+
+
+def test_choices_have_the_probabilities_they_should():
+    logits, n = torch.tensor([1.0, 3.0, 2.0, 0.0, -50.0]), 20_000
+    draws = (torch.arange(n) + 0.5) / n
+
+    def shares(**options):
+        tokens = Sampling(**options).choose(logits.expand(n, -1), draws.double())
+        return torch.bincount(tokens, minlength=5) / n
+
+    torch.testing.assert_close(shares(temperature=1.0), logits.softmax(0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(shares(temperature=0.5), (2 * logits).softmax(0), atol=1e-3, rtol=0)
+    two = torch.tensor([-torch.inf, 3.0, 2.0, -torch.inf, -torch.inf]).softmax(0)
+    torch.testing.assert_close(shares(temperature=1.0, top_k=2), two, atol=1e-3, rtol=0)
+    torch.testing.assert_close(shares(temperature=1.0, top_p=0.8), two, atol=1e-3, rtol=0)  # 0.64, then 0.24
+    assert shares(temperature=1.0, top_p=0.6)[1] == 1 and shares(temperature=1.0, top_k=1)[1] == 1
+    assert shares()[1] == 1
+
+
+def test_every_pass_is_told_whose_rows_it_has(base):
+    """An adapter that belongs to some sequences acts on their rows only, in the prompt pass and in every step."""
+    ours, _ = base
+    sequences = prompts(6)
+    owned, told = np.array([True, False, True, False, False, True]), []
+    shift = torch.randn(ours.config.width, generator=torch.Generator().manual_seed(0)).double()
+
+    def linear_of(lengths):
+        told.append(lengths)
+        mine = torch.from_numpy(np.repeat(owned, lengths))[:, None]
+
+        def linear(sites, x, weights, biases):
+            x = torch.where(mine, x + shift, x) if sites[-1].endswith(".v") else x
+            return plain_linear(sites, x, weights, biases)
+
+        return linear
+
+    stop = [ours.generate(sequences, 3)[1][2]]
+    mixed = generate(ours, sequences, NEW, stop, linear_of=linear_of)
+    plain = ours.generate(sequences, NEW, stop=stop)
+    for number, mine in enumerate(owned):
+        assert (mixed[number] == plain[number]) != mine
+    assert told[0].tolist() == [len(sequence) for sequence in sequences] and told[1].tolist() == [1] * 6
+    assert told[-1].sum() < 6 and all(lengths.max() <= 1 for lengths in told[1:])
+
+
+@pytest.mark.parametrize("message, options", [
+    ("max_new_tokens is 0; needed at least 1", {"max_new_tokens": 0}),
+    ("temperature is -1; needed 0 or more", {"temperature": -1}),
+    ("top_k is 0; needed at least 1", {"temperature": 1, "top_k": 0}),
+    ("top_p is 1.5; needed above 0 and at most 1", {"temperature": 1, "top_p": 1.5}),
+    ("top_k and top_p choose among sampled tokens; give a temperature", {"top_k": 3}),
+    ("sequence 1 has 40 tokens and may get 300 more, but this base has 256 positions", {"max_new_tokens": 300}),
+])  # fmt: skip
+def test_options_that_make_no_sense_are_errors(base, message, options):
+    with pytest.raises(ValueError, match=message):
+        base[0].generate(make_sequences([3, 40]), **{"max_new_tokens": 5} | options)
+
+
+# ---- T5 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    reference = test_t5.make_reference(test_t5.CASES["1.1 and flan"]).double()
+    test_t5.save(reference, folder)
+    return load_model(folder, torch.float64), reference
+
+
+@torch.no_grad()
+def written(reference, sequence, stop=()):
+    """transformers' own greedy loop, without the start token."""
+    ids = torch.tensor([sequence])
+    new = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
+                             eos_token_id=list(stop) or None, pad_token_id=0)  # fmt: skip
+    return new[0, 1:].tolist()
+
+
+def test_t5_fifty_inputs_token_for_token(t5):
+    ours, reference = t5
+    inputs = prompts()
+    new = ours.generate(inputs, NEW)
+    assert new == [written(reference, sequence) for sequence in inputs]
+    assert len({tuple(tokens) for tokens in new}) > 25
+    stop = [new[0][2], new[1][5]]
+    stopped = ours.generate(inputs, NEW, stop=stop)
+    assert stopped == [written(reference, sequence, stop) for sequence in inputs] != new
+
+
+def test_t5_tokens_are_the_likeliest_after_all_before_them(t5):
+    ours, _ = t5
+    inputs = prompts(6)
+    new = ours.generate(inputs, NEW)
+    for tokens, logits in zip(new, ours.logits(inputs, new)):
+        assert logits.argmax(-1).tolist() == tokens
+    assert ours.generate(inputs[2:3], NEW, temperature=0.8, seed=1) != new[2:3]
