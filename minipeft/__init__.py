@@ -1,8 +1,10 @@
 """minipeft: one frozen language model, many people. Every user's own adapter trains in one fused pass."""
 
 import ctypes
+import importlib
 import os
 import sys
+from typing import Any
 
 # Threads that wait for each other must not spin for milliseconds: another busy program on the machine would slow every
 # step. Read when torch loads, so it stands above the imports; a choice of the user's own stays. See docs/decisions.md.
@@ -17,13 +19,21 @@ if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os
         mallopt(M_MMAP_THRESHOLD, 256 << 20)
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
-from minipeft.engine import Adapter, Engine, predict
-from minipeft.errors import InputError
-from minipeft.methods.lora import LoRA
-from minipeft.models.loading import load_model, load_tokenizer
-from minipeft.schedule import Job, PassConfig, TrainConfig
+# A name's module is imported when the name is first asked for, so that minipeft.kernel_ops, say, needs no safetensors,
+# tokenizers or tqdm: benchmarks/gpu.sh runs with what a GPU machine has.
+_MODULES = {
+    "Adapter": "engine", "Engine": "engine", "InputError": "errors", "Job": "schedule", "LoRA": "methods.lora",
+    "PassConfig": "schedule", "TrainConfig": "schedule", "load_model": "models.loading",
+    "load_tokenizer": "models.loading", "predict": "engine",
+}
+__all__ = list(_MODULES)
 
-__all__ = [
-    "Adapter", "Engine", "InputError", "Job", "LoRA", "PassConfig", "TrainConfig", "load_model", "load_tokenizer",
-    "predict",
-]
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minipeft.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

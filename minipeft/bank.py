@@ -53,13 +53,19 @@ class Bank:
     """Rows of numbers for up to U resident users of one method configuration.
 
     weights, grads, exp_avg, exp_avg_sq: [U, P] fp32. users: who has each slot, None where it is free.
+    copy: [U, P] in the base's dtype if that is bf16 or fp16: the weights as ops take them, rounded after every step.
+          None where the base computes in fp32. compute: what ops take, the copy or the weights themselves.
     """
 
-    def __init__(self, layout: Layout, num_slots: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, layout: Layout, num_slots: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ):
         self.layout = layout
         self.weights, self.grads, self.exp_avg, self.exp_avg_sq = (
             torch.zeros(num_slots, layout.row_size, device=device) for _ in range(4)
         )
+        self.copy = None if dtype == torch.float32 else torch.zeros_like(self.weights, dtype=dtype)
+        self.compute = self.weights if self.copy is None else self.copy
         self.users: list[str | None] = [None] * num_slots
 
     def admit(self, user: str, row: Tensor) -> int:
@@ -77,6 +83,7 @@ class Bank:
         slot = self.users.index(None)
         self.users[slot] = user
         self.weights[slot] = row
+        self.compute[slot] = self.weights[slot]
         for buffer in (self.grads, self.exp_avg, self.exp_avg_sq):
             buffer[slot] = 0.0
         return slot

@@ -113,15 +113,15 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool
 
     return Batch(
         Rows.pack(sequences, device, causal, prefixes if causal else None),
-        _groups(owners, lengths, device),
+        groups_of(owners, lengths, device),
         torch.tensor(head_rows, device=device),
-        _groups(owners, head_lengths, device),
+        groups_of(owners, head_lengths, device),
         torch.tensor(read, device=device),
         num_real_rows,
     )
 
 
-def _groups(
+def groups_of(
     owners: Sequence[tuple[int, int]], lengths: Sequence[int], device: torch.device | str
 ) -> tuple[tuple[int, int, Segments], ...]:
     """(bank number, first row, Segments) of each bank, for users (bank, slot) with these numbers of rows."""

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.batch import Batch, Part, pack
+from minipeft.batch import Batch, Part, groups_of, pack
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods.lora import LoRA, LoraBank
 from minipeft.models.classifier import Base
+from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
 from minipeft.models.linear import LinearFn
+from minipeft.models.t5 import T5
 from minipeft.schedule import Job, PassConfig, Run, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.cpu import tiled_linear
@@ -82,7 +84,7 @@ class Engine:
         if key not in self._bank_of:
             self._bank_of[key] = len(self._banks)
             self._banks.append(LoraBank(method, self.model.sites, self.model.shared_inputs,
-                                        self.passes.slots, self.model.device))
+                                        self.passes.slots, self.model.device, self.model.dtype))
         number = self._bank_of[key]
         bank = self._banks[number]
         if row is None:
@@ -94,9 +96,8 @@ class Engine:
 
     # ---- One pass --------------------------------------------------------------------------------------------------
 
-    def _linear(self, groups: Sequence[tuple[int, int, Segments]]) -> LinearFn:
+    def _linear(self, groups: Sequence[tuple[int, int, Segments]], tile: int | None) -> LinearFn:
         """How the base computes linear sites on rows of these groups: its own product, plus each row's own adapter."""
-        tile = TILE if self.passes.deterministic else None
         groups = [(self._banks[number], first_row, segments) for number, first_row, segments in groups]
 
         def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
@@ -127,9 +128,11 @@ class Engine:
     def _log_probs(self, batch: Batch) -> Tensor:
         """Log-probabilities of the next token at the rows that were asked for: [M, vocab]."""
         self.totals.count(batch)
-        hidden = self.model.hidden(batch.rows, self._linear(batch.groups))  # [T, width]
+        self.model.recompute = self.passes.recompute
+        tile = TILE if self.passes.deterministic else None
+        hidden = self.model.hidden(batch.rows, self._linear(batch.groups, tile))  # [T, width]
         read = hidden.index_select(0, batch.head_rows)  # [M', width]
-        logits = self.model.head(read, self._linear(batch.head_groups))  # [M', vocab]
+        logits = self.model.head(read, self._linear(batch.head_groups, tile))  # [M', vocab]
         return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
 
     def train_step(self, chosen: Sequence[Run]) -> None:
@@ -153,7 +156,7 @@ class Engine:
             bank = self._banks[number].bank
             norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
                            torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs),
-                           squares=self._banks[number].squares)
+                           squares=self._banks[number].squares, compute=bank.copy)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
         for run in chosen:
@@ -200,6 +203,32 @@ class Engine:
             for (position, _), piece in zip(taken, scores.split(sizes)):
                 yield position, piece.cpu().numpy()
             pieces = left
+
+    def generate(
+        self, asked: Sequence[tuple[int, int, Sequence[Sequence[int]]]], max_new_tokens: int,
+        stop: Sequence[int] | None = None, sampling: Sampling = GREEDY,
+    ) -> list[list[list[int]]]:  # fmt: skip
+        """What residents' models say after their prompts, all users in one batch, see models/generate.py.
+
+        Args:
+            asked: (bank, slot, prompts) of residents, each resident once.
+        Returns:
+            for each of asked, in order, the new tokens of each of its prompts.
+        """
+        order = sorted(range(len(asked)), key=lambda i: asked[i][:2])
+        owners = np.repeat(np.arange(len(order)), [len(asked[i][2]) for i in order])  # [n], of each prompt
+
+        def linear_of(lengths: np.ndarray) -> LinearFn:
+            rows = np.bincount(owners, weights=lengths, minlength=len(order)).astype(np.int64)
+            return self._linear(groups_of([asked[i][:2] for i in order], rows, self.model.device), tile=None)
+
+        prompts = [prompt for i in order for prompt in asked[i][2]]
+        write = generate_from if isinstance(self.model, T5) else generate
+        new = write(self.model, prompts, max_new_tokens, stop, sampling, linear_of)
+        answers = [[] for _ in asked]
+        for owner, tokens in zip(owners, new):
+            answers[order[owner]].append(tokens)
+        return answers
 
     # ---- Whole runs ------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from minipeft_kernels.segments import TILE, Segments
 
 DISTRIBUTIONS = ("identical", "distinct", "uniform", "zipf", "giant_tiny", "absent")
 ABSENT = 16  # resident slots per active user in "absent"
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # |out - exact| / |exact|, by the dtype of x
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # |out - exact| / |exact|, by x's dtype
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Op:
     size:    what `rank` of a point means here, if anything. ranked: whether a user's own may be smaller.
     launcher: it has no PyTorch path and runs where kernels run. in_place: a run changes its inputs.
     filled:  a user's rows are multiples of TILE, as in training.
-    accurate: what comes out is fp32 and owes fp32's accuracy, whatever the dtype of x.
+    accurate: ways whose outputs are fp32 and owe fp32's accuracy, whatever the dtype of x.
     """
 
     define: Way
@@ -130,7 +130,7 @@ class Op:
     launcher: bool = False
     filled: bool = False
     in_place: bool = False
-    accurate: bool = False
+    accurate: tuple[str, ...] = ()
 
 
 def make(
@@ -209,13 +209,16 @@ def exactly(op: Op, inputs: Inputs, backward: bool) -> Outputs:
     return op.define(inputs.map(Tensor.double), backward)
 
 
-def tolerance(op: Op, inputs: Inputs) -> float:
+def tolerance(op: Op, inputs: Inputs, way: str = "ours") -> float:
     """The largest relative error a correct way may have."""
-    return TOLERANCE[torch.float32 if op.accurate else inputs.x.dtype]
+    return TOLERANCE[torch.float32 if way in op.accurate else inputs.x.dtype]
 
 
 def relative_error(outputs: Outputs, exact: Outputs, inputs: Inputs) -> float:
-    """The largest |out - exact| / |exact| of all outputs; NaN if any number is NaN that should not be."""
+    """The largest |out - exact| / |exact| of all outputs; NaN if any number is NaN that should not be.
+
+    A baseline may keep the last of the outputs of rows to itself.
+    """
     live = inputs.groups.slots
     pairs = [*zip(outputs.rows, exact.rows), *((a[live], b[live]) for a, b in zip(outputs.slots, exact.slots))]
     errors = [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs]

@@ -1,5 +1,7 @@
 """The ops of the kernel benchmark: ours, the definition, what people run today, and what no version can do without.
 
+VARIANTS are ops with options that a benchmark does not time and the GPU checks do not leave out.
+
 Bytes count each input once and each output once, whatever an implementation reads again; e is the bytes of a number of
 x, S the users with rows, U the resident slots. A gradient that an op returns is written for all slots, as it promises.
 """
@@ -16,14 +18,16 @@ from minipeft.kernel_cases import Inputs, Op, Outputs, Point, Way
 from minipeft_kernels import baselines, reference
 from minipeft_kernels.adamw import SQUARES_BLOCK, AdamWSettings, adamw_
 from minipeft_kernels.backend import backend
+from minipeft_kernels.baselines import DoesNotApply
 from minipeft_kernels.bgmv import bgmv
 from minipeft_kernels.bottleneck import segment_bottleneck
+from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.ia3 import segment_ia3
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.prompts import PromptPlan, gather_prompts
 from minipeft_kernels.segment_lora import Lora, segment_lora
 from minipeft_kernels.shrink_expand import shrink_expand, site_table
-from minipeft_kernels.wgrad import wgrad
+from minipeft_kernels.wgrad import num_squares, wgrad
 
 SEQUENCE = 64  # rows of a sequence that has a prompt
 SITES_OF_A_ROW = 2  # of the LoRA whose row AdamW steps
@@ -47,6 +51,15 @@ def through_autograd(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Wa
 
 def _several(ys: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [ys] if isinstance(ys, Tensor) else list(ys)
+
+
+def no_way(reason: str) -> Way:
+    """In place of a baseline that does not exist: null in results, and why."""
+
+    def way(inputs: Inputs, backward: bool) -> Outputs:
+        raise DoesNotApply(reason)
+
+    return way
 
 
 def _sizes(i: Inputs) -> tuple[int, int, int, int, int, int, int]:
@@ -91,6 +104,29 @@ SEGMENT_LORA = Op(
     define=through_autograd(LORA["loop"]),
     ways={name: through_autograd(way) for name, way in ({"ours": _segment_lora} | LORA).items()},
     cost=_segment_lora_cost, spans=_lora_spans, passes=(False, True), ranked=True,
+)  # fmt: skip
+
+
+def _prepare_dropout(i: Inputs) -> Inputs:
+    """drop [S, 2] of dropout.py: each slot has its own key, and 0, 1/4 or 1/2 of its numbers are dropped (p)."""
+    slots = torch.from_numpy(i.segments.slots).to(i.x.device)
+    return replace(i, prepared=torch.stack([(slots + 1) * 0x1E3779B97F4A7C15, slots % 3 * 64], 1))
+
+
+def _segment_lora_dropout(i: Inputs, x: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+    return segment_lora(x, A, Bt, i.scale, i.segments, i.ranks, drop=i.prepared)
+
+
+def _define_dropout(i: Inputs, x: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+    """The same mask, drawn by PyTorch; 1 / (1 - p) multiplies the user's scale."""
+    keep, _ = keep_mask(i.prepared, i.segments.starts, x.shape[1])
+    scale = i.scale.double() * 4 / (4 - torch.arange(len(i.scale), device=x.device) % 3)
+    return reference.segment_lora(torch.where(keep, x, 0.0), A, Bt, scale, i.segments, i.ranks)
+
+
+SEGMENT_LORA_DROPOUT = replace(
+    SEGMENT_LORA, define=through_autograd(_define_dropout), ways={"ours": through_autograd(_segment_lora_dropout)},
+    prepare=_prepare_dropout,
 )  # fmt: skip
 
 
@@ -166,17 +202,18 @@ LORA_LINEAR = Op(
 def _shrink_expand(i: Inputs, backward: bool) -> Outputs:
     (y,) = i.buffers
     v = shrink_expand(i.x, *i.weights, y, i.scale, i.ranks, i.segments.plan)
-    return Outputs([v, y], [])
+    return Outputs([y, v], [])
 
 
 def _define_shrink_expand(i: Inputs, backward: bool) -> Outputs:
     (A, Bt), R = i.weights, i.point.rank
     same = torch.eye(R, dtype=i.x.dtype, device=i.x.device).expand(len(A), R, R)
-    return Outputs([LORA["loop"](i, i.x, A, Bt_) for Bt_ in (same, Bt)], [])
+    return Outputs([LORA["loop"](i, i.x, A, Bt_) for Bt_ in (Bt, same)], [])
 
 
-SHRINK_EXPAND = Op(
-    define=_define_shrink_expand, ways={"ours": _shrink_expand}, cost=_segment_lora_cost, spans=_lora_spans,
+SHRINK_EXPAND = Op(  # baselines compute v as well, each in a layout of its own, and hand out y
+    define=_define_shrink_expand, cost=_segment_lora_cost, spans=_lora_spans,
+    ways={"ours": _shrink_expand} | {name: through_autograd(way) for name, way in LORA.items()},
     prepare=lambda i: replace(i, buffers=(i.x.new_empty(len(i.x), *i.point.widths),)), passes=(False,), ranked=True,
     launcher=True,
 )  # fmt: skip
@@ -185,6 +222,15 @@ SHRINK_EXPAND = Op(
 def _wgrad(i: Inputs, backward: bool) -> Outputs:
     wgrad(*i.grad_ys, i.x, i.segments.plan, *i.buffers, i.ranks)
     return Outputs([], list(i.buffers))
+
+
+def _wgrad_baseline(function) -> Way:
+    def way(i: Inputs, backward: bool) -> Outputs:
+        grad = i.x.new_empty(i.buffers[0].shape)
+        function(*i.grad_ys, i.x, grad, i.groups)
+        return Outputs([], [grad])
+
+    return way
 
 
 def _define_wgrad(i: Inputs, backward: bool) -> Outputs:
@@ -207,10 +253,40 @@ def _prepare_wgrad(i: Inputs) -> Inputs:
 
 
 WGRAD = Op(
-    define=_define_wgrad, ways={"ours": _wgrad}, cost=_wgrad_cost,
+    define=_define_wgrad, cost=_wgrad_cost,
+    ways={"ours": _wgrad, "loop": _wgrad_baseline(baselines.loop_wgrad),
+          "gather_bmm": no_way("gather_bmm: not measured, a matrix per row, added up afterwards"),
+          "padded_bmm": _wgrad_baseline(baselines.padded_wgrad),
+          "grouped_mm": _wgrad_baseline(baselines.grouped_wgrad)},
     spans=lambda point: [((point.rank, point.K), point.K**-0.5)], prepare=_prepare_wgrad, launcher=True,
-    accurate=True,
+    accurate=("ours",),
 )  # fmt: skip
+
+
+def _prepare_wgrad_later(i: Inputs) -> Inputs:
+    """Slots of odd numbers accumulate; sums of squares have a place."""
+    i = _prepare_wgrad(i)
+    U, R, K = i.buffers[0].shape
+    later = torch.arange(U, dtype=torch.int32, device=i.x.device) % 2
+    squares = torch.empty(U, num_squares(R, K), dtype=torch.float32, device=i.x.device)
+    return replace(i, buffers=(*i.buffers, squares), prepared=later)
+
+
+def _wgrad_later(i: Inputs, backward: bool) -> Outputs:
+    """What a gradient held before is the user's weights, for want of anything better; slots that store held NaN."""
+    (before,), (grad, squares), later = i.weights, i.buffers, i.prepared
+    grad.copy_(torch.where(later.bool()[:, None, None], before, torch.nan))
+    wgrad(*i.grad_ys, i.x, i.segments.plan, grad, i.ranks, later, squares)
+    return Outputs([], [grad, squares.sum(1)])
+
+
+def _define_wgrad_later(i: Inputs, backward: bool) -> Outputs:
+    (before,), (grad,) = i.weights, _define_wgrad(i, backward).slots
+    grad = torch.where(i.prepared.bool()[:, None, None], before + grad, grad)
+    return Outputs([], [grad, grad.square().sum((1, 2))])
+
+
+WGRAD_LATER = replace(WGRAD, define=_define_wgrad_later, ways={"ours": _wgrad_later}, prepare=_prepare_wgrad_later)
 
 
 def _bgmv(i: Inputs, backward: bool) -> Outputs:
@@ -228,7 +304,7 @@ def _bgmv_cost(i: Inputs, backward: bool) -> tuple[int, int]:
 
 BGMV = Op(
     define=_bgmv_by_row, cost=_bgmv_cost, spans=_lora_spans, passes=(False,), ranked=True,
-    ways={"ours": _bgmv, "loop": _bgmv_by_row, "gather_bmm": through_autograd(LORA["gather_bmm"])},
+    ways={"ours": _bgmv} | {name: through_autograd(way) for name, way in LORA.items()} | {"loop": _bgmv_by_row},
 )  # fmt: skip
 
 
@@ -253,9 +329,16 @@ def _bottleneck_cost(i: Inputs, backward: bool) -> tuple[int, int]:
     return num_bytes, 4 * T * F_ * K * (3 if backward else 1)
 
 
+def _bottleneck_baseline(function) -> Way:
+    return through_autograd(lambda i, x, *weights: function(x, *weights, i.scale, F.gelu, i.groups, i.ranks))
+
+
 BOTTLENECK = Op(
     define=_bottleneck(reference.segment_bottleneck),
-    ways={"ours": _bottleneck(segment_bottleneck), "loop": _bottleneck(reference.segment_bottleneck)},
+    ways={"ours": _bottleneck(segment_bottleneck), "loop": _bottleneck(reference.segment_bottleneck),
+          "gather_bmm": no_way("gather_bmm: not measured, both matrices for every row"),
+          "padded_bmm": _bottleneck_baseline(baselines.padded_bottleneck),
+          "grouped_mm": _bottleneck_baseline(baselines.grouped_bottleneck)},
     cost=_bottleneck_cost, spans=_bottleneck_spans, size="F", ranked=True,
 )  # fmt: skip
 
@@ -370,7 +453,7 @@ def _adamw_cost(i: Inputs, backward: bool) -> tuple[int, int]:
 ADAMW = Op(
     define=_define_adamw, ways={"ours": _adamw, "loop": _adamw_by_user}, cost=_adamw_cost,
     spans=lambda point: [((SITES_OF_A_ROW * point.rank * (point.K + sum(point.widths)) // 64 * 64,), 1.0)] * 4,
-    prepare=_prepare_adamw, passes=(False,), size=None, in_place=True, accurate=True,
+    prepare=_prepare_adamw, passes=(False,), size=None, in_place=True, accurate=("ours", "loop"),
 )  # fmt: skip
 
 
@@ -378,3 +461,4 @@ OPS = {
     "segment_lora": SEGMENT_LORA, "lora_linear": LORA_LINEAR, "shrink_expand": SHRINK_EXPAND, "wgrad": WGRAD,
     "adamw": ADAMW, "bgmv": BGMV, "bottleneck": BOTTLENECK, "ia3": IA3, "prompts": PROMPTS,
 }  # fmt: skip
+VARIANTS = {"segment_lora, dropout": SEGMENT_LORA_DROPOUT, "wgrad, accumulate and squares": WGRAD_LATER}

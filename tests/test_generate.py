@@ -24,7 +24,11 @@ def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     reference = make_reference(*BASES[request.param]).double()
     reference.save_pretrained(folder)
-    return load_model(folder, torch.float64), reference
+    ours = load_model(folder, torch.float64)
+    ends = reference.generation_config.eos_token_id
+    assert ours.stop_tokens == (() if ends is None else (ends,))
+    ours.stop_tokens = ()
+    return ours, reference
 
 
 def prompts(number=50):
@@ -141,7 +145,10 @@ def t5(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
     reference = test_t5.make_reference(test_t5.CASES["1.1 and flan"]).double()
     test_t5.save(reference, folder)
-    return load_model(folder, torch.float64), reference
+    ours = load_model(folder, torch.float64)
+    assert ours.stop_tokens == (reference.config.eos_token_id,)
+    ours.stop_tokens = ()
+    return ours, reference
 
 
 @torch.no_grad()

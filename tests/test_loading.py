@@ -608,3 +608,20 @@ def test_vocabulary_must_fit_the_model(tmp_path):
     with pytest.raises(InputError, match="'extra'"):
         save_model(model, tokenizer, tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("generation, config, expected", [
+    (None, {"eos_token_id": 7}, (7,)), ({"eos_token_id": [3, 4]}, {"eos_token_id": 7}, (3, 4)), (None, {}, ()),
+    ({}, {"eos_token_id": 7}, (7,)), ({"eos_token_id": "end"}, {}, InputError),
+])  # fmt: skip
+def test_what_ends_a_text_is_read_from_the_folder(tmp_path, generation, config, expected):
+    save_model(make_model(), make_tokenizer(), tmp_path / "base")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text()) | {"eos_token_id": None} | config
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields))
+    if generation is not None:
+        (tmp_path / "base" / "generation_config.json").write_text(json.dumps(generation))
+    if expected is InputError:
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is \['end'\], needed token ids"):
+            load_model(tmp_path / "base")
+    else:
+        assert load_model(tmp_path / "base").stop_tokens == expected

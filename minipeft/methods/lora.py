@@ -165,9 +165,9 @@ class LoraBank:
 
     def __init__(
         self, method: LoRA, all_sites: dict[str, tuple[int, int]], shared_inputs: Sequence[tuple[str, ...]],
-        num_slots: int, device: torch.device | str,
+        num_slots: int, device: torch.device | str, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
-        self.bank = Bank(method.layout(all_sites), num_slots, device)
+        self.bank = Bank(method.layout(all_sites), num_slots, device, dtype)
         self.rank_class = method.rank_class
         self.scale = torch.zeros(num_slots, device=device)
         self.ranks = torch.zeros(num_slots, dtype=torch.int32, device=device)
@@ -194,17 +194,17 @@ class LoraBank:
             if offsets[f"{after}.Bt"] != offsets[f"{site}.Bt"] + R * N:
                 return False
         on_cpu = backend(self.scale.device) == "torch"
-        return on_cpu or can_join([sizes[site][1] for site in sites], R * len(sites), self.bank.weights.dtype)
+        return on_cpu or can_join([sizes[site][1] for site in sites], R * len(sites), self.bank.compute.dtype)
 
     def _view(self, sites: tuple[str, ...], sizes: dict[str, tuple[int, int]]) -> dict:
         """The parameters of these sites, and their gradients, as fields of `Lora`."""
         layout, M, R, K = self.bank.layout, len(sites), self.rank_class, sizes[sites[0]][0]
         fields = {}
-        for prefix, rows in (("", self.bank.weights), ("grad_", self.bank.grads)):
+        for prefix, rows in (("", self.bank.compute), ("grad_", self.bank.grads)):
             start = layout.offsets[f"{sites[0]}.A"]
             fields[f"{prefix}A"] = rows[:, start : start + M * R * K].unflatten(1, (M * R, K))
             fields[f"{prefix}Bts"] = tuple(layout.view(rows, f"{site}.Bt") for site in sites)
-        weights = self.bank.weights
+        weights = self.bank.compute
         if backend(weights.device) == "triton":
             widths = [sizes[site][1] for site in sites]
             fields["sites"] = site_table(widths, M * R, weights.dtype, weights.device)
@@ -212,15 +212,17 @@ class LoraBank:
 
     def _head_view(self, num_classes: int) -> dict:
         """A user's head as a LoRA whose B is the identity: y = I W h. Nobody reads the identity's gradient."""
-        layout, rows = self.bank.layout, self.bank.weights
+        layout, rows = self.bank.layout, self.bank.compute
         W, grad_W = (layout.view(numbers, "head.W") for numbers in (rows, self.bank.grads))  # [U, C', width + 1]
         identity = torch.eye(W.shape[1], num_classes, device=rows.device, dtype=rows.dtype).expand(len(rows), -1, -1)
-        return {"A": W, "Bts": (identity,), "grad_A": grad_W, "grad_Bts": (torch.empty_like(identity).contiguous(),),
+        unread = torch.empty(identity.shape, device=rows.device)
+        return {"A": W, "Bts": (identity,), "grad_A": grad_W, "grad_Bts": (unread,),
                 "scale": torch.ones_like(self.scale), "ranks": None}  # fmt: skip
 
     def _make_room_for_squares(self, num_slots: int, device: torch.device | str) -> None:
         """squares [U, Q]: columns of its own for every gradient of every view, whichever of them a pass writes."""
-        counts = [[num_squares(M.shape[1], M.shape[2]) for M in (view["grad_A"], *view["grad_Bts"])]
+        itemsize = self.bank.weights.itemsize
+        counts = [[num_squares(M.shape[1], M.shape[2], itemsize) for M in (view["grad_A"], *view["grad_Bts"])]
                   for view in self._views.values()]  # fmt: skip
         if ("head",) in self._views:
             counts[-1][1] = 0  # the identity's

@@ -24,6 +24,7 @@ from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.layers import gelu, gelu_tanh, stable
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
 ACTIVATIONS = {"gelu": gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": torch.relu}
@@ -92,6 +93,8 @@ class Bert(nn.Module):
     The pooler's map is called as the site "pooler", which is not among them.
     """
 
+    recompute = False  # see recompute.py
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
@@ -109,6 +112,10 @@ class Bert(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
     def hidden(self, rows: Rows, linear: LinearFn = plain_linear, token_types: Tensor | None = None) -> Tensor:
         """Last hidden states. Returns [T, width], dtype of the weights.
 
@@ -125,7 +132,7 @@ class Bert(nn.Module):
         types = self.types.weight[0] if token_types is None else self.types(token_types)  # [width] or [T, width]
         x = self.norm(self.embed(rows.tokens) + types + self.positions(rows.positions))  # [T, width]
         for layer in self.layers:
-            x = layer(x, rows, linear)
+            x = run(self, layer, x, rows, linear)
         return x
 
     def pool(self, hidden: Tensor, rows: Rows, how: str, linear: LinearFn = plain_linear) -> Tensor:

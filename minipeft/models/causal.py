@@ -23,6 +23,7 @@ class Causal(nn.Module):
     """
 
     causal = True
+    recompute = False  # see recompute.py
     stop_tokens: tuple[int, ...] = ()
 
     def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
@@ -40,6 +41,10 @@ class Causal(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -33,8 +33,20 @@ class Classifier(nn.Module):
         self.requires_grad_(False)
 
     @property
+    def recompute(self) -> bool:
+        return self.encoder.recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        self.encoder.recompute = wanted
+
+    @property
     def device(self) -> torch.device:
         return self.encoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
 
     def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
         """Every row's text in one vector: [T, width + 1], the mean of its text's last hidden states, and 1."""

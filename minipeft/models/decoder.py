@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minipeft.models.causal import Causal, check_lengths
 from minipeft.models.layers import RMSNorm, SwiGLU
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
 
@@ -115,5 +116,5 @@ class Decoder(Causal):
         x = self.embed(rows.tokens)  # [T, width]
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
-            x = layer(x, rows, rope, linear)
+            x = run(self, layer, x, rows, rope, linear)
         return self.norm(x)

@@ -22,6 +22,7 @@ from minipeft.models.decoder_files import KEY_PARTS, heads, key_of, sliding_laye
 from minipeft.models.fields import choice, flag, num_layers, real, rope, whole
 from minipeft.models.layers import _RMSNorm, gelu_tanh
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
 
@@ -137,7 +138,7 @@ class Gemma2(Causal):
         x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype)  # sqrt(width) rounded: it was trained so in bf16
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
-            x = layer(x, rows, rope, linear)
+            x = run(self, layer, x, rows, rope, linear)
         return self.norm(x)
 
     def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:

@@ -168,10 +168,13 @@ class Sampling:
         return tokens.gather(1, nth.minimum(last))[:, 0]
 
 
+GREEDY = Sampling()
+
+
 @torch.no_grad()
 def generate(
     model, sequences: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int] | None = None,
-    sampling: Sampling = Sampling(), linear_of: LinearOf = lambda lengths: plain_linear,
+    sampling: Sampling = GREEDY, linear_of: LinearOf = lambda lengths: plain_linear,
 ) -> list[list[int]]:  # fmt: skip
     """What a decoder says after each of these sequences: its new tokens, the stop token included if it came.
 
@@ -212,7 +215,7 @@ def generate(
 @torch.no_grad()
 def generate_from(
     model, inputs: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int] | None = None,
-    sampling: Sampling = Sampling(), linear_of: LinearOf = lambda lengths: plain_linear,
+    sampling: Sampling = GREEDY, linear_of: LinearOf = lambda lengths: plain_linear,
 ) -> list[list[int]]:  # fmt: skip
     """What a T5 writes for each of these inputs, without the start token. Arguments and errors as in `generate`."""
     stop = _check(max_new_tokens, sampling, model, stop)

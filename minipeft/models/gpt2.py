@@ -19,6 +19,7 @@ from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.layers import gelu, gelu_tanh
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
 ACTIVATIONS = {  # config.json's name -> the function; the tanh ones are one formula written three ways
@@ -114,7 +115,7 @@ class GPT2(Causal):
         check_lengths(rows, self.config.max_positions)
         x = self.embed(rows.tokens) + self.positions(rows.positions)  # [T, width]
         for layer in self.layers:
-            x = layer(x, rows, linear)
+            x = run(self, layer, x, rows, linear)
         return self.norm(x)
 
 

@@ -21,6 +21,7 @@ from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, rope, whole
 from minipeft.models.gpt2 import ACTIVATIONS, MLP
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
 
@@ -111,7 +112,7 @@ class GPTNeoX(Causal):
         x = self.embed(rows.tokens)  # [T, width]
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
-            x = layer(x, rows, rope, linear)
+            x = run(self, layer, x, rows, rope, linear)
         return self.norm(x)
 
 

@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> how it is read
     "gpt_neox": gpt_neox.FAMILY,
     "t5": t5.FAMILY,
 }
-HUB_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*")  # of a hub id
+HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*")
 NOT_SIZES = ("max_positions", "max_distance")  # settings that may be larger than all weights
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -98,7 +98,22 @@ def load_model(
     if bad:
         warnings.warn(f"{folder}: {sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite in {dtype}, "
                       f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
+    if hasattr(model, "stop_tokens"):
+        model.stop_tokens = _stop_tokens(folder)
     return model.to(device)  # buffers
+
+
+def _stop_tokens(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, or else of config.json: one number, several, or none."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if path.is_file():
+            ids = read_json(path, prefix=f"{path}: ").get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if any(type(token) is not int or token < 0 for token in ids):
+                raise InputError(f"{path}: eos_token_id is {shown(ids)}, needed token ids. Download it again.")
+            if ids:
+                return tuple(ids)
+    return ()
 
 
 class _NoStartValues(TorchFunctionMode):
@@ -174,7 +189,7 @@ def read_config(folder: str | Path) -> tuple[Family, object]:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or hub id, set to neither cut nor pad: packed rows need no padding, cuts are counted."""
+    """The tokenizer of a folder or hub id; set to neither cut nor pad: rows are packed, cuts are counted."""
     path = find_folder(name) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file. Save the model's fast tokenizer there: tokenizer.save_pretrained().")

@@ -30,6 +30,7 @@ from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.generate import Sampling, generate_from
 from minipeft.models.layers import RMSNorm, gelu_tanh
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
 Keys = tuple[Tensor, Tensor]  # k and v of a layer, [T, H, D] each
@@ -198,6 +199,7 @@ class T5(nn.Module):
     """
 
     stop_tokens: tuple[int, ...] = ()
+    recompute = False  # see recompute.py
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -222,7 +224,7 @@ class T5(nn.Module):
         """Input rows, not causal -> the encoder's last hidden states [T_in, width], dtype of the weights."""
         x, biases = self.embed(rows.tokens), rows.attend.scores_bias(self.encoder.bias)
         for layer in self.encoder.layers:
-            x = layer(x, rows, biases, linear)
+            x = run(self, layer, x, rows, biases, linear)
         return self.encoder.norm(x)
 
     def cross_keys(self, memory: Tensor, linear: LinearFn = plain_linear) -> list[Keys]:
@@ -250,7 +252,7 @@ class T5(nn.Module):
         """
         x, biases = self.embed(rows.tokens), rows.attend.scores_bias(self.decoder.bias)
         for layer, seen in zip(self.decoder.layers, keys, strict=True):
-            x = layer(x, rows, biases, seen, cross, linear)
+            x = run(self, layer, x, rows, biases, seen, cross, linear)
         return self.decoder.norm(x)
 
     def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
@@ -277,6 +279,10 @@ class T5(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[Tensor]:
