@@ -58,8 +58,8 @@ class PassConfig:
 
     slots: int = 32  # users resident at a time
     token_budget: int = 2048  # rows in a pass, at least one user's minibatch whatever its size
-    recompute: bool = False  # activation checkpointing: less memory, a third more work, the same bits
     deterministic: bool = False  # also the last bits: products in fixed tiles of one user's rows
+    recompute: bool = False  # activation checkpointing: less memory, a third more work, the same bits
 
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""

@@ -24,7 +24,7 @@ from minipeft.schedule import Job, PassConfig, Run, TrainConfig
 # An MLP that is no multiple of 64 wide: elements then lie anywhere in a vector register and a thread's share.
 BASE = DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=75,
                      qkv_bias=True, max_positions=64)  # fmt: skip
-LABELS = LabelSet([[5], [6, 7], [8, 9]])  # one token, two tokens; a question is scored from two sequences
+LABELS = LabelSet([[5], [6, 7], [8, 9]])  # one token, two tokens: a prompt, and two labels that go on from it
 RANKS = (1, 3, 8, 12)  # the first three in rank class 8, the last in rank class 16
 SITES = (LoRA().sites, ("q", "v"), ("o", "down"), ("layers.1.mlp.gate", "k"))
 COMPANIES = {  # order of admission, slots, token budget

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from test_recompute import make_decoder
 
+from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question
+from minipeft.methods.lora import LoRA
 
 LABELS = {
     "one token each": ([[5], [6], [7]], 1, 1),  # label tokens, reads per question, rows per question
@@ -55,3 +58,21 @@ def test_training_reads_the_rows_that_predict_the_right_label():
 def test_labels_that_begin_alike_are_refused(labels):
     with pytest.raises(InputError, match="cannot be told apart: the tokens of one begin the other's"):
         LabelSet(labels)
+
+
+def test_an_engine_scores_labels_as_the_base_would_word_by_word():
+    """Labels that go on from one prompt's shared rows, against each label after its whole prompt."""
+    labels = LabelSet([[5], [6, 7], [8, 9, 3], [8, 9, 4], [8, 2]])
+    draw, model = torch.Generator().manual_seed(0), make_decoder()
+    questions = [Question(tuple(torch.randint(60, (n,), generator=draw).tolist()), 0) for n in (1, 7, 30, 16)]
+    engine = Engine(model, labels)
+    place = engine.admit("a", LoRA(rank=2, sites=("q",)))  # at its start value it changes nothing
+    scores = torch.cat([torch.from_numpy(piece) for _, piece in engine.score([(*place, questions)])])
+    for question, mine in zip(questions, scores):
+        for label, score in zip(labels.labels, mine):
+            (logits,) = model.logits([question.prompt + label])
+            rows = logits.log_softmax(-1)[len(question.prompt) - 1 : -1]
+            expected = sum(row[token] for row, token in zip(rows, label))
+            torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
+    rows_of_prompts = sum(len(question.prompt) for question in questions)
+    assert engine.totals.tokens == rows_of_prompts + len(questions) * sum(len(stem) for stem in labels.stems)
