@@ -12,7 +12,8 @@ def backend(device: torch.device | str) -> str:
 
     "triton": compiled kernels on a GPU; on a CPU, under TRITON_INTERPRET=1, the same kernels in Triton's interpreter
               (slow: for tests and for stepping through a kernel with a debugger).
-    "torch":  plain PyTorch on tiles (kernels/cpu.py), on a CPU.
+    "torch":  plain PyTorch, on a CPU: products over pieces of whole tiles (kernels/cpu.py), as in training; ragged
+              segments of `segment_lora` by itself go to torch.nn.functional.grouped_mm.
 
     Raises:
         ValueError: no implementation exists for the device. There is no fallback.

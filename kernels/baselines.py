@@ -9,10 +9,11 @@
 
 Each is the best short version we could write: the users' matrices are gathered once and never stacked, `scale` is
 multiplied into v, and what depends on the batch alone is looked up in `Groups`, built once per batch like Segments.
-The projects in brackets work this way; their code is not here. The two functions at the end do the same for IA3 and
-for soft prompts.
+The projects in brackets work this way; their code is not here. Below them the same for weight gradients by themselves,
+for bottleneck adapters, IA3 and soft prompts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from minipeft_kernels.prompts import PromptPlan
 from minipeft_kernels.segments import RowGroups, Segments
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class DoesNotApply(ValueError):
@@ -59,12 +62,12 @@ class Groups:
 
 
 def _own(matrices: Tensor, slots: Tensor, ranks: Tensor | None) -> Tensor:
-    """[U, R, K] -> [n, R, K], those of these slots; rows at or past a slot's rank become 0, whatever they hold."""
+    """[U, R, ...] -> [n, R, ...], those of these slots; rows at or past a slot's rank become 0, whatever they hold."""
     gathered = matrices.index_select(0, slots)
     if ranks is None:
         return gathered
     unused = torch.arange(matrices.shape[1], device=slots.device) >= ranks.index_select(0, slots)[:, None]  # [n, R]
-    return gathered.masked_fill(unused[:, :, None], 0.0)
+    return gathered.masked_fill(unused if matrices.ndim == 2 else unused[:, :, None], 0.0)
 
 
 def _own_scale(x: Tensor, scale: Tensor, slots: Tensor) -> Tensor:
@@ -82,15 +85,35 @@ def gather_bmm(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, groups: Groups, 
     return torch.bmm(v.transpose(1, 2), row_Bt)[:, 0]
 
 
-def padded_bmm(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, groups: Groups, ranks: Tensor | None = None) -> Tensor:
-    """Everybody as long as the longest: [S', longest, K] and [S', longest, N]."""
+def _pad(x: Tensor, groups: Groups) -> Tensor:
+    """[T, K] -> [S', longest, K], filled up with 0."""
     S, K = len(groups.lengths), x.shape[1]
     padded = x if groups.places is None else x.new_zeros(S * groups.longest, K).index_copy(0, groups.places, x)
-    own_A, own_Bt = (_own(matrices, groups.slots, ranks) for matrices in (A, Bt))
-    v = torch.bmm(padded.view(S, groups.longest, K), own_A.transpose(1, 2))  # [S', longest, R]
-    v = v * _own_scale(x, scale, groups.slots)[:, None, None]
-    y = torch.bmm(v, own_Bt).view(S * groups.longest, Bt.shape[2])
+    return padded.view(S, groups.longest, K)
+
+
+def _unpad(padded: Tensor, groups: Groups) -> Tensor:
+    """[S', longest, N] -> [T, N]."""
+    y = padded.flatten(0, 1)
     return y if groups.places is None else y.index_select(0, groups.places)
+
+
+def padded_bmm(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, groups: Groups, ranks: Tensor | None = None) -> Tensor:
+    """Everybody as long as the longest: [S', longest, K] and [S', longest, N]."""
+    own_A, own_Bt = (_own(matrices, groups.slots, ranks) for matrices in (A, Bt))
+    v = torch.bmm(_pad(x, groups), own_A.transpose(1, 2))  # [S', longest, R]
+    return _unpad(torch.bmm(v * _own_scale(x, scale, groups.slots)[:, None, None], own_Bt), groups)
+
+
+def _check_grouped(x: Tensor, N: int, groups: Groups) -> None:
+    """Raises DoesNotApply where torch's grouped_mm does not take rows of x's width and of N numbers, or this batch."""
+    K, S = x.shape[1], len(groups.lengths)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DoesNotApply(f"grouped_mm: x is {x.dtype}; it takes fp32, bf16 and fp16.")
+    if not 1 <= S < 1024:
+        raise DoesNotApply(f"grouped_mm: {S} users have rows; it takes 1 to 1023.")
+    if K * x.itemsize % 16 or N * x.itemsize % 16:
+        raise DoesNotApply(f"grouped_mm: rows of {K} and {N} numbers in {x.dtype}; it takes whole 16 bytes.")
 
 
 def grouped_mm(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, groups: Groups, ranks: Tensor | None = None) -> Tensor:
@@ -99,19 +122,71 @@ def grouped_mm(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, groups: Groups, 
     Raises:
         DoesNotApply: a dtype, a number of users or a width that torch's grouped_mm does not take.
     """
-    K, N, S = x.shape[1], Bt.shape[2], len(groups.lengths)
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DoesNotApply(f"grouped_mm: x is {x.dtype}; it takes fp32, bf16 and fp16.")
-    if not 1 <= S < 1024:
-        raise DoesNotApply(f"grouped_mm: {S} users have rows; it takes 1 to 1023.")
-    if K * x.itemsize % 16 or N * x.itemsize % 16:
-        raise DoesNotApply(f"grouped_mm: rows of {K} and {N} numbers in {x.dtype}; it takes whole 16 bytes.")
+    _check_grouped(x, Bt.shape[2], groups)
     own_A, own_Bt = (_own(matrices, groups.slots, ranks) for matrices in (A, Bt))
     if A.shape[1] % 8:
         own_A, own_Bt = (F.pad(matrices, (0, 0, 0, -A.shape[1] % 8)) for matrices in (own_A, own_Bt))
     v = F.grouped_mm(x, own_A.transpose(1, 2), offs=groups.ends)  # [T, padded R]
     v = v * _own_scale(x, scale, groups.slot_of_row)[:, None]
     return F.grouped_mm(v, own_Bt, offs=groups.ends)
+
+
+# ---- Weight gradients by themselves: G_u = sum over rows t of slot u of v[t] x[t]^T --------------------------------
+
+
+def loop_wgrad(v: Tensor, x: Tensor, grad: Tensor, groups: Groups) -> None:
+    """One product per user, into the user's place of grad [U, R, K]. v: [T, R], x: [T, K], all of one dtype.
+
+    A framework's gradients have the dtype of its weights, so grad does in all three, where ours is fp32.
+    """
+    for slot, v_u, x_u in zip(groups.slots.tolist(), v.split(groups.lengths), x.split(groups.lengths)):
+        torch.mm(v_u.t(), x_u, out=grad[slot])
+
+
+def padded_wgrad(v: Tensor, x: Tensor, grad: Tensor, groups: Groups) -> None:
+    """One batched product of rows filled up with 0; then the users' gradients go to their places."""
+    grad.index_copy_(0, groups.slots, torch.bmm(_pad(v, groups).transpose(1, 2), _pad(x, groups)))
+
+
+def grouped_wgrad(v: Tensor, x: Tensor, grad: Tensor, groups: Groups) -> None:
+    """One grouped product, a group of rows per user. Raises DoesNotApply as grouped_mm does."""
+    _check_grouped(x, x.shape[1], groups)
+    R = v.shape[1]
+    own = F.grouped_mm(F.pad(v, (0, -R % 8)).t(), x, offs=groups.ends)  # [S', padded R, K]
+    grad.index_copy_(0, groups.slots, own[:, :R])
+
+
+# ---- Bottleneck adapters: y[t] = x[t] + s_u (Wu_u act(Wd_u x[t] + bd_u) + bu_u) --------------------------------------
+
+
+def padded_bottleneck(
+    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: Tensor, act: Activation,
+    groups: Groups, widths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Everybody as long as the longest. Arguments of both as in bottleneck.py, but for groups and act, a function."""
+    own_down, own_down_bias, own_up = (_own(weights, groups.slots, widths) for weights in (down, down_bias, up))
+    z = torch.baddbmm(own_down_bias[:, None], _pad(x, groups), own_down.transpose(1, 2))  # [S', longest, F]
+    y = torch.baddbmm(up_bias.index_select(0, groups.slots)[:, None], act(z), own_up)  # [S', longest, K]
+    return x + _unpad(y * _own_scale(x, scale, groups.slots)[:, None, None], groups)
+
+
+def grouped_bottleneck(
+    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: Tensor, act: Activation,
+    groups: Groups, widths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One grouped product down, one up; biases are gathered row by row. Raises DoesNotApply as grouped_mm does."""
+    _check_grouped(x, x.shape[1], groups)
+    own_down, own_up = (_own(weights, groups.slots, widths) for weights in (down, up))
+    row_bias = _own(down_bias, groups.slot_of_row, widths)  # [T, F]
+    if fill := -down.shape[1] % 8:
+        own_down, own_up = (F.pad(weights, (0, 0, 0, fill)) for weights in (own_down, own_up))
+        row_bias = F.pad(row_bias, (0, fill))
+    h = act(F.grouped_mm(x, own_down.transpose(1, 2), offs=groups.ends) + row_bias)  # [T, padded F]
+    y = F.grouped_mm(h, own_up, offs=groups.ends) + up_bias.index_select(0, groups.slot_of_row)
+    return x + y * _own_scale(x, scale, groups.slot_of_row)[:, None]
+
+
+# ---- IA3 and soft prompts ------------------------------------------------------------------------------------------
 
 
 def gather_ia3(x: Tensor, vectors: Tensor, groups: Groups) -> Tensor:

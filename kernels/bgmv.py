@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dtypes import jit, store, tl
+from minipeft_kernels.layouts import check_table
 
 PROGRAMS = 264  # two for every multiprocessor of the largest GPUs we know (132)
 BLOCK_NUMBERS = 4096  # of A or Bt a program works on at a time, 32 per thread, while two more blocks are on their way
@@ -125,12 +126,10 @@ def _check(x, A, Bt, scale, slots, ranks) -> None:
                          "fp32 (the bank has a compute copy).")  # fmt: skip
     if x.stride(1) != 1 or A.stride(2) != 1 or Bt.stride(2) != 1:
         raise ValueError("bgmv: the last dimension of x, A and Bt must be contiguous; call .contiguous().")
-    if scale.shape != (U,) or scale.dtype != torch.float32:
-        raise ValueError(f"bgmv: scale is {list(scale.shape)} {scale.dtype}; give [{U}] fp32, one per slot.")
-    if slots.shape != (S,) or slots.dtype != torch.int64:
-        raise ValueError(f"bgmv: slots are {list(slots.shape)} {slots.dtype}; give [{S}] int64, one per row of x.")
-    if ranks is not None and (ranks.shape != (U,) or ranks.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"bgmv: ranks are {list(ranks.shape)} {ranks.dtype}; give [{U}] int32 or int64, or None.")
+    check_table("bgmv", "scale (one per slot)", scale, (U,), torch.float32)
+    check_table("bgmv", "slots (one per row of x)", slots, (S,), torch.int64)
+    if ranks is not None:
+        check_table("bgmv", "ranks (one per slot)", ranks, (U,), torch.int32, torch.int64)
     for name, tensor in (("A", A), ("Bt", Bt), ("scale", scale), ("slots", slots), ("ranks", ranks)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"bgmv: {name} is on {tensor.device} but x is on {x.device}; move it there.")
@@ -142,7 +141,7 @@ def bgmv(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, slots: Tensor, ranks: 
     Args:
         x:      [S, K] bf16, fp16 or fp32. One row per sequence; rows may have any stride.
         A, Bt:  [U, R, K] and [U, R, N], dtype of x, views of the bank: any stride between slots and between rank rows.
-        scale:  [U] fp32, no unit. alpha / rank.
+        scale:  [U] fp32, no unit. alpha / rank. Contiguous, as slots and ranks are.
         slots:  [S] int64. The slot of each row, below U (not checked: it would wait for the device), as often as one
                 likes; -1: no adapter, zeros.
         ranks:  [U] int, or None: all R. Rank rows at or past a slot's rank are not read.

@@ -20,7 +20,7 @@ second time, from the L2 cache). Forward keeps z and not h: h is one function aw
 z in hand for act', writes s h beside q for the weight gradients. Those are wgrad.py's: sums over a segment's own rows,
 in their own order. A bias is the weight of an input that is always 1, so its gradient is a weight gradient against a
 column of ones; a kernel for sums alone would read the same bytes. No sum crosses users and block sizes depend on F
-alone, so a user's bits do not depend on the company.
+alone, so a user's bits do not depend on the company; on a CPU, where libraries multiply, the last ones may.
 
 Bytes, with e per number: forward e * T * (2 K + F), with r 3 K; backward e * T * (5 K + 6 F), of which grad_y three
 times, x and grad_x; per slot that has rows, e * 2 F K in each direction and 4 * 2 F K for the gradients. In bf16 that
@@ -42,6 +42,7 @@ from minipeft_kernels.activations import ACTIVATIONS, act, act_slope
 from minipeft_kernels.backend import backend
 from minipeft_kernels.blocks import load_block, my_ranks, my_rows
 from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, store, tl
+from minipeft_kernels.layouts import check_slots, check_table
 from minipeft_kernels.segments import Segments, take
 from minipeft_kernels.wgrad import wgrad
 
@@ -288,7 +289,7 @@ def _backward_torch(
         grad_x += grad_y
     down, down_bias, up, up_bias = g.grads
     for grad, parts in zip((down, down_bias[:, :, None], up, up_bias[:, None, :]), zip(*partial)):
-        grad[tiles.groups.slots] = cpu.sum_pieces(torch.cat(parts), tiles).to(grad.dtype)
+        cpu.store_(grad, cpu.sum_pieces(torch.cat(parts), tiles), tiles.groups.slots, None)
 
 
 def path(device: torch.device):
@@ -337,9 +338,6 @@ def check(op: str, g: Bottleneck, x: Tensor, residual: Tensor | None) -> None:
     if got != needed:
         raise ValueError(f"{op}: down is {(U, F, K)}, so down_bias, up (transposed) and up_bias must be {needed}; "
                          f"got {got}.")
-    for name, values in (("scale", g.scale), ("widths", g.widths)):
-        if values is not None and values.shape != (U,):
-            raise ValueError(f"{op}: {name} must be [{U}], one per slot, or None; got {tuple(values.shape)}.")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"{op}: residual is {tuple(residual.shape)} {residual.dtype} but x is {tuple(x.shape)} "
                          f"{x.dtype}; they must agree, or residual be None for x itself.")
@@ -348,9 +346,10 @@ def check(op: str, g: Bottleneck, x: Tensor, residual: Tensor | None) -> None:
                          f"{', '.join(str(tensor.dtype) for tensor in g.weights)}.")
     for kind, tensors in (("weights", g.weights), ("grads", g.grads or g.weights)):
         for name, tensor, like in zip(BottleneckTensors._fields, tensors, g.weights):
-            if tensor.shape != like.shape or (U and not tensor[0].is_contiguous()):
-                raise ValueError(f"{op}: {name} of the {kind} is {tuple(tensor.shape)} with strides {tensor.stride()}; "
-                                 f"needed is {tuple(like.shape)}, contiguous within a slot.")
+            check_slots(op, f"{name} of the {kind}", tensor, like.shape)
+    for name, table, dtype in (("scale", g.scale, torch.float32), ("widths", g.widths, torch.int32)):
+        if table is not None:
+            check_table(op, f"{name} (one per slot)", table, (U,), dtype)
     if g.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {g.activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
     if len(g.segments.slots) and g.segments.slots.max() >= U:
@@ -372,16 +371,16 @@ def segment_bottleneck(
         x:         [T, K] fp32, bf16 or fp16 (on a CPU also fp64). Packed rows, in segment order.
         residual:  [T, K], dtype of x: r. None: r is x itself (a serial adapter), cheaper than passing x twice.
         down, up:  [U, F, K], dtype of x, F from 1 to 256. up is Wu transposed. down_bias: [U, F]. up_bias: [U, K].
-                   Views of the bank: any stride between slots.
+                   Views of the bank: contiguous within a slot, any stride between slots.
         activation: "relu", "gelu" (exact), "gelu_tanh" or "silu".
-        scale:     [U] fp32, no unit; None: 1.
+        scale:     [U] fp32, no unit; None: 1. Contiguous, as widths is.
         widths:    [U] int32, a slot's own F; None: all use F. Rows of down and up past it, and of down_bias, have no
                    effect, whatever they hold, and get gradient 0.
     Returns:
         [T, K], dtype of x; sums run in fp32. Differentiable in x, residual, down, down_bias, up and up_bias; a slot
         without rows gets gradient 0.
     Raises:
-        ValueError: the shapes or dtypes disagree, or the device has no implementation.
+        ValueError: shapes, dtypes or layouts disagree, or the device has no implementation.
     Cost: 4 * T * F * K FLOPs, twice that backward; keeps x and z, [T, F]. Same bits on every run.
     """
     weights = BottleneckTensors(down, down_bias, up, up_bias)

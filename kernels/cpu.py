@@ -57,6 +57,14 @@ def sum_pieces(partial: Tensor, tiles: Tiles) -> Tensor:
     return F.embedding_bag(tiles.order, flat, tiles.first_piece, mode="sum").view(-1, *partial.shape[1:])
 
 
+def store_(grad: Tensor, own: Tensor, slots: Tensor, accumulate: Tensor | None) -> None:
+    """grad[slots] = own [S', ...], or += own where accumulate [U] is not 0. What else grad holds is not read."""
+    if accumulate is not None:
+        later = accumulate.index_select(0, slots).bool().view(-1, *[1] * (own.ndim - 1))
+        own = own + torch.where(later, grad[slots].to(own.dtype), 0.0)
+    grad[slots] = own.to(grad.dtype)
+
+
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
     """y = x W^T + b computed in fixed tiles of rows, so a row's bits do not depend on how many rows share the product.
 

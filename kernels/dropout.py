@@ -8,7 +8,8 @@ keep[t, k] is byte k mod 16 of philox4x32-7 (Salmon et al. 2011, "Parallel rando
     counter  (k // 16, position of row t in its segment, 0, 0)
 
 so it depends on nothing a batch decides. A byte is kept if it is at least `threshold` = 256 p: p is a multiple of
-1/256, and one call of the generator serves 16 numbers, which keeps drawing cheaper than reading them.
+1/256, and one call of the generator serves 16 numbers, which keeps drawing cheaper than reading them. At p = 1 nothing
+is kept, and the branch gives 0.
 """
 
 import numpy as np
@@ -23,7 +24,7 @@ def drop_key(drops_ptr, segment):
     """Of a segment's row in drops [S, 2] int64: (key, threshold, what kept numbers are multiplied with)."""
     key = tl.load(drops_ptr + 2 * segment)
     threshold = tl.load(drops_ptr + 2 * segment + 1).to(tl.int32)
-    return key, threshold, 256.0 / (256 - threshold).to(tl.float32)
+    return key, threshold, 256.0 / tl.maximum(256 - threshold, 1).to(tl.float32)  # of nothing kept: any but inf
 
 
 @jit
@@ -71,4 +72,4 @@ def keep_mask(drops: Tensor, starts: np.ndarray, width: int) -> tuple[Tensor, Te
     words = torch.stack(philox(key, c0, c1), -1)  # [T, width / 16, 4]
     octets = (words[..., None] >> (8 * torch.arange(4, device=drops.device))) & 255  # [T, width / 16, 4, 4]
     keep = octets.view(len(rows), -1)[:, :width] >= rows[:, 1:]
-    return keep, 256.0 / (256 - rows[:, 1:]).float()
+    return keep, 256.0 / (256 - rows[:, 1:]).clamp(min=1).float()

@@ -30,6 +30,7 @@ from minipeft_kernels.segment_lora import (
     num_kept,
 )
 from minipeft_kernels.segments import other_rows
+from minipeft_kernels.shrink_expand import check_sites
 
 
 @dataclass(frozen=True)
@@ -119,27 +120,35 @@ def lora_linear(
     """y_m[t] = W_m x[t] + b_m + scale[u] * B_m[u] @ A_m[u] @ x[t]: frozen linear maps and every row's own LoRA on them.
 
     Args:
-        x:       [T, K]. anchor: any tensor that requires grad, unused (see _TritonLinear).
+        x:       [T, K], copied unless contiguous. anchor: any tensor that requires grad, unused (see _TritonLinear).
         weights: M of [N_m, K], frozen. biases: M of [N_m] or None, frozen.
         groups:  the banks that act here, at all M sites, each on its own rows. Gradients are written where they say.
         tile:    None: one matrix product for all rows. A number: fixed tiles of that many rows (T a multiple of it), so
-                 that a row's bits do not depend on the company; costs a few percent. Not on a GPU yet.
+                 that a row's bits do not depend on the company (at ranks from 8 on, which banks pad to); costs a few
+                 percent. Not on a GPU yet.
     Returns:
         M of [T, N_m], dtype of x. Differentiable in x.
     Raises:
-        ValueError: shapes, dtypes or devices disagree; or groups share rows or lie outside of x.
+        ValueError: shapes, dtypes, layouts or devices disagree; or groups share rows or lie outside of x.
     """
     for g in groups:
         R = g.lora.Bts[0].shape[1]
         if len(g.lora.Bts) != len(weights) or g.lora.A.shape[1] != len(weights) * R:
             raise ValueError(f"lora_linear: {len(weights)} frozen maps, but a LoRA has {len(g.lora.Bts)} Bts and "
                              f"{g.lora.A.shape[1]} rank rows in A; give it as many sites.")
-        for Bt in g.lora.Bts:
-            check("lora_linear", g.of(x), g.lora.A[:, :R], Bt, g.lora.scale, g.lora.segments, g.lora.ranks)
+        check("lora_linear", g.of(x), g.lora)
+        if len(g.lora.grad_Bts) != len(weights):
+            raise ValueError(f"lora_linear: {len(weights)} Bts but {len(g.lora.grad_Bts)} grad_Bts; give one for each.")
+        if [Bt.shape[2] for Bt in g.lora.Bts] != [len(weight) for weight in weights]:
+            raise ValueError(f"lora_linear: the frozen maps have {[len(weight) for weight in weights]} outputs, but a "
+                             f"LoRA's Bts have {[Bt.shape[2] for Bt in g.lora.Bts]} columns. Was this adapter trained "
+                             "on another base?")
+        if g.lora.segments.plan is not None:
+            check_sites("lora_linear", g.lora.sites, g.lora.Bts)
     others = other_rows("lora_linear", ((g.first_row, g.lora.segments) for g in groups), len(x))
     if backend(x.device) == "torch":
-        return _TorchLinear.apply(x, anchor, groups, weights, biases, tile)
+        return _TorchLinear.apply(x.contiguous(), anchor, groups, weights, biases, tile)
     if tile is not None:
         raise ValueError("lora_linear: products in fixed tiles (deterministic mode) are not built for a GPU; "
                          "use tile=None there.")
-    return _TritonLinear.apply(x, anchor, groups, others, weights, biases)
+    return _TritonLinear.apply(x.contiguous(), anchor, groups, others, weights, biases)

@@ -24,6 +24,7 @@ from torch import Tensor
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dropout import keep_mask
+from minipeft_kernels.layouts import check_slots, check_table
 from minipeft_kernels.segments import Segments, take
 from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
@@ -34,13 +35,15 @@ class Lora:
     """One bank's LoRA at M sites that share their input (q|k|v), for the rows of `segments`.
 
     A:        [U, M * R, K]: the sites' As one below the other, so that x is read once.
-    Bts:      M tensors [U, R, N_m]. A and Bts are views of the bank, any stride between slots; on a GPU several Bts lie
-              one right after the other.
-    scale:    [U] fp32. ranks: [U] int32, or None where every slot uses all R.
+    Bts:      M tensors [U, R, N_m]. A and Bts are views of the bank, contiguous within a slot, any stride between
+              slots; on a GPU several Bts lie one right after the other.
+    scale:    [U] fp32. ranks: [U] int32, or None where every slot uses all R. All tables are contiguous.
     grad_A, grad_Bts: where `backward` stores the gradients of slots that have rows: shapes of A and Bts, fp32 (on a
               CPU: dtype of A). Other slots are left alone; rank rows past a slot's own get 0, or are left alone too.
     sites:    on a GPU shrink_expand.site_table of the widths N_m; None for one site.
     drop:     [S, 2] int64 (dropout.py): dropout of x on its way into A; None: none.
+    accumulate: [U] int32: a slot where it is not 0 adds to the gradients that are there, the later micro-steps of one
+              optimizer step; others overwrite them. None: all overwrite.
     squares:  on a GPU, where to leave the sums of squares of grad_A and of each of grad_Bts (wgrad.py); None: nowhere.
     """
 
@@ -53,6 +56,7 @@ class Lora:
     grad_Bts: tuple[Tensor, ...]
     sites: Tensor | None = None
     drop: Tensor | None = None
+    accumulate: Tensor | None = None
     squares: tuple[Tensor | None, ...] | None = None
 
     def columns(self, x: Tensor) -> list[Tensor]:
@@ -82,9 +86,9 @@ def backward_triton(lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Te
             shrink(grad_y, Bt, ranks, plan, planes=planes, column=m * R)
         w = expand(planes, lora.A, grad_x, lora.scale, ranks, plan, R, M, drop_y=lora.drop)
     squares_A, *squares = lora.squares or [None] * (1 + M)
-    wgrad(w, x, plan, lora.grad_A, ranks, squares=squares_A, drop=lora.drop, M=M)
+    wgrad(w, x, plan, lora.grad_A, ranks, lora.accumulate, squares_A, lora.drop, M)
     for v, grad_y, grad_Bt, sums in zip(lora.columns(kept[0]), grad_ys, lora.grad_Bts, squares):
-        wgrad(v, grad_y, plan, grad_Bt, ranks, squares=sums)
+        wgrad(v, grad_y, plan, grad_Bt, ranks, lora.accumulate, sums)
 
 
 # ---- On a CPU ------------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def backward_torch(
         grad_x.copy_(grad_x + delta if beta else delta)
     if num_pieces:
         for grad, partial in zip((lora.grad_A, *lora.grad_Bts), (grad_A, *grad_Bts)):
-            grad[tiles.groups.slots] = cpu.sum_pieces(partial, tiles)
+            cpu.store_(grad, cpu.sum_pieces(partial, tiles), tiles.groups.slots, lora.accumulate)
 
 
 # ---- On a CPU, ragged ----------------------------------------------------------------------------------------------
@@ -240,24 +244,34 @@ class _SegmentLora(torch.autograd.Function):
         return grad_x, grad_A.to(A.dtype), grad_Bt.to(A.dtype), None, None, None, None
 
 
-def check(op: str, x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None) -> None:
+def check(op: str, x: Tensor, lora: Lora) -> None:
+    """x: the rows that lora's segments cover. The M sites of A are as many as Bts."""
+    A, Bts, segments = lora.A, lora.Bts, lora.segments
     if x.ndim != 2 or x.shape[0] != segments.num_rows:
         raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
     if A.ndim != 3 or A.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but A is {tuple(A.shape)}, made for {A.shape[-1]}. "
                          "Was this adapter trained on another base?")
-    if Bt.ndim != 3 or Bt.shape[:2] != A.shape[:2] or scale.shape != A.shape[:1]:
-        raise ValueError(f"{op}: A is {tuple(A.shape)}, so Bt must be [{A.shape[0]}, {A.shape[1]}, N] and scale "
-                         f"[{A.shape[0]}]; got {tuple(Bt.shape)} and {tuple(scale.shape)}.")
-    if not x.dtype == A.dtype == Bt.dtype:
-        raise ValueError(f"{op}: x, A and Bt must share a dtype; got {x.dtype}, {A.dtype}, {Bt.dtype}.")
+    for Bt in Bts:
+        if Bt.ndim != 3 or Bt.shape[:2] != (len(A), A.shape[1] // len(Bts)):
+            raise ValueError(f"{op}: A is {tuple(A.shape)}, so Bt must be [{len(A)}, {A.shape[1] // len(Bts)}, N]; got "
+                             f"{tuple(Bt.shape)}.")
+        if not x.dtype == A.dtype == Bt.dtype:
+            raise ValueError(f"{op}: x, A and Bt must share a dtype; got {x.dtype}, {A.dtype}, {Bt.dtype}.")
     if len(segments.slots) and segments.slots.max() >= A.shape[0]:
         raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {A.shape[0]} slots.")
-    if ranks is not None and ranks.shape != A.shape[:1]:
-        raise ValueError(f"{op}: ranks must be [{A.shape[0]}], one per slot; got {tuple(ranks.shape)}.")
     if (backend(x.device) == "triton") != (segments.plan is not None):
         raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
                          "pass device=x.device to Segments.build.")
+    for name, matrices, like in (("A", A, A), ("grad_A", lora.grad_A, A), *(("Bt", Bt, Bt) for Bt in Bts),
+                                 *(("grad_Bt", grad, Bt) for grad, Bt in zip(lora.grad_Bts, Bts))):  # fmt: skip
+        check_slots(op, name, matrices, like.shape)
+    check_table(op, "scale (one per slot)", lora.scale, (len(A),), torch.float32)
+    for name, table in (("ranks", lora.ranks), ("accumulate", lora.accumulate)):
+        if table is not None:
+            check_table(op, f"{name} (one per slot)", table, (len(A),), torch.int32)
+    if lora.drop is not None:
+        check_table(op, "drop (one row per segment)", lora.drop, (len(segments.slots), 2), torch.int64)
 
 
 def segment_lora(
@@ -270,19 +284,21 @@ def segment_lora(
 
     Args:
         x:      [T, K] fp32, bf16 or fp16 (on a CPU also fp64). Packed rows, in segment order.
-        A, Bt:  [U, R, K] and [U, R, N], dtype of x, views of the bank: any stride between slots.
-        scale:  [U] fp32, no unit. alpha / rank.
+        A, Bt:  [U, R, K] and [U, R, N], dtype of x, views of the bank: contiguous within a slot, any stride between
+                slots.
+        scale:  [U] fp32, no unit. alpha / rank. Contiguous, as ranks and drop are.
         ranks:  [U] int32, or None where every slot uses all R. Rank rows at or past ranks[u] have no
                 effect, whatever they hold, and get gradient 0.
         drop:   [S, 2] int64, key and threshold of each segment's dropout of x (dropout.py); None: no dropout.
     Returns:
         [T, N], dtype of x; sums run in fp32. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
-        ValueError: the shapes or dtypes disagree, or the device has no implementation.
-    Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run, and a user's
-    in any company; on a CPU only in company that is ragged as well, or is not (multiples of segments.TILE rows).
+        ValueError: shapes, dtypes or layouts disagree, or the device has no implementation.
+    Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run; in kernels a
+    user's also in any company. On a CPU libraries multiply, and company can change last bits: that it is ragged, at odd
+    widths, at ranks below 8.
     """
-    check("segment_lora", x, A, Bt, scale, segments, ranks)
+    check("segment_lora", x, Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop))
     if segments.plan is None and _can_group(x, Bt, segments):
         return _GroupedLora.apply(_aligned(_dropped(x, drop, segments)), A, Bt, scale, segments, ranks)
     return _SegmentLora.apply(x.contiguous(), A, Bt, scale, segments, ranks, drop)

@@ -2,8 +2,8 @@
 
 A batch has T rows. Segment s is rows starts[s] .. starts[s + 1] - 1, all of slot slots[s]. Rows are also cut into tiles
 that start at their segment's own first row, so a tile sees one slot and its boundaries never depend on the company.
-The plan is built once per batch on the host, in O(tiles), and reused by every layer: `Tiles` for plain PyTorch, `Plan`
-for the kernels.
+The plan is built once per batch on the host and reused by every layer: `Plan` for the kernels, in O(tiles); `Tiles`
+for plain PyTorch, in O(rows), as it looks rows up one by one.
 """
 
 from collections.abc import Iterable, Sequence

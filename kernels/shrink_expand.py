@@ -24,6 +24,7 @@ these kernels wait for memory up to a rank of about 100.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from torch import Tensor
 from minipeft_kernels.blocks import load_block, my_ranks, my_rows
 from minipeft_kernels.dropout import drop_key, keep_block
 from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, store, tl
+from minipeft_kernels.layouts import check_table
 from minipeft_kernels.segments import Plan
 
 PLANE = 1024  # columns of x that are summed before they are added to the rest; the same whether split or not
@@ -187,15 +189,19 @@ def _expand_kernel(
 def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
     """Block sizes for this many rank rows and bytes per number: never of the batch, or bits would depend on it.
 
-    The largest that tests/test_aot.py finds to fit on every chip: no spilled register, 64 KB of shared memory.
+    Every branch compiles clean on the three chips of tests/test_aot.py, for up to 256 rank rows: no spilled register,
+    64 KB of shared memory, bf16 on the matrix unit. In fp32 a product is exact and no matrix unit but AMD's knows that:
+    each thread multiplies by itself, from its own registers, so many rank rows get smaller blocks.
     """
     if itemsize > 2:
-        return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 4 if num_ranks <= 64 else 8, "num_stages": 3}
+        if num_ranks <= 64:
+            return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 4 if num_ranks <= 16 else 8, "num_stages": 3}
+        return {"BLOCK_T": 16, "BLOCK": 32, "num_warps": 8, "num_stages": 2}
     if num_ranks <= 32:
         return {"BLOCK_T": 32, "BLOCK": 128, "num_warps": 4 if num_ranks <= 16 else 8, "num_stages": 4}
-    if num_ranks <= 128:
-        return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 4 if num_ranks <= 64 else 8, "num_stages": 3}
-    return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 2}
+    if num_ranks <= 64:
+        return {"BLOCK_T": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_T": 32, "BLOCK": 32, "num_warps": 4, "num_stages": 3}
 
 
 def can_join(widths: Sequence[int], num_ranks: int, dtype: torch.dtype) -> bool:
@@ -206,14 +212,40 @@ def can_join(widths: Sequence[int], num_ranks: int, dtype: torch.dtype) -> bool:
 def site_table(
     widths: Sequence[int], num_ranks: int, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor | None:
-    """[blocks, 3] int32: the site of each block of columns, its first column and its width. None for one site."""
+    """[blocks, 3] int32: the site of each block of columns, its first column and its width. None for one site.
+
+    Raises:
+        ValueError: these widths cannot share a launch.
+    """
     if len(widths) == 1:
         return None
     block, start, table = configuration(num_ranks, dtype.itemsize)["BLOCK"], 0, []
+    if not can_join(widths, num_ranks, dtype):
+        raise ValueError(f"site_table: sites of {list(widths)} columns cannot share a launch: each must be a multiple "
+                         f"of {block}. Give each site a launch of its own.")
     for site, width in enumerate(widths):
         table += [(site, start, width)] * (width // block)
         start += width
     return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+def check_sites(op: str, sites: Tensor | None, Bts: Sequence[Tensor]) -> None:
+    """Raises ValueError unless Bts, M of [U, R, N_m], lie as kernels read them and sites can be their site_table."""
+    (U, R, _), dtype, widths = Bts[0].shape, Bts[0].dtype, [Bt.shape[2] for Bt in Bts]
+    if len(Bts) == 1:
+        if sites is not None:
+            raise ValueError(f"{op}: a table of several sites but one Bt; leave sites out.")
+        return
+    if sites is None or not can_join(widths, len(Bts) * R, dtype):
+        raise ValueError(f"{op}: {len(Bts)} sites of {widths} columns at once need `sites`, the site_table of these "
+                         f"widths; got {'none' if sites is None else 'one of other widths'}.")
+    block = configuration(len(Bts) * R, dtype.itemsize)["BLOCK"]
+    check_table(op, "sites (one row per block of columns)", sites, (sum(widths) // block, 3), torch.int32)
+    for Bt, after in pairwise(Bts):
+        end = Bt.data_ptr() + R * Bt.shape[2] * dtype.itemsize
+        if U and (after.data_ptr() != end or after.stride(0) != Bt.stride(0)):
+            raise ValueError(f"{op}: the Bts of several sites must lie one right after the other in every slot; make "
+                             "them views of one bank, or give each site a call of its own.")
 
 
 def shrink_expand(
@@ -236,6 +268,7 @@ def shrink_expand(
     M = num_ranks // R if sites is not None else 1
     config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
+    assert x.is_contiguous() and y.is_contiguous()
     if split or (split is None and (len(tiles) < FEW_TILES or num_ranks > MOST_FUSED_RANKS)):
         planes = shrink(x, first, ranks, plan, drop_x, R=R)
         return expand(planes, second, y, scale, ranks, plan, R, M, sites, drop_x, drop_y)
@@ -265,6 +298,7 @@ def shrink(
         R:              rank rows of one site, if first has several sites.
     """
     (T, K), num_ranks = x.shape, first.shape[1]
+    assert x.is_contiguous()
     num_planes = -(-K // PLANE)
     if planes is None:
         planes = empty_planes(num_planes, T, num_ranks, x.device)
@@ -286,6 +320,7 @@ def expand(
 ) -> Tensor:  # fmt: skip
     """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y."""
     num_planes, T, num_ranks = planes.shape
+    assert y.is_contiguous()
     v = y.new_empty(T, num_ranks)
     config = configuration(num_ranks, y.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]

@@ -48,7 +48,8 @@ def _finish(acc, grad_ptr, squares_ptr, accumulate_ptr, slot, ranks, used, block
 def _wgrad_kernel(
     v_ptr, x_ptr, grad_ptr, parts_ptr, squares_ptr,  # [T, V], [T, D], [U, R, D], [parts, R, D], [U, blocks] or None
     chunks_ptr, segments_ptr, ranks_ptr, accumulate_ptr, drop_ptr,  # [c, 4], [S, 3], [U], [U] or None, [S, 2] or None
-    x_stride, slot_stride, row_stride, squares_stride, V: tl.constexpr,  # V: numbers between rows of v
+    slot_stride, row_stride, squares_stride,
+    V: tl.constexpr, x_stride: tl.constexpr,  # numbers between rows of v and of x: Triton learns what divides them
     D: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One chunk's share of G = v^T x. One program = the rows of one chunk, BLOCK_D columns of x."""
@@ -113,18 +114,25 @@ def _wgrad_final_kernel(
 # ---- Launchers -----------------------------------------------------------------------------------------------------
 
 
-def configuration(num_ranks: int) -> dict[str, int]:
-    """Block sizes for this many rank rows; of the widths alone, never of the batch."""
+def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
+    """Block sizes for this many rank rows and bytes per number of v and x; never of the batch.
+
+    As in shrink_expand.py, up to 256 rank rows, and clean means the same. In fp32, which multiplies without a matrix
+    unit, dropout in flight and a product's operands share the registers: smaller blocks.
+    """
+    if itemsize > 2:
+        return {"BLOCK_T": 16, "BLOCK_D": 64 if num_ranks <= 64 else 32, "num_warps": 4 if num_ranks <= 32 else 8,
+                "num_stages": 3}  # fmt: skip
     if num_ranks <= 32:
-        return {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
     if num_ranks <= 64:
         return {"BLOCK_T": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_T": 32, "BLOCK_D": 64 if num_ranks <= 128 else 32, "num_warps": 8, "num_stages": 3}
 
 
-def num_squares(num_ranks: int, D: int) -> int:
-    """Sums of squares that `wgrad` leaves per slot for a gradient [num_ranks, D]."""
-    return -(-D // configuration(num_ranks)["BLOCK_D"])
+def num_squares(num_ranks: int, D: int, itemsize: int) -> int:
+    """Sums of squares that `wgrad` leaves per slot for a gradient [num_ranks, D]; itemsize: bytes per number of x."""
+    return -(-D // configuration(num_ranks, itemsize)["BLOCK_D"])
 
 
 def wgrad(
@@ -143,15 +151,16 @@ def wgrad(
         M:       how many sites' rank rows, R each, v has.
     """
     num_ranks, D = v.shape[1], x.shape[1]
+    assert all(tensor.shape[-1] == 1 or tensor.stride(-1) == 1 for tensor in (v, x, grad))
     if not len(plan.chunks):
         return
-    config = configuration(num_ranks)
+    config = configuration(num_ranks, x.itemsize)
     blocks, R = -(-D // config["BLOCK_D"]), num_ranks // M
     parts = torch.empty(plan.num_parts, num_ranks, D, dtype=torch.float32, device=x.device)
     squares_stride = 0 if squares is None else squares.stride(0)
     _wgrad_kernel[(len(plan.chunks), blocks)](
         v, x, grad, parts, squares, plan.chunks, plan.segments, ranks, accumulate, drop,
-        x.stride(0), grad.stride(0), grad.stride(1), squares_stride, v.stride(0), D, R, M, **config,
+        grad.stride(0), grad.stride(1), squares_stride, v.stride(0), x.stride(0), D, R, M, **config,
     )  # fmt: skip
     if len(plan.finals):
         del config["BLOCK_T"]

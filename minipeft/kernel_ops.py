@@ -268,7 +268,7 @@ def _prepare_wgrad_later(i: Inputs) -> Inputs:
     i = _prepare_wgrad(i)
     U, R, K = i.buffers[0].shape
     later = torch.arange(U, dtype=torch.int32, device=i.x.device) % 2
-    squares = torch.empty(U, num_squares(R, K), dtype=torch.float32, device=i.x.device)
+    squares = torch.empty(U, num_squares(R, K, i.x.itemsize), dtype=torch.float32, device=i.x.device)
     return replace(i, buffers=(*i.buffers, squares), prepared=later)
 
 

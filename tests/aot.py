@@ -44,7 +44,7 @@ from minipeft_kernels.prompts import PromptPlan, PromptRows, prompt_rows
 from minipeft_kernels.segment_lora import Lora, backward_triton, forward_triton
 from minipeft_kernels.segments import Segments
 from minipeft_kernels.shrink_expand import site_table
-from minipeft_kernels.wgrad import num_squares, wgrad
+from minipeft_kernels.wgrad import num_squares
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}  # fmt: skip
@@ -74,24 +74,18 @@ def _rows(lengths: list[int], *widths: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _lora(lengths: list[int], K: int, widths: list[int], R: int, dtype=bf16, drop: bool = False) -> None:
-    """Forward and backward of sites that share their input."""
+    """Forward and backward of sites that share their input, as the engine calls them: in some later micro-step."""
     M, segments = len(widths), Segments.build(range(len(lengths)), lengths)
     shapes = [(M * R, K), *((R, N) for N in widths)]
     (A, *Bts), (grad_A, *grad_Bts) = _bank(dtype, *shapes), _bank(fp32, *shapes)
     scale, ranks = torch.ones(USERS), torch.full((USERS,), R, dtype=torch.int32)
     drops = torch.zeros(len(lengths), 2, dtype=torch.int64) if drop else None
     sites = site_table(widths, M * R, dtype, "cpu")
-    lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), sites, drops)
+    squares = tuple(torch.empty(USERS, num_squares(*grad.shape[1:], dtype.itemsize)) for grad in (grad_A, *grad_Bts))
+    later = torch.ones(USERS, dtype=torch.int32)
+    lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), sites, drops, later, squares)
     x, grad_x, y, *grad_ys = _rows(lengths, K, K, sum(widths), *widths, dtype=dtype)
     backward_triton(lora, x, grad_ys, forward_triton(lora, x, y), grad_x)
-
-
-def _later_micro_step(lengths: list[int], D: int, R: int) -> None:
-    """A weight gradient that adds to what is there and leaves its sums of squares."""
-    segments = Segments.build(range(len(lengths)), lengths)
-    (grad,), (v, x) = _bank(fp32, (R, D)), _rows(lengths, R, D, dtype=bf16)
-    later, squares = torch.ones(USERS, dtype=torch.int32), torch.empty(USERS, num_squares(R, D))
-    wgrad(v, x, segments.plan, grad, accumulate=later, squares=squares)
 
 
 def _bottleneck(lengths: list[int], K: int, F: int, activation: str, serial: bool, dtype=bf16) -> None:
@@ -137,25 +131,34 @@ def launch_everything() -> None:
     """Every op as training calls it, at several batches, which must not need code of their own.
 
     Widths of Flan-T5-base (768, 2048), Qwen2.5-1.5B (1536, 8960) and Llama-3.1-8B (4096, 14336). All are multiples of
-    the kernels' blocks, where a width is a number of iterations and little else, so no rank runs at every width.
+    the kernels' blocks, where a width is a number of iterations and little else, so no rank runs at every width. Every
+    branch of every `configuration` runs, which test_aot.py checks; dropout and several sites where they differ most.
     """
     minipeft_kernels.backend.INTERPRET = True  # a CPU's backend is now the kernels, which are not interpreted here
     for lengths in (*FEW, *MANY):
         for R, K in ((8, 768), (16, 1536), (32, 4096), (64, 4096)):
             _lora(lengths, K, [K], R)
-        for R, K in ((8, 768), (64, 4096)):
-            _lora(lengths, K, [K], R, drop=True)
-        for R, K, M in ((8, 768, 3), (16, 1536, 3)):
-            _lora(lengths, K, [K] * M, R)
-        _lora(lengths, 768, [768], 8, fp32)
-    for lengths in MANY:
-        _lora(lengths, 4096, [4096], 32, drop=True)
-        _later_micro_step(lengths, 4096, 16)
+        for R, K in ((8, 768), (32, 768), (64, 1024)):
+            _lora(lengths, K, [K], R, fp32)
+        _lora(lengths, 1536, [1536] * 3, 8)
+        _lora(lengths, 1536, [1536] * 3, 16, drop=True)
+        _lora(lengths, 768, [768] * 3, 8, fp32, drop=True)
+        for dtype in (bf16, fp32):
+            _lora(lengths, 1024, [1024], 64, dtype, drop=True)
+    for lengths in MANY:  # so many rank rows are split whatever the number of tiles
+        for R, dtype, drop in itertools.product((32, 64), (bf16, fp32), (False, True)):
+            _lora(lengths, 768, [768] * 3, R, dtype, drop)
         _bottleneck(lengths, 4096, 256, "gelu", serial=False)
     for lengths in FEW:
-        _lora(lengths, 4096, [4096] * 2, 64)
-        _bottleneck(lengths, 768, 48, "relu", serial=False)
+        for F in (16, 64, 128):
+            _bottleneck(lengths, 768, F, "gelu", serial=False)
+        for F in (16, 32, 64, 128):
+            _bottleneck(lengths, 768, F, "gelu", serial=False, dtype=fp32)
+        _bottleneck(lengths, 1024, 256, "gelu", serial=False, dtype=fp32)
         _bottleneck(lengths, 1536, 32, "silu", serial=True)
+        _bottleneck(lengths, 2048, 200, "gelu", serial=True)  # a bank past HUGE has widths of its own: one code each
+        for dtype in (bf16, fp32):
+            _bottleneck(lengths, 768, 48, "relu", serial=True, dtype=dtype)
         _bottleneck(lengths, 768, 16, "gelu_tanh", serial=True, dtype=fp32)
     for lengths in MANY:
         for D, dtype in ((768, fp32), (14336, bf16)):

@@ -1,12 +1,15 @@
 """Does every kernel compile to good code for NVIDIA's sm_80 and sm_90 and AMD's gfx942, on a machine without a GPU?
 
 Good is what the kernels promise. Nothing spills out of registers. Rows stream in pieces of 128 bits. No instruction is
-atomic, so no sum depends on who comes first. Registers and shared memory leave room for enough programs at once. And
-code depends on widths alone: another batch never waits for a compiler. aot.py finds the numbers; this file sets the
-budgets and prints a table.
+atomic, so no sum depends on who comes first. Products of bf16 run on the matrix unit, those of fp32 at full precision.
+Registers and shared memory leave room for enough programs at once. And code depends on widths alone: another batch
+never waits for a compiler. aot.py finds the numbers; this file sets the budgets and prints a table.
+
+All that holds where it was compiled: every branch of every `configuration` function, in bf16 and in fp32.
 """
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from minipeft_kernels import bottleneck, shrink_expand, wgrad
+from minipeft_kernels.dtypes import padded
 
 AOT = Path(__file__).with_name("aot.py")
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -30,6 +36,7 @@ class Budget:
              thread's share is no 16 bytes. A block of x or of a matrix read number by number would take dozens.
     singles: how many of those loads may be narrower than 32 bits, which no scalar is: a bf16 number read by itself.
     wide_loads, wide_stores: whether the kernel streams rows in, and out.
+    products: whether it multiplies matrices, which in bf16 has to be on the matrix unit.
     """
 
     regs: int
@@ -38,6 +45,7 @@ class Budget:
     singles: int = 0
     wide_loads: bool = True
     wide_stores: bool = True
+    products: bool = False
 
 
 # "file.kernel", or "file.kernel CONSTANT=value" where a configuration needs a budget of its own.
@@ -46,18 +54,23 @@ BUDGETS = {
     "adamw.norm": Budget(regs=40, wide_loads=False, wide_stores=False),  # a few sums per user
     "adamw.step": Budget(regs=80, loads=11),  # a user's nine settings
     "bgmv.bgmv": Budget(regs=112, loads=12, stores=3, singles=6, wide_stores=False),  # x and y are one row
-    "bottleneck.forward": Budget(regs=200, loads=18, singles=16),  # down_bias, once per program
-    "bottleneck.backward": Budget(regs=255, stores=2),
+    # down_bias by itself, once per program; an F that is no power of two, 200, masks the matrices' rows.
+    "bottleneck.forward": Budget(regs=224, loads=24, singles=16, products=True),
+    "bottleneck.backward": Budget(regs=255, stores=3, products=True),  # s of rows; q, s h of F = 16: 8 bytes a thread
     "ia3.forward": Budget(regs=80),
     "ia3.backward": Budget(regs=152, stores=2),
     "ia3.add_parts": Budget(regs=40, loads=12, wide_loads=False, wide_stores=False),  # 64 columns, a thread for each
     "prompts.forward": Budget(regs=40, loads=12),
     "prompts.backward": Budget(regs=48, loads=12),
-    "shrink_expand.shrink": Budget(regs=168, stores=32, wide_stores=False),  # planes, as the matrix unit leaves them
-    "shrink_expand.expand": Budget(regs=128),
-    "shrink_expand.shrink_expand": Budget(regs=255, loads=16),  # of which 9 look up a block's site
-    "wgrad.wgrad": Budget(regs=168, loads=12),
-    "wgrad.wgrad R=1": Budget(regs=168, loads=17, singles=6),  # v is one number per row: the gradient of a bias
+    # An x of 16 rows, 32 columns is 8 bytes a thread; planes leave as the matrix unit holds them.
+    "shrink_expand.shrink": Budget(regs=168, loads=10, stores=32, wide_stores=False, products=True),
+    "shrink_expand.expand": Budget(regs=128, loads=10, products=True),  # 3 look up a block's site, 1 its dropout
+    "shrink_expand.expand R=64 M=3": Budget(regs=176, loads=10, products=True),  # 256 rank rows of v in fp32 registers
+    "shrink_expand.shrink_expand": Budget(regs=255, loads=18, products=True),  # 9 look up blocks' sites, 2 dropout
+    "wgrad.wgrad": Budget(regs=168, loads=14, products=True),
+    "wgrad.wgrad R=64 M=3": Budget(regs=216, loads=14, products=True),  # a sum of 256 rank rows, in fp32 by hand
+    # v is one number per row: the gradient of a bias.
+    "wgrad.wgrad R=1": Budget(regs=168, loads=17, singles=6, products=True),
     "wgrad.wgrad_final": Budget(regs=128),
 }
 
@@ -70,9 +83,13 @@ def violations(row: dict, target: str, budget: Budget) -> list[str]:
     wide = WIDE[target]
     narrow_loads, narrow_stores = (sum(n for bits, n in x.items() if bits < wide) for x in (loads, stores))
     singles = sum(n for bits, n in loads.items() if bits < 32)
+    tf32 = [op for op in row["mma"] if re.search("[TX]F32", op.upper())]
+    by_hand = budget.products and "bf16" in row["launch"].split()[0] and not row["mma"]
     rules = (
         (row["spills"] > 0, f"spills: {row['spills']} bytes of stack or scratch and instructions that use it"),
         (row["atomics"], f"atomic instructions: {' '.join(row['atomics'])}"),
+        (by_hand, "products of bf16 without the matrix unit"),
+        (tf32, f"products of fp32 that are cut to TF32: {' '.join(tf32)}"),
         (row["regs"] > budget.regs, f"{row['regs']} registers, budget {budget.regs}"),
         (row["shared"] > SHARED[target], f"{row['shared']} bytes of shared memory, the chip has {SHARED[target]}"),
         (budget.wide_loads and max(loads, default=0) < wide, f"no load of {wide} bits: {loads}"),
@@ -145,6 +162,37 @@ def test_every_kernel_keeps_its_promises(rows, target):
     assert not broken, "\n".join("\n    ".join([message, *launches]) for message, launches in broken.items())
 
 
+CONFIGURED = {  # kernel -> what configures it, and the widths that it takes: rank rows or a bottleneck's F
+    "shrink_expand.shrink": (shrink_expand.configuration, range(1, 257)),
+    "shrink_expand.expand": (shrink_expand.configuration, range(1, 257)),
+    "shrink_expand.shrink_expand": (shrink_expand.configuration, range(1, shrink_expand.MOST_FUSED_RANKS + 1)),
+    "wgrad.wgrad": (wgrad.configuration, range(1, 257)),
+    "bottleneck.forward": (bottleneck.configuration, range(1, bottleneck.MAX_F + 1)),
+    "bottleneck.backward": (bottleneck.configuration, range(1, bottleneck.MAX_F + 1)),
+}
+
+
+def shape_of(row: dict) -> tuple[int, int, frozenset[str]]:
+    """Bytes per number, padded width, and the words of the configuration that a row was compiled in."""
+    types, *words = row["launch"].split()
+    values = dict(word.split("=") for word in words if "=" in word)
+    width = int(values["F"]) if "F" in values else int(values["M"]) * int(values["R"])
+    names = {"BLOCK", "BLOCK_T", "BLOCK_D", "warps", "stages"}
+    return 2 if "bf16" in types else 4, padded(width), frozenset(word for word in words if word.split("=")[0] in names)
+
+
+@pytest.mark.parametrize("kernel", CONFIGURED)
+def test_every_branch_of_every_configuration_is_compiled(rows, kernel):
+    configuration, widths = CONFIGURED[kernel]
+    compiled, shipped = {shape_of(row) for row in rows["sm_90"] if row["kernel"] == kernel}, set()
+    for width in widths:
+        for itemsize in (2, 4):
+            config = {name.removeprefix("num_"): value for name, value in configuration(width, itemsize).items()}
+            words = frozenset(f"{name}={value}" for name, value in config.items())
+            shipped.add((itemsize, padded(width), words))
+    assert shipped <= compiled, f"launch_everything in aot.py lacks {sorted(map(str, shipped - compiled))}"
+
+
 def test_no_budget_is_left_over(rows):
     assert set(BUDGETS) <= {budget_key(row) for row in rows["sm_90"]}
 
@@ -182,6 +230,16 @@ def hungry_kernel(x_ptr, y_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + rows[:, None] * BLOCK + rows[None, :], acc)
 
 @triton.jit
+def tf32_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(y_ptr + places, tl.dot(tl.load(x_ptr + places), tl.load(y_ptr + places), input_precision="tf32"))
+
+@triton.jit
+def by_hand_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(y_ptr + places, tl.load(x_ptr + places) * tl.load(y_ptr + places))
+
+@triton.jit
 def fussy_kernel(x_ptr, y_ptr, T, BLOCK: tl.constexpr):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + cols, tl.load(x_ptr + cols, cols < T), cols < T)
@@ -197,6 +255,8 @@ def launch_everything():
     spilling_kernel[(1,)](x, y, 128, num_warps=1)
     scalar_kernel[(1,)](x, y, 7, 1024)
     hungry_kernel[(1,)](x.half(), y.half(), 1024, 128, num_warps=8, num_stages=8)
+    tf32_kernel[(1,)](x, y, 64)
+    by_hand_kernel[(1,)](x.bfloat16(), y.bfloat16(), 64)
     for T in (64, 65):
         fussy_kernel[(1,)](x, y, T, 1024)
 '''
@@ -208,11 +268,12 @@ def test_the_gate_can_fail(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text(BAD_KERNELS)
     expected = {"atomic": "atomic instructions", "spilling": "spills", "scalar": "no load of",
-                "hungry": "shared memory", "fussy": "because of T", "forgotten": "does not launch it"}  # fmt: skip
+                "hungry": "shared memory", "fussy": "because of T", "forgotten": "does not launch it",
+                "tf32": "cut to TF32", "by_hand": "without the matrix unit"}  # fmt: skip
     with ThreadPoolExecutor() as pool:
         reports = pool.map(compile_for, ("sm_90", "gfx942"), (path, path))
     for target, report in zip(("sm_90", "gfx942"), reports):
-        found = {row["kernel"]: violations(row, target, Budget(regs=255)) for row in report}
+        found = {row["kernel"]: violations(row, target, Budget(regs=255, products=True)) for row in report}
         assert found.pop("bad.good") == []
         assert set(found) == {f"bad.{name}" for name in expected}
         for name, words in expected.items():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import LENGTHS, assert_as_accurate, in_fp64
 from test_segment_lora import NAMES, forward_backward, make_inputs
 
@@ -54,6 +55,42 @@ def test_grouped_mm_says_what_it_does_not_take():
     ):
         with pytest.raises(DoesNotApply, match=message):
             run(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("baseline", [baselines.loop_wgrad, baselines.padded_wgrad, baselines.grouped_wgrad])
+@pytest.mark.parametrize("lengths", [lengths for lengths in LENGTHS.values() if any(lengths)])
+def test_weight_gradients_are_sums_of_outer_products(baseline, lengths, dtype):
+    draw = torch.Generator().manual_seed(0)
+    v, x = (torch.randn(sum(lengths), width, generator=draw).to(dtype) for width in (5, 24))
+    segments = Segments.build([2 * nth for nth in range(len(lengths))], lengths)
+    grad = torch.full((2 * len(lengths), 5, 24), 7.0, dtype=dtype)
+    baseline(v, x, grad, Groups.build(segments))
+    live = [slot for slot, length in zip(segments.slots.tolist(), lengths) if length]
+    exact = torch.stack([a.double().T @ b.double() for a, b in zip(v.split(lengths), x.split(lengths)) if len(a)])
+    plain = torch.stack([a.T @ b for a, b in zip(v.split(lengths), x.split(lengths)) if len(a)])
+    assert_as_accurate("grad", grad[live], plain, exact)
+    assert (grad[[slot for slot in range(len(grad)) if slot not in live]] == 7).all()
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["full width", "mixed widths"])
+@pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.parametrize("baseline", [baselines.padded_bottleneck, baselines.grouped_bottleneck])
+@pytest.mark.parametrize("lengths", [lengths for lengths in LENGTHS.values() if any(lengths)])
+def test_bottlenecks_are_the_reference(baseline, lengths, width, mixed):
+    draw, S, K = torch.Generator().manual_seed(0), len(lengths), 24
+    segments = Segments.build(range(S, 0, -1), lengths)
+    groups, scale = Groups.build(segments), torch.rand(S + 2, generator=draw)
+    widths = torch.arange(S + 2).clamp(1, width).int() if mixed else None
+    weights = [torch.randn(S + 2, *shape, generator=draw) for shape in ((width, K), (width,), (width, K), (K,))]
+    if mixed:  # nobody may read what is past a slot's own width
+        for weight in weights[:3]:
+            weight[torch.arange(width) >= widths[:, None]] = torch.nan
+    inputs = torch.randn(sum(lengths), K, generator=draw), *weights
+    for one, other in both(lambda x, *w: baseline(x, *w, scale, F.gelu, groups, widths),
+                           lambda x, *w: reference.segment_bottleneck(x, None, *w, segments, "gelu", scale, widths),
+                           *inputs):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def both(one, other, *inputs):

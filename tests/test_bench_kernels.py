@@ -75,12 +75,14 @@ def test_every_op_is_measured_and_every_key_is_there(tmp_path, capsys):
 
 
 def test_baselines_are_null_where_they_do_not_apply(tmp_path, capsys):
-    run("--out", tmp_path, "--op", "segment_lora", "adamw", "ia3", "lora_linear")
+    run("--out", tmp_path, "--op", "segment_lora", "adamw", "ia3", "lora_linear", "bottleneck")
     for one in result_of(capsys, tmp_path)["runs"]:
         applying = {name for name, ms in one["baselines"].items() if ms is not None}
         assert applying == {"segment_lora": {"loop", "gather_bmm", "padded_bmm", "grouped_mm"}, "adamw": {"loop"},
                             "lora_linear": {"loop", "gather_bmm", "padded_bmm", "grouped_mm"},
+                            "bottleneck": {"loop", "padded_bmm", "grouped_mm"},
                             "ia3": {"loop", "gather"}}[one["op"]]  # fmt: skip
+        assert ("gather_bmm" in one["notes"]) == (one["op"] == "bottleneck")
         assert (one["frozen_ms"] is None) == (one["op"] != "lora_linear")
         if one["op"] == "lora_linear":
             assert one["added"] == pytest.approx(one["ms"] / one["frozen_ms"] - 1)
@@ -134,7 +136,31 @@ def test_kernels_by_themselves(tmp_path, capsys, kernels):
     result = result_of(capsys, tmp_path)
     assert result["backend"] == "triton" and {one["op"] for one in result["runs"]} == {"wgrad", "shrink_expand"}
     for one in result["runs"]:
-        assert all(one["baselines"][name] is None for name in bench_kernels.BASELINES)
+        missing = {name for name in bench_kernels.BASELINES if one["baselines"][name] is None}
+        assert missing == set(one["notes"]) == ({"gather_bmm"} if one["op"] == "wgrad" else set())
+
+
+def test_one_row_each_has_every_baseline_up_to_the_users_that_it_takes():
+    op = OPS["bgmv"]
+    for users, missing in ((40, set()), (1024, {"grouped_mm"})):
+        inputs, without = make(op, Point("tiny", K, (N,), R, users, users), "cpu", torch.float32), set()
+        for way in bench_kernels.BASELINES:
+            try:
+                assert relative_error(run_way(op, way, inputs, False), op.define(inputs, False), inputs) < 1e-5
+            except DoesNotApply:
+                without.add(way)
+        assert without == missing
+
+
+def test_lora_beside_its_frozen_product_is_measured_however_rows_are_shared_out():
+    points = list(bench_kernels.CPU.points("lora_linear", False))
+    assert {point.distribution for point in points} == set(DISTRIBUTIONS)
+
+
+def test_a_baseline_owes_the_accuracy_of_its_own_dtype():
+    op = OPS["wgrad"]
+    inputs = SimpleNamespace(x=torch.zeros(1, dtype=torch.bfloat16))
+    assert bench_kernels.tolerance(op, inputs) < 2e-5 < bench_kernels.tolerance(op, inputs, "grouped_mm")
 
 
 def test_profile_writes_a_trace_and_a_table(tmp_path, capsys):
@@ -220,7 +246,7 @@ def test_what_time_does_not_allow_is_listed(tmp_path, monkeypatch, capsys):
 def test_full_is_every_combination():
     grid = bench_kernels.CPU
     assert len(list(grid.points("segment_lora", full=True))) == (5 * 2 + 1) * 2 * 2  # one user only in "identical"
-    assert len(list(grid.points("lora_linear", full=True))) == 2 * 2
+    assert len(list(grid.points("lora_linear", full=True))) == (5 * 2 + 1) * 2  # distributions, users, shapes
     assert next(grid.points("segment_lora", full=False)) == grid.base
 
 

@@ -155,16 +155,20 @@ WRONG = {
     "mixed dtypes": (wrong(A=torch.zeros(U, 8, 64).bfloat16()), "A torch.bfloat16, .* give all in bf16, all in"),
     "fp64": (dict(zip(wrong(), in_fp64(wrong().values()))), "x is torch.float64, .* give all in bf16"),
     "columns with gaps": (wrong(x=torch.zeros(2, 128)[:, ::2]), r"must be contiguous; call .contiguous\(\)"),
-    "scales of another bank": (wrong(scale=torch.ones(3)), r"scale is \[3\] torch.float32; give \[7\] fp32"),
-    "a scale in bf16": (wrong(scale=torch.ones(U).bfloat16()), r"scale is \[7\] torch.bfloat16; give \[7\] fp32"),
-    "one slot too many": (wrong(slots=torch.tensor([1, 2, 3])), r"slots are \[3\] torch.int64; give \[2\] int64"),
-    "slots of another dtype": (wrong(slots=torch.tensor([1.0, 2.0])), r"slots are \[2\] torch.float32; give"),
-    "ranks of another bank": (wrong(ranks=torch.tensor([8, 8])), r"ranks are \[2\] torch.int64; give \[7\] int32"),
+    "scales of another bank": (wrong(scale=torch.ones(3)), r"scale .* \(3,\) torch.float32 .* \(7,\) torch.float32"),
+    "a scale in bf16": (wrong(scale=torch.ones(U).bfloat16()), r"scale .* torch.bfloat16 .* \(7,\) torch.float32"),
+    "one scale for all": (wrong(scale=torch.ones(1).expand(U)), r"scale .* strides \(0,\); needed .* contiguous"),
+    "one slot too many": (wrong(slots=torch.tensor([1, 2, 3])), r"slots .* \(3,\) torch.int64 .* \(2,\) torch.int64"),
+    "slots of another dtype": (wrong(slots=torch.tensor([1, 2]).int()), r"slots .* torch.int32 .* \(2,\) torch.int64"),
+    "slots with gaps": (wrong(slots=torch.tensor([1, 9, 2, 9])[::2]), r"slots .* strides \(2,\); needed .* contiguous"),
+    "ranks of another bank": (wrong(ranks=torch.tensor([8, 8])), r"ranks .* \(7,\) torch.int32 or torch.int64, cont"),
+    "ranks with gaps": (wrong(ranks=torch.ones(2 * U).int()[::2]), r"ranks .* strides \(2,\); needed .* contiguous"),
     "another device": (wrong(scale=torch.ones(U, device="meta")), "scale is on meta but x is on cpu"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
 def test_errors_say_what_came_and_what_was_needed(arguments, message):
+    """Before a path is chosen, so on a CPU and on a GPU alike."""
     with pytest.raises(ValueError, match="bgmv: .*" + message):
         bgmv(**arguments)

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from minipeft.kernel_cases import Outputs, Point, make
-from minipeft.kernel_ops import ADAMW, OPS, SEGMENT_LORA
+from minipeft.kernel_ops import ADAMW, OPS, SEGMENT_LORA, SEGMENT_LORA_DROPOUT, WGRAD_LATER
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 POINT = Point("tiny", 24, (24,), rank=4, T=60, users=4, distribution="distinct")
@@ -107,6 +108,47 @@ def test_a_step_that_uses_a_gradient_that_is_not_finite_is_noticed(gpu):
     assert gpu.findings(replace(ADAMW, ways={"ours": ours}), inputs, False)["isolated"] is False
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("op", [SEGMENT_LORA_DROPOUT, WGRAD_LATER], ids=["dropout", "accumulate and squares"])
+def test_variants_pass(gpu, kernels, op, dtype):
+    inputs = make(op, POINT, "cpu", dtype, mixed_ranks=True)
+    assert all(gpu.findings(op, inputs, True).values())
+
+
+def undropped(inputs, backward):
+    return SEGMENT_LORA_DROPOUT.ways["ours"](replace(inputs, prepared=inputs.prepared * torch.tensor([1, 0])), backward)
+
+
+def other_mask(inputs, backward):
+    return SEGMENT_LORA_DROPOUT.ways["ours"](replace(inputs, prepared=inputs.prepared + torch.tensor([1, 0])), backward)
+
+
+def stored(inputs, backward):
+    return WGRAD_LATER.ways["ours"](replace(inputs, prepared=torch.zeros_like(inputs.prepared)), backward)
+
+
+def squares_left_out(inputs, backward):
+    grad, squares = WGRAD_LATER.ways["ours"](inputs, backward).slots
+    return Outputs([], [grad, 0.0 * squares])
+
+
+@pytest.mark.parametrize("op, fault", [(SEGMENT_LORA_DROPOUT, undropped), (SEGMENT_LORA_DROPOUT, other_mask),
+                                       (WGRAD_LATER, stored), (WGRAD_LATER, squares_left_out)])  # fmt: skip
+def test_a_fault_in_a_variant_is_noticed(gpu, kernels, op, fault):
+    inputs = make(op, POINT, "cpu", torch.float32, mixed_ranks=True)
+    found = gpu.findings(replace(op, ways={"ours": fault}), inputs, True)
+    assert not found["within_tolerance"] and not found["as_accurate"]
+
+
+def test_every_op_and_variant_is_checked_in_every_dtype(gpu, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "check_op", lambda name, point, dtype, *_: seen.append((name, dtype, point.model)))
+    gpu.check(gpu.REAL, report(gpu, tmp_path, "check"))
+    for name in (*OPS, "segment_lora, dropout", "wgrad, accumulate and squares"):
+        dtypes = {dtype for op, dtype, _ in seen if op == name}
+        assert dtypes >= ({torch.bfloat16} if name == "lora_linear" else set(gpu.WIDEST)), name
+
+
 def report(gpu, tmp_path, part):
     return gpu.Report(tmp_path, part, gpu.TINY)
 
@@ -119,14 +161,92 @@ def out_of_resources(op):
 
 
 @pytest.mark.parametrize("part", ["soak", "sweep"])
-def test_a_configuration_that_cannot_run_is_reported_and_no_failure(gpu, tmp_path, monkeypatch, kernels, part):
+def test_a_configuration_that_cannot_run_is_reported(gpu, tmp_path, monkeypatch, kernels, part):
     some = {name: (out_of_resources(op), module, tried) for name, (op, module, tried) in gpu.KERNELS.items()}
     monkeypatch.setattr(gpu, "KERNELS", some)
     monkeypatch.setattr(gpu, "ceilings", lambda *_: {"copy_gbps": 1.0, "matmul_tflops": 1.0})
-    getattr(gpu, part)(gpu.TINY, report(gpu, tmp_path, part))
+    one = report(gpu, tmp_path, part)
+    getattr(gpu, part)(gpu.TINY, one)
     written = json.loads((tmp_path / f"{part}.json").read_text())
-    assert written["failed"] == 0 and written["items"]
-    assert all("shared memory" in item["cannot"] for item in written["items"])
+    assert written["items"] and all("shared memory" in item["cannot"] for item in written["items"])
+    assert [item["ok"] for item in written["items"]] == {"soak": [True] * 7, "sweep": [False, True] * 2}[part]
+    assert one.exit_code() == {"soak": 3, "sweep": 1}[part]  # none of the runs were made; what is shipped has to run
+
+
+def test_runs_of_a_configuration_that_cannot_run_are_made_by_others(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "KERNELS", {name: (SEGMENT_LORA, *rest) for name, (_, *rest) in gpu.KERNELS.items()})
+    calls = itertools.count()
+
+    def repeat(op, inputs, iterations):
+        if next(calls) % 2:  # every other one, the last of the list among them
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return {"nan": 0, "mismatches": 0, "error": 0.0}
+
+    monkeypatch.setattr(gpu, "repeat", repeat)
+    one = report(gpu, tmp_path, "soak")
+    gpu.soak(replace(gpu.TINY, soak_iterations=1000), one)
+    assert one.result["iterations"] == one.result["promised"] == 1000 and one.exit_code() == 0
+
+
+@pytest.mark.parametrize("part", ["check", "soak", "sweep"])
+def test_too_little_is_exit_code_3(gpu, tmp_path, monkeypatch, kernels, capsys, part):
+    monkeypatch.setattr(gpu, "LIMIT_S", -1)
+    monkeypatch.setattr(gpu, "ceilings", lambda *_: {"copy_gbps": 1.0, "matmul_tflops": 1.0})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", part, "--rehearse", "--out", str(tmp_path)])
+    for name in ("MATMUL_SIZE", "COPY_BYTES"):
+        monkeypatch.setattr(gpu.timing, name, dict(getattr(gpu.timing, name)))
+    assert gpu.main() == 3
+    assert ("left out: 8 of 8 runs" in capsys.readouterr().out) == (part == "soak")
+
+
+def test_a_failure_is_exit_code_1_whatever_is_left_out(gpu, tmp_path, capsys):
+    one = report(gpu, tmp_path, "check")
+    assert one.exit_code() == 0
+    one.leave_out("something")
+    assert one.exit_code() == 3 and json.loads((tmp_path / "check.json").read_text())["left_out"] == 1
+    one.add(False, "bad")
+    assert one.exit_code() == 1
+
+
+def gpu_sh(python: Path, *argv) -> subprocess.CompletedProcess:
+    """gpu.sh with another interpreter."""
+    python.chmod(0o755)
+    command = ["env", f"PYTHON={python}", "bash", BENCHMARKS / "gpu.sh", *argv]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("codes, worst", [("0 0 0 0", 0), ("0 3 0 0", 3), ("1 3 0 0", 1), ("3 0 0 1", 1)])
+def test_all_goes_on_and_ends_with_the_worst_code(tmp_path, codes, worst):
+    python = tmp_path / "python"
+    python.write_text(f"""#!/usr/bin/env bash
+        echo "$2" "${{@:3}}"
+        declare -A codes
+        read -r codes[check] codes[soak] codes[sweep] codes[train] <<< "{codes}"
+        exit "${{codes[$2]}}"
+    """)
+    for out in (["--out", "here"], ["--out=here"]):  # no other --out is added
+        done = gpu_sh(python, "all", *out)
+        assert done.stdout.splitlines() == [f"{part} {' '.join(out)}" for part in ("check", "soak", "sweep", "train")]
+        assert done.returncode == worst and not done.stderr
+    assert gpu_sh(python, *out).returncode == worst
+
+
+@pytest.mark.parametrize("part, code", [("soak", 0), ("train", 3)])
+def test_runs_without_the_packages_that_only_models_and_tasks_need(tmp_path, part, code):
+    blocker, python = tmp_path / "blocker.py", tmp_path / "python"
+    blocker.write_text("""
+import runpy, sys
+sys.modules |= dict.fromkeys(("safetensors", "tokenizers", "tqdm"))  # importing them raises
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{blocker}" "$@"\n')
+    done = gpu_sh(python, part, "--rehearse", f"--out={tmp_path}")
+    assert done.returncode == code, done.stderr
+    written = json.loads((tmp_path / f"{part}.json").read_text())
+    assert written["failed"] == 0 and written["finished"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == (part == "train") and all("it needs safetensors, tokenizers and tqdm" in one for one in lines)
 
 
 def test_the_report_is_whole_after_every_item_and_time_is_kept(gpu, tmp_path, monkeypatch):

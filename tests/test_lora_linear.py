@@ -2,12 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
-from test_segment_lora import K, N, R, make_inputs, wrong_inputs
+from accuracy import ANY_LENGTHS, assert_as_accurate, few_examples
+from hypothesis import given
+from hypothesis import strategies as st
+from test_segment_lora import DTYPES, K, N, R, make_inputs, with_gaps, wrong_inputs
 
 from minipeft_kernels import reference
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
@@ -102,30 +106,70 @@ def check_against_reference(device, groups, gap, with_bias, tile):
 WIDTHS = (128, 256, 128)  # multiples of the kernels' block of columns
 
 
-def three_sites(device, mixed_ranks, drop=None):
-    """x, grad_ys, weights, biases, and one bank at three sites of one input: joint, and as three Loras of one site."""
-    draw, U, lengths, slots = torch.Generator().manual_seed(0), 4, [16, 48, 0], [2, 0, 3]
-    bank = torch.randn(U, R * (3 * K + sum(WIDTHS)), generator=draw).to(device) / K**0.5
-    grads = torch.full_like(bank, 7.0)
-    ranks = torch.tensor([1, 8, 5, 8], dtype=torch.int32, device=device) if mixed_ranks else None
+def make_sites(device, slots, lengths, ranks, widths=WIDTHS, K=K, R=R, dtype=torch.float32, drop=None, seed=0):
+    """x, grad_ys, weights, biases, and one bank's Lora at sites of one input. Gradients hold 7."""
+    draw, U, M = torch.Generator().manual_seed(seed), len(ranks), len(widths)
     segments = Segments.build(slots, lengths, device)
-    drop = None if drop is None else drop.to(device)
+    normal = lambda *shape: torch.randn(shape, generator=draw).to(device, dtype)  # noqa: E731
+    bank = normal(U, R * (M * K + sum(widths))) / K**0.5
+    grads = torch.full_like(bank, 7.0, dtype=torch.float32 if segments.plan is not None else dtype)
 
     def views(rows):
-        A, *Bts = rows.split([3 * R * K, *(R * width for width in WIDTHS)], dim=1)
-        return A.unflatten(1, (3 * R, K)), tuple(Bt.unflatten(1, (R, -1)) for Bt in Bts)
+        A, *Bts = rows.split([M * R * K, *(R * width for width in widths)], dim=1)
+        return A.unflatten(1, (M * R, K)), tuple(Bt.unflatten(1, (R, -1)) for Bt in Bts)
 
     (A, Bts), (grad_A, grad_Bts), scale = views(bank), views(grads), torch.rand(U, generator=draw).to(device) + 0.5
-    sites = site_table(WIDTHS, 3 * R, bank.dtype, device) if segments.plan is not None else None
-    joint = Lora(A, Bts, scale, ranks, segments, grad_A, grad_Bts, sites, drop)
-    own = slice
-    singles = [Lora(A[:, own(m * R, m * R + R)], (Bts[m],), scale, ranks, segments,
-                    torch.full_like(A[:, :R], 7.0), (torch.full_like(Bts[m], 7.0),), None, drop)
-               for m in range(3)]  # fmt: skip
-    x, *grad_ys = (torch.randn(64, size, generator=draw).to(device) for size in (K, *WIDTHS))
-    weights = [torch.randn(width, K, generator=draw).to(device) / K**0.5 for width in WIDTHS]
-    biases = [None, torch.randn(WIDTHS[1], generator=draw).to(device), None]
+    sites = site_table(widths, M * R, dtype, device) if segments.plan is not None else None
+    ranks = torch.tensor(ranks, dtype=torch.int32, device=device)
+    lora = Lora(A, Bts, scale, ranks, segments, grad_A, grad_Bts, sites, None if drop is None else drop.to(device))
+    x, *grad_ys = (normal(segments.num_rows, size) for size in (K, *widths))
+    weights = [normal(width, K) / K**0.5 for width in widths]
+    return x, grad_ys, weights, [normal(width) if m == 1 else None for m, width in enumerate(widths)], lora
+
+
+def three_sites(device, mixed_ranks, drop=None):
+    """make_sites, and the same as three Loras of one site."""
+    x, grad_ys, weights, biases, joint = make_sites(device, [2, 0, 3], [16, 48, 0], [1, 8, 5, 8], drop=drop)
+    joint = joint if mixed_ranks else replace(joint, ranks=None)
+    singles = [replace(joint, A=joint.A[:, m * R : m * R + R], Bts=(Bt,), grad_A=torch.full_like(joint.A[:, :R], 7.0),
+                       grad_Bts=(torch.full_like(Bt, 7.0),), sites=None)
+               for m, Bt in enumerate(joint.Bts)]  # fmt: skip
     return x, grad_ys, weights, biases, joint, singles
+
+
+def sites_by_reference(x, grad_ys, weights, biases, lora, dtype):
+    """What `fused` gives for one bank on all rows; gradients of slots and rank rows that are not used are 0."""
+    there = lambda tensors: [None if t is None else t.detach().cpu().to(dtype) for t in tensors]  # noqa: E731
+    leaves = [leaf.requires_grad_() for leaf in there((x, lora.A, *lora.Bts))]
+    x, A, *Bts = leaves
+    deltas = [reference.segment_lora(x, own_A, Bt, lora.scale.cpu(), lora.segments, lora.ranks)
+              for own_A, Bt in zip(A.split(Bts[0].shape[1], dim=1), Bts)]  # fmt: skip
+    ys = [F.linear(x, *frozen) + delta for *frozen, delta in zip(there(weights), there(biases), deltas)]
+    torch.autograd.backward(ys, there(grad_ys))
+    return [*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)]
+
+
+@few_examples
+@given(lengths=ANY_LENGTHS, K=st.integers(1, 150), R=st.integers(1, 24), dtype=st.sampled_from(DTYPES),
+       widths=st.one_of(st.tuples(st.integers(1, 150)), st.lists(st.sampled_from([128, 256]), min_size=2, max_size=3)),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_any_lengths_ranks_widths_sites_and_dtype_match_reference(device, lengths, K, R, dtype, widths, seed):
+    """A user of 33 rows is always there: errors of a handful of numbers cannot be compared."""
+    lengths, rng = [33, *lengths], np.random.default_rng(seed)
+    slots, ranks = rng.permutation(len(lengths)), rng.integers(1, R + 1, len(lengths)).tolist()
+    inputs = make_sites(device, slots, lengths, ranks, widths, K, R, dtype, seed=seed)
+    lora = inputs[-1]
+    results = fused(*inputs[:-1], [LoraRows(0, lora)])
+    used = torch.zeros(len(ranks), R, 1, dtype=torch.bool)
+    for slot, length in zip(slots, lengths):
+        used[slot, : ranks[slot] if length else 0] = True
+    for i, grad in enumerate(results[len(widths) + 1 :], len(widths) + 1):
+        unused = ~used.repeat(1, grad.shape[1] // R, 1).expand_as(grad)
+        assert ((grad[unused] == 7) | (grad[unused] == 0)).all()
+        results[i] = grad.masked_fill(unused, 0.0)
+    plain, exact = (sites_by_reference(*inputs, kind) for kind in (dtype, torch.float64))
+    for i, versions in enumerate(zip(results, plain, exact, strict=True)):
+        assert_as_accurate(f"result {i}", *versions)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
@@ -145,6 +189,15 @@ def test_sites_of_one_input_at_once_are_the_sites_one_by_one(device, mixed_ranks
     torch.testing.assert_close(grad_x, grad_x_sum, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_in_any_layout(device):
+    weight, bias = make_weight(device, with_bias=True)
+    x, grad_y, groups = make_groups([[16, 48], [32]], device, gap=3)
+    before = [part.clone() for part in fused(x, [grad_y], [weight], [bias], groups)]
+    for layout in (with_gaps, lambda rows: rows.t().contiguous().t()):
+        after = fused(layout(x), [layout(grad_y)], [weight], [bias], groups)
+        assert all(torch.equal(one, other) for one, other in zip(before, after))
+
+
 def test_writes_gradients_where_x_needs_none(device):
     weight, _ = make_weight(device)
     with_grad, without = (
@@ -153,6 +206,20 @@ def test_writes_gradients_where_x_needs_none(device):
     )  # fmt: skip
     assert with_grad[1] is not None and without[1] is None
     assert all(torch.equal(one, other) for i, (one, other) in enumerate(zip(with_grad, without)) if i != 1)
+
+
+def test_later_micro_steps_add_to_the_first(device):
+    """Two micro-batches, the second of them added for one user only, where the other one's gradient is overwritten."""
+    x, grad_ys, weights, biases, joint, _ = three_sites(device, mixed_ranks=False)
+    first = [part.clone() for part in fused(x, grad_ys, weights, biases, [LoraRows(0, joint)])[4:]]
+    again = [2 * grad_y for grad_y in grad_ys]
+    second = [part.clone() for part in fused(x, again, weights, biases, [LoraRows(0, joint)])[4:]]
+    fused(x, grad_ys, weights, biases, [LoraRows(0, joint)])
+    later = torch.tensor([0, 0, 1, 0], dtype=torch.int32, device=device)  # slot 2 has rows and so has slot 0
+    both = fused(x, again, weights, biases, [LoraRows(0, replace(joint, accumulate=later))])[4:]
+    for one, two, now in zip(first, second, both):
+        torch.testing.assert_close(now[2], one[2] + two[2])
+        assert torch.equal(now[0], two[0]) and torch.equal(now[1], one[1]) and torch.equal(now[3], one[3])
 
 
 @pytest.mark.parametrize("lengths", [[32, 16, 48], [32, 528, 48]], ids=["one size of pieces", "two sizes"])
@@ -190,17 +257,53 @@ def test_keeps_a_users_nan_to_that_user(device):
 # ---- Errors --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message", wrong_inputs())
-def test_shapes_that_disagree_are_errors(message):
-    x, A, Bt, scale, segments, ranks = wrong_inputs()[message]
-    lora = Lora(A, (Bt,), scale, ranks, segments, torch.zeros_like(A), (torch.zeros_like(Bt),))
+@pytest.mark.parametrize("message", wrong_inputs("cpu"))
+def test_shapes_dtypes_and_layouts_that_disagree_are_errors(device, message):
+    x, A, Bt, scale, segments, ranks, drop = wrong_inputs(device)[message]
+    lora = Lora(A, (Bt,), scale, ranks, segments, torch.zeros_like(A), (torch.zeros_like(Bt),), drop=drop)
     if A.shape[1] != Bt.shape[1]:
         message = "1 frozen maps, but a LoRA has 1 Bts and 8 rank rows in A; give it as many sites"
     if x.ndim == 1 or len(x) < segments.num_rows:
         return  # rows of a group are cut out of x, see the next test
     with pytest.raises(ValueError) as error:
-        lora_linear(x, torch.zeros((), requires_grad=True), [torch.rand(N, K)], [None], [LoraRows(0, lora)])
+        call(x, [torch.rand(N, K, device=device)], lora)
     assert message in str(error.value) and str(error.value).startswith("lora_linear: ")
+
+
+def call(x, weights, lora):
+    lora_linear(x, torch.zeros((), requires_grad=True), weights, [None] * len(weights), [LoraRows(0, lora)])
+
+
+def test_what_does_not_fit_the_frozen_maps_is_an_error(device):
+    x, _, weights, _, lora, _ = three_sites(device, mixed_ranks=True)
+    narrow = [weights[0], weights[1][1:], weights[2]]
+    later = torch.zeros(4, dtype=torch.int64, device=device)
+    for wrong, frozen, message in (
+        (lora, narrow, r"the frozen maps have \[128, 255, 128\] outputs, but a LoRA's Bts have \[128, 256, 128\]"),
+        (replace(lora, grad_A=lora.grad_A[:, 1:]), weights, r"grad_A is \(4, 23, 40\) .* needed is \(4, 24, 40\)"),
+        (replace(lora, grad_Bts=tuple(map(with_gaps, lora.grad_Bts))), weights, "grad_Bt is .* contiguous within a"),
+        (replace(lora, grad_Bts=lora.grad_Bts[:2]), weights, "3 Bts but 2 grad_Bts"),
+        (replace(lora, accumulate=later), weights, r"accumulate \(one per slot\) is \(4,\) torch.int64 .* torch.int32"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"lora_linear: {message}"):
+            call(x, frozen, wrong)
+
+
+def test_sites_that_kernels_cannot_take_at_once_are_errors(kernels):
+    x, _, weights, _, lora, singles = three_sites(kernels, mixed_ranks=True)
+    odd = replace(lora, Bts=(lora.Bts[0], lora.Bts[1][:, :, :255].contiguous(), lora.Bts[2]),
+                  grad_Bts=(lora.grad_Bts[0], lora.grad_Bts[1][:, :, :255].contiguous(), lora.grad_Bts[2]))  # fmt: skip
+    apart = replace(lora, Bts=tuple(Bt.clone() for Bt in lora.Bts))
+    for wrong, frozen, message in (
+        (replace(lora, sites=None), weights, r"3 sites of \[128, 256, 128\] columns at once need `sites`.* got none"),
+        (odd, [weights[0], weights[1][:255], weights[2]], "at once need `sites`.* got one of other widths"),
+        (replace(lora, sites=lora.sites[1:]), weights, r"sites \(one row per block of columns\) is"),
+        (replace(lora, sites=lora.sites.long()), weights, r"sites \(one row per block of columns\) is .* torch.int64"),
+        (apart, weights, "must lie one right after the other in every slot"),
+        (replace(singles[0], sites=lora.sites), weights[:1], "a table of several sites but one Bt; leave sites out"),
+    ):
+        with pytest.raises(ValueError, match=f"lora_linear: .*{message}"):
+            call(x, frozen, wrong)
 
 
 def test_groups_that_pass_the_end_of_x_are_an_error(device):

@@ -67,5 +67,7 @@ def test_only_widths_of_whole_blocks_can_be_joined(dtype):
     block = configuration(24, dtype.itemsize)["BLOCK"]
     assert can_join([block, 3 * block], 24, dtype) and not can_join([block, block + 16], 24, dtype)
     assert can_join([5], 8, dtype) and site_table([5], 8, dtype, "cpu") is None
+    with pytest.raises(ValueError, match=f"site_table: sites of .* each must be a multiple of {block}"):
+        site_table([block, block + 16], 24, dtype, "cpu")
     table = site_table([block, 2 * block], 24, dtype, "cpu").tolist()
     assert table == [[0, 0, block], [1, block, 2 * block], [1, block, 2 * block]]

@@ -45,15 +45,16 @@ def test_is_the_sum_over_each_users_rows(kernels, monkeypatch, lengths, R, D, se
     assert (grad[absent] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [16, 2048])
-def test_adds_for_slots_that_ask_and_leaves_sums_of_squares(kernels, monkeypatch, chunk):
+def test_adds_for_slots_that_ask_and_leaves_sums_of_squares(kernels, monkeypatch, chunk, dtype):
     monkeypatch.setattr(segments_module, "CHUNK", chunk)
     D = 300
-    v, x, segments, grad = make([40, 5, 0, 20], kernels, D=D)
+    v, x, segments, grad = make([40, 5, 0, 20], kernels, D=D, dtype=dtype)
     first, later = int(segments.slots[0]), int(segments.slots[1])
     accumulate = torch.zeros(len(grad), dtype=torch.int32, device=kernels)
     accumulate[later] = 1
-    squares = torch.full((len(grad), num_squares(8, D) + 2), -1.0, device=kernels)
+    squares = torch.full((len(grad), num_squares(8, D, x.itemsize) + 2), -1.0, device=kernels)
     ranks = torch.full((len(grad),), 8, dtype=torch.int32, device=kernels)
     ranks[first] = 3
     wgrad(v, x, segments.plan, grad, ranks, accumulate, squares[:, 1:-1])
