@@ -189,9 +189,9 @@ def _expand_kernel(
 def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
     """Block sizes for this many rank rows and bytes per number: never of the batch, or bits would depend on it.
 
-    Every branch compiles clean on the three chips of tests/test_aot.py, for up to 256 rank rows: no spilled register,
-    64 KB of shared memory, bf16 on the matrix unit. In fp32 a product is exact and no matrix unit but AMD's knows that:
-    each thread multiplies by itself, from its own registers, so many rank rows get smaller blocks.
+    tests/test_aot.py compiles every branch for three chips, for up to 256 rank rows: no spilled register, no more
+    shared memory than the chip has, bf16 on the matrix unit. fp32 keeps full precision, which only AMD's matrix unit
+    does too: elsewhere threads multiply from their own registers, so many rank rows get smaller blocks.
     """
     if itemsize > 2:
         if num_ranks <= 64:

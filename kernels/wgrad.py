@@ -117,8 +117,8 @@ def _wgrad_final_kernel(
 def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
     """Block sizes for this many rank rows and bytes per number of v and x; never of the batch.
 
-    As in shrink_expand.py, up to 256 rank rows, and clean means the same. In fp32, which multiplies without a matrix
-    unit, dropout in flight and a product's operands share the registers: smaller blocks.
+    Compiled as in shrink_expand.py, up to 256 rank rows. In fp32 dropout in flight and a product's operands share the
+    registers: smaller blocks.
     """
     if itemsize > 2:
         return {"BLOCK_T": 16, "BLOCK_D": 64 if num_ranks <= 64 else 32, "num_warps": 4 if num_ranks <= 32 else 8,

@@ -7,7 +7,7 @@ for each label:
 
 Any other base gets the instruction, as PEFT-U's prompts do (arXiv:2407.18078):
 
-    {instruction} Text: {text} Label:  ->  " yes"
+    {instruction} Text: {text} Label:  ->  " yes"          after the tokenizer's own first token, if it has one (BOS)
 
 An encoder reads the text alone, between its own special tokens, and its head knows the classes by their number.
 """
@@ -57,10 +57,11 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int, speaks: bool 
     """
     if task.multi_label:
         raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
+    framed = tokenizer.encode("a")
+    text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
+    opening, closing = (framed.ids[: text[0]], framed.ids[text[-1] + 1 :]) if text else ([], [])
     if not speaks:
-        framed = tokenizer.encode("a")
-        text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
-        before, after = framed.ids[: text[0]], framed.ids[text[-1] + 1 :]
+        before, after = opening, closing
         labels = Classes(len(task.labels))
     elif tokenizer.token_to_id(ANSWER) is not None:
         before, after = [], [tokenizer.token_to_id(ANSWER)]
@@ -69,7 +70,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int, speaks: bool 
             raise InputError(f"this base was made for another task: it has no token for label {unknown[0]!r}")
         labels = LabelSet([[tokenizer.token_to_id(label_token(label))] for label in task.labels])
     else:
-        before = _ids(tokenizer, f"{task.instruction} Text: ")
+        before = [*opening, *_ids(tokenizer, f"{task.instruction} Text: ")]  # what closes a text would end the prompt
         after = _ids(tokenizer, " Label:")
         labels = LabelSet([_ids(tokenizer, f" {label}") for label in task.labels])
     room = max_tokens - len(before) - len(after) - (int(labels.lengths.max()) if speaks else 0)

@@ -175,8 +175,6 @@ def fuzz(root):
     for number in range(TOTAL):
         folder = folders[number % len(folders)]
         path = rng.choice(sorted(folder.iterdir()) + [folder / "config.json"] * 2)
-        if path.name == "generation_config.json":  # never read
-            path = folder / "config.json"
         damage, before = rng.choice(DAMAGE[path.suffix]), path.read_bytes()
         after = damage(rng, before)
         path.write_bytes(after)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from minipeft.default_base import train_tokenizer
 from minipeft.errors import InputError
@@ -50,6 +50,22 @@ def test_another_base_gets_the_instruction():
     encoded = encode_task(task, tokenizer, 512)
     assert [tokenizer.decode(label) for label in encoded.labels.labels] == [" yes", " no"]
     assert tokenizer.decode(encoded.val["ann"][0].prompt) == "Do they like it? Text: Grüße, 你好! Label:"
+
+
+def test_what_the_tokenizer_puts_before_a_text_comes_first():
+    """A Llama expects its BOS; an EOS after the text would end the prompt too early. An encoder wants both."""
+    task, tokenizer = make_task(), foreign_tokenizer()
+    plain = encode_task(task, tokenizer, 512)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    first, last = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+    special = [("<s>", first), ("</s>", last)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    encoded, frame = encode_task(task, tokenizer, 512), encode_task(task, tokenizer, 512, speaks=False)
+    for one, other, framed in zip(plain.train["ann"], encoded.train["ann"], frame.train["ann"]):
+        assert other.prompt == (first, *one.prompt) and last not in other.prompt
+        assert framed.prompt[0] == first and framed.prompt[-1] == last and framed.label == one.label
+    assert tokenizer.decode(frame.val["ann"][0].prompt[1:-1]) == "Grüße, 你好!"
+    assert [len(q.prompt) for q in encode_task(task, tokenizer, 9, speaks=False).train["ann"]] == [5, 9]
 
 
 @pytest.mark.parametrize("make_tokenizer", [lambda: train_tokenizer(make_task()), foreign_tokenizer],

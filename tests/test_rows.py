@@ -253,6 +253,15 @@ def test_padded_length_grows_by_at_most_half():
     assert all(padded_length(lengths[i : i + 1])[0] == padded[i] for i in range(0, len(lengths), 7))  # alone: the same
 
 
+@pytest.mark.parametrize("sequences, message", [
+    ([[1, 2], [40]], "token ids from 1 to 40, but this base's are 0 to 39. Use the tokenizer that came with it"),
+    ([[1, -1]], "token ids from -1 to 1, but"), ([[1.7, 2]], "token ids are float64; needed whole numbers"),
+])  # fmt: skip
+def test_pack_refuses_what_is_no_token(sequences, message):
+    with pytest.raises(ValueError, match=message):
+        Rows.pack(sequences, vocab_size=40)
+
+
 @pytest.mark.parametrize("sequences", [[], [[]], [[1, 2], []]])
 def test_pack_refuses_empty(sequences):
     with pytest.raises(ValueError, match="empty"):

@@ -161,7 +161,7 @@ class Bert(nn.Module):
         self, sequences: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] | None = None
     ) -> list[Tensor]:
         """Lists of token ids, and of their types -> for each its last hidden states [its length, width]."""
-        rows = Rows.pack(sequences, self.device, causal=False)
+        rows = Rows.pack(sequences, self.device, causal=False, vocab_size=self.config.vocab_size)
         if token_types is not None:
             if [len(types) for types in token_types] != rows.lengths.tolist():
                 raise ValueError("Bert.encode: token_types must have one type for each token of each sequence.")

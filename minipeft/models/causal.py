@@ -49,13 +49,13 @@ class Causal(nn.Module):
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Lists of token ids -> for each the logits [its length, vocab_size]; row i predicts token i + 1."""
-        rows = Rows.pack(sequences, self.device)
+        rows = Rows.pack(sequences, self.device, vocab_size=self.config.vocab_size)
         return rows.split(self.head(self.hidden(rows)))
 
     @torch.no_grad()
     def encode(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Lists of token ids -> for each its last hidden states [its length, width]."""
-        rows = Rows.pack(sequences, self.device)
+        rows = Rows.pack(sequences, self.device, vocab_size=self.config.vocab_size)
         return rows.split(self.hidden(rows))
 
     def generate(
@@ -69,6 +69,8 @@ class Causal(nn.Module):
 def check_lengths(rows: Rows, max_positions: int) -> None:
     """No sequence is longer than the base has positions, or ValueError. Nothing is ever cut here."""
     if rows.longest > max_positions:
-        number = int(rows.lengths.argmax())
-        raise ValueError(f"sequence {number} has {rows.longest} tokens but this base has {max_positions} positions; "
-                         "shorten the text or choose a base with more.")
+        long = [f"number {i} has {n} tokens" for i, n in enumerate(rows.lengths.tolist()) if n > max_positions]
+        more = f" and {len(long) - 3} more" if len(long) > 3 else ""
+        which = ", ".join(long[:3]) or f"one with its prefix has {rows.longest} tokens"
+        raise ValueError(f"sequences are too long: {which}{more} but this base has {max_positions} positions; shorten "
+                         "the texts or choose a base with more.")

@@ -25,7 +25,8 @@ def read(fields: dict) -> DecoderConfig:
     family = choice(fields, "model_type", (*FAMILIES, "phi3"))
     choice(fields, "hidden_act", ("silu",), default="silu")
     width, layers = whole(fields, "hidden_size"), num_layers(fields, "num_hidden_layers")
-    num_heads, num_kv_heads, head_dim = heads(fields)
+    defaults = {"mistral": (8, None), "qwen2": (32, None), "qwen3": (32, 128)}.get(family, (None, None))
+    num_heads, num_kv_heads, head_dim = heads(fields, *defaults)
     rope_theta, rope_scaling = rope(fields)
     if family == "phi3" and rope_scaling:
         raise InputError(f"rope type is {rope_scaling['rope_type']!r}; phi3 has none but 'default' here.")

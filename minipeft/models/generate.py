@@ -194,7 +194,7 @@ def generate(
         raise ValueError(f"generate: sequence {int(lengths.argmax())} has {longest} tokens and may get "
                          f"{max_new_tokens} more, but this base has {limit} positions; shorten the text or lower "
                          "max_new_tokens.")
-    rows = Rows.pack(sequences, model.device)
+    rows = Rows.pack(sequences, model.device, vocab_size=model.config.vocab_size)
     cache = Cache(longest + max_new_tokens - 1, torch.from_numpy(lengths).to(model.device))
     of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(model.device)
     prefill = Rows(rows.tokens, rows.positions, Prefill(rows.attend, cache, of_row, rows.positions), lengths, longest)
@@ -219,7 +219,7 @@ def generate_from(
 ) -> list[list[int]]:  # fmt: skip
     """What a T5 writes for each of these inputs, without the start token. Arguments and errors as in `generate`."""
     stop = _check(max_new_tokens, sampling, model, stop)
-    read = Rows.pack(inputs, model.device, causal=False)
+    read = Rows.pack(inputs, model.device, causal=False, vocab_size=model.config.vocab_size)
     linear = linear_of(read.lengths)
     memory = Memory.of(read, model.cross_keys(model.encode_rows(read, linear), linear))
     n = len(read.lengths)

@@ -39,6 +39,7 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> how it is read
 }
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*")
 NOT_SIZES = ("max_positions", "max_distance")  # settings that may be larger than all weights
+TENSORS_PER_LAYER = 6  # at the least, of any family; a layer takes milliseconds to build before its keys are looked at
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -132,7 +133,8 @@ def find_folder(name: str | Path) -> Path:
     if os.path.isdir(name):
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(name)):
-        raise InputError(f"{name}: no such folder. Download the model: `hf download NAME --local-dir {name}`.")
+        raise InputError(f"{name}: no such folder. Download the model: `hf download NAME --local-dir {name}`; "
+                         "or give a hub id as org/name.")  # fmt: skip
     from huggingface_hub import snapshot_download  # slow to import, and a folder does not need it
 
     repo, _, revision = str(name).partition("@")
@@ -149,10 +151,11 @@ def find_folder(name: str | Path) -> Path:
 def check_sizes(config: object, checkpoint: Checkpoint) -> None:
     """config.json asks for nothing larger than the weights are, before anything is made in that size, or InputError."""
     tensors, numbers = len(checkpoint.keys), checkpoint.num_numbers
+    numbered = {int(part) for key in checkpoint.keys for part in key.split(".") if part.isdecimal()}
     for name, value in vars(config).items():
         if name in NOT_SIZES or type(value) is not int:
             continue
-        if "layers" in name and value > tensors:
+        if "layers" in name and (value * TENSORS_PER_LAYER > tensors or not numbered.issuperset(range(value))):
             raise InputError(f"{checkpoint.folder}: config.json says {value} layers but the weights have only "
                              f"{tensors} tensors. Take both from the same model.")  # fmt: skip
         if value > numbers:

@@ -34,7 +34,7 @@ class Rows:
     @staticmethod
     def pack(
         sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", causal: bool = True,
-        prefixes: Sequence[int] | None = None,
+        prefixes: Sequence[int] | None = None, vocab_size: int | None = None,
     ) -> "Rows":  # fmt: skip
         """Rows of these token id lists, in the order given. Empty sequences are an error: they have no row.
 
@@ -42,11 +42,20 @@ class Rows:
             causal:   each row sees its sequence up to itself (a decoder); otherwise all of it (an encoder).
             prefixes: for each sequence the number of another that it goes on from, as if that one stood before it, or
                       -1. The other has no prefix itself.
+            vocab_size: token ids must be below it; None: not looked at.
+        Raises:
+            ValueError: no sequence, an empty one, or ids that are no tokens.
         """
         lengths = np.array([len(s) for s in sequences], dtype=np.int64)
         if len(lengths) == 0 or lengths.min() == 0:
             raise ValueError("Rows.pack: needs at least one sequence and no empty one; drop empty sequences before.")
-        tokens = np.concatenate([np.asarray(s, dtype=np.int64) for s in sequences])
+        tokens = np.concatenate([np.asarray(s) for s in sequences])
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"Rows.pack: token ids are {tokens.dtype}; needed whole numbers.")
+        if vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            raise ValueError(f"Rows.pack: token ids from {tokens.min()} to {tokens.max()}, but this base's are 0 to "
+                             f"{vocab_size - 1}. Use the tokenizer that came with it.")  # fmt: skip
+        tokens = tokens.astype(np.int64)
         starts, shared, before = np.cumsum(lengths) - lengths, None, np.zeros_like(lengths)
         if prefixes is not None and max(prefixes) >= 0:
             prefixes = np.asarray(prefixes)

@@ -272,8 +272,10 @@ class T5(nn.Module):
         if len(inputs) != len(targets) or not all(len(target) for target in targets):
             raise ValueError(f"T5: {len(inputs)} inputs and {len(targets)} targets; needed one target with at least "
                              "one token for each input.")  # fmt: skip
-        read = Rows.pack(inputs, self.device, causal=False)
-        write = Rows.pack([[self.config.start_token, *target[:-1]] for target in targets], self.device)
+        vocab_size = self.config.vocab_size
+        read = Rows.pack(inputs, self.device, causal=False, vocab_size=vocab_size)
+        begun = [[self.config.start_token, *target[:-1]] for target in targets]
+        write = Rows.pack(begun, self.device, vocab_size=vocab_size)
         return read, write, Packed.plan(write.lengths, False, self.device, k_lengths=read.lengths)
 
     @property
@@ -294,7 +296,7 @@ class T5(nn.Module):
     @torch.no_grad()
     def encode(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Lists of token ids -> for each the encoder's last hidden states [its length, width]."""
-        rows = Rows.pack(sequences, self.device, causal=False)
+        rows = Rows.pack(sequences, self.device, causal=False, vocab_size=self.config.vocab_size)
         return rows.split(self.encode_rows(rows))
 
     def generate(
