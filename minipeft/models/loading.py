@@ -39,7 +39,8 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> how it is read
 }
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*")
 NOT_SIZES = ("max_positions", "max_distance")  # settings that may be larger than all weights
-TENSORS_PER_LAYER = 6  # at the least, of any family; a layer takes milliseconds to build before its keys are looked at
+QUICK_LAYERS = 100  # built before their keys are looked at; more must be in the file first: each takes milliseconds
+TENSORS_PER_LAYER = 6  # at the least, of any family
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -155,7 +156,9 @@ def check_sizes(config: object, checkpoint: Checkpoint) -> None:
     for name, value in vars(config).items():
         if name in NOT_SIZES or type(value) is not int:
             continue
-        if "layers" in name and (value * TENSORS_PER_LAYER > tensors or not numbered.issuperset(range(value))):
+        if "layers" in name and value > QUICK_LAYERS and not (
+            value * TENSORS_PER_LAYER <= tensors and numbered.issuperset(range(value))
+        ):
             raise InputError(f"{checkpoint.folder}: config.json says {value} layers but the weights have only "
                              f"{tensors} tensors. Take both from the same model.")  # fmt: skip
         if value > numbers:
