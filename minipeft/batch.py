@@ -61,7 +61,7 @@ class Batch:
     rows:      the packed sequences, fillers included.
     groups:    (bank number, first row, Segments) of each bank in the batch; its rows are consecutive.
     head_rows: [M'] int64. Rows the head runs on: each user's read rows, filled up to a multiple of TILE.
-    head_groups: as groups, of head_rows.
+    owners:    (bank number, slot) of each part. head_lengths: each part's number of head_rows.
     read:      [M] int64. Which of head_rows is each row that was asked for: parts, sequences and rows in order.
     num_real_rows: rows that are not filler.
     """
@@ -69,9 +69,14 @@ class Batch:
     rows: Rows
     groups: tuple[tuple[int, int, Segments], ...]
     head_rows: Tensor
-    head_groups: tuple[tuple[int, int, Segments], ...]
+    owners: list[tuple[int, int]]
+    head_lengths: list[int]
     read: Tensor
     num_real_rows: int
+
+    def head_groups(self) -> tuple[tuple[int, int, Segments], ...]:
+        """As groups, of head_rows: for bases at whose head adapters act."""
+        return groups_of(self.owners, self.head_lengths, self.head_rows.device)
 
 
 def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool = True) -> Batch:
@@ -115,7 +120,8 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool
         Rows.pack(sequences, device, causal, prefixes if causal else None),
         groups_of(owners, lengths, device),
         torch.tensor(head_rows, device=device),
-        groups_of(owners, head_lengths, device),
+        owners,
+        head_lengths,
         torch.tensor(read, device=device),
         num_real_rows,
     )

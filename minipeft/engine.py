@@ -132,7 +132,8 @@ class Engine:
         tile = TILE if self.passes.deterministic else None
         hidden = self.model.hidden(batch.rows, self._linear(batch.groups, tile))  # [T, width]
         read = hidden.index_select(0, batch.head_rows)  # [M', width]
-        logits = self.model.head(read, self._linear(batch.head_groups, tile))  # [M', vocab]
+        head_groups = batch.head_groups() if "head" in self.model.sites else ()
+        logits = self.model.head(read, self._linear(head_groups, tile))  # [M', vocab]
         return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
 
     def train_step(self, chosen: Sequence[Run]) -> None:
