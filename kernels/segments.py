@@ -8,6 +8,7 @@ for plain PyTorch, in O(rows), as it looks rows up one by one.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -169,6 +170,13 @@ class Segments:
     @property
     def num_rows(self) -> int:
         return int(self.starts[-1])
+
+    @cached_property
+    def slot_of_row(self) -> Tensor:
+        """[T] int64 on the device: what plain PyTorch gathers by."""
+        if self.tiles is not None:
+            return self.tiles.groups.slot_of_row
+        return torch.from_numpy(np.repeat(self.slots, np.diff(self.starts))).to(self.plan.segments.device)
 
 
 def other_rows(op: str, groups: Iterable[tuple[int, Segments]], num_rows: int) -> list[slice]:

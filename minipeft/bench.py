@@ -27,7 +27,9 @@ from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError
 from minipeft.labels import Question
+from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
+from minipeft.methods.stack import Stack
 from minipeft.models.bert import Bert
 from minipeft.models.causal import Causal
 from minipeft.models.classifier import Base, Classifier
@@ -122,7 +124,7 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     print(describe(args, task, model, base_name, encoded), flush=True)
 
     def keep(adapter: Adapter) -> None:
-        save_adapter(args.out / "adapters", adapter, model.sites)
+        save_adapter(args.out / "adapters", adapter, model)
         finished.append(adapter.user)
 
     plan = plan_for(model, args.seed)
@@ -151,7 +153,7 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     result = {
         "suite": "quick", "task": task.name, "num_users": len(task.users), "seed": args.seed, "base": base_name,
         "base_numbers": sum(p.numel() for p in model.parameters()),
-        "adapter_numbers": plan.method.count(model.sites),
+        "adapter_numbers": plan.method.count(model),
         "training": together.figures(), "trial_steps": trial.steps,
         "fused": trial.figures(), "one_by_one": trial_alone.figures(), "speedup": trial_alone.seconds / trial.seconds,
         "accuracy": {"base": None} | accuracy | {
@@ -251,8 +253,8 @@ def get_base(args: argparse.Namespace, task: Task) -> tuple[Base, Encoded, str]:
 
 def plan_for(model: Base, seed: int) -> TrainConfig:
     """How each user trains; on an encoder with a head of their own."""
-    num_classes = 0 if model.causal else model.sites["head"][1]
-    return replace(PERSONAL, seed=seed, method=replace(PERSONAL.method, num_classes=num_classes))
+    method = PERSONAL.method if model.causal else Stack((PERSONAL.method, Head()))
+    return replace(PERSONAL, seed=seed, method=method)
 
 
 # ---- The measurements ----------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def answers(
     """The label each user's model finds most likely for each of their test examples; adapters None: the base alone."""
     if adapters is None:
         silent = LoRA(rank=1, sites=PERSONAL.method.sites)  # at its start value a LoRA changes nothing
-        row = silent.initial_row(model.sites, 0, "")
+        row = silent.initial_row(model, 0, "")
         adapters = {user: Adapter(user, silent, row) for user in encoded.test}
     scores = predict(model, encoded.labels, adapters, encoded.test, PASSES)
     return {user: [(task.labels[i],) for i in scores[user].argmax(1)] for user in encoded.test}
@@ -407,12 +409,12 @@ def progress(title: str):
 
 def describe(args: argparse.Namespace, task: Task, model: Base, base_name: str, encoded: Encoded) -> str:
     sizes = sorted(len(examples) for examples in task.train.values())
-    method = plan_for(model, args.seed).method
+    numbers = plan_for(model, args.seed).method.count(model)
     lines = [
         f"task {task.name}: {len(task.users)} users, {sum(sizes)} training examples ({sizes[0]} to {sizes[-1]} a user, "
         f"median {sizes[len(sizes) // 2]}), labels {', '.join(task.labels)}, alpha {nominal_alpha(task):.2f}",
         f"base {base_name}: {sum(p.numel() for p in model.parameters()):,} frozen numbers; LoRA of rank "
-        f"{method.rank}{'' if model.causal else ' and a head'}: {method.count(model.sites):,} numbers a user",
+        f"{PERSONAL.method.rank}{'' if model.causal else ' and a head'}: {numbers:,} numbers a user",
         f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32",
     ]
     if encoded.num_cut:

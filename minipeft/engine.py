@@ -8,40 +8,26 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.batch import Batch, Part, groups_of, pack
+from minipeft.acting import Acting
+from minipeft.batch import Batch, Group, Part, groups_of, pack
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
-from minipeft.methods.lora import LoRA, LoraBank
+from minipeft.methods.method import Method, Residents, Share
 from minipeft.models.classifier import Base
 from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
-from minipeft.models.linear import LinearFn
+from minipeft.models.hooks import Hooks
 from minipeft.models.t5 import T5
-from minipeft.schedule import Job, PassConfig, Run, choose
+from minipeft.randomness import key_of
+from minipeft.schedule import Adapter, Job, PassConfig, Run, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
-from minipeft_kernels.cpu import tiled_linear
-from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.segments import TILE, Segments
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What a user gets: their row and how it came about.
-
-    row:     [P] fp32, laid out as `method.layout(model.sites)` says.
-    metrics: best_epoch, epochs, steps, val_loss (after each epoch, nats per label token), stopped_early, skipped_steps.
-    """
-
-    user: str
-    method: LoRA
-    row: Tensor
-    metrics: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -54,7 +40,7 @@ class Totals:
 
     def count(self, batch: Batch) -> None:
         self.passes += 1
-        self.rows += len(batch.rows.tokens)
+        self.rows += batch.num_rows
         self.tokens += batch.num_real_rows
 
 
@@ -72,68 +58,89 @@ class Engine:
         passes.check()
         self.model, self.labels, self.passes = model, labels, passes
         self.totals = Totals()
-        self._bank_of: dict[tuple, int] = {}  # (sites, rank class, classes of the head) -> bank number
-        self._banks: list[LoraBank] = []
+        self._bank_of: dict[tuple, int] = {}  # (method's kind, the shared adapter under it) -> bank number
+        self._banks: list[Residents] = []
+        self._under: list[Residents | None] = []  # of each bank: the shared adapter under its users'
+        self._shared: dict[int, tuple[Adapter, Residents]] = {}  # id of a shared adapter -> it, and it alone in a bank
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
 
     # ---- Residents -------------------------------------------------------------------------------------------------
 
-    def admit(self, user: str, method: LoRA, row: Tensor | None = None, seed: int = 0) -> tuple[int, int]:
-        """Make a user resident, at their start value or at `row` [P]. Returns (bank number, slot)."""
-        key = (tuple(method.chosen(self.model.sites)), method.rank_class, method.num_classes)
+    def admit(
+        self, user: str, method: Method, row: Tensor | None = None, seed: int = 0, under: Adapter | None = None,
+        name: str = "",
+    ) -> tuple[int, int]:  # fmt: skip
+        """Make a user resident, at their start value or at `row` [P]. Returns (bank number, slot).
+
+        under: an adapter that acts under the user's own. name: what the slot is known by; "": the user's id.
+        """
+        key = (method.kind(self.model), id(under) if under else None)
         if key not in self._bank_of:
             self._bank_of[key] = len(self._banks)
-            self._banks.append(LoraBank(method, self.model.sites, self.model.shared_inputs,
-                                        self.passes.slots, self.model.device, self.model.dtype))
+            self._banks.append(self._residents(method, self.passes.slots))
+            self._under.append(self._shared_residents(under) if under else None)
         number = self._bank_of[key]
-        bank = self._banks[number]
         if row is None:
-            row = method.initial_row(self.model.sites, seed, user)
-        return number, bank.admit(user, method, row)
+            row = method.initial_row(self.model, seed, user)
+        return number, self._banks[number].admit(name or user, method, row,
+                                                 key_of(seed, user, method.name, "dropout"))
+
+    def _residents(self, method: Method, num_slots: int) -> Residents:
+        return Residents(method, self.model, num_slots, self.model.device, self.model.dtype)
+
+    def _shared_residents(self, adapter: Adapter) -> Residents:
+        if id(adapter) not in self._shared:
+            residents = self._residents(adapter.method, 1)
+            residents.admit(adapter.user, adapter.method, adapter.row, 0)
+            self._shared[id(adapter)] = adapter, residents
+        return self._shared[id(adapter)][1]
 
     def evict(self, bank: int, slot: int) -> None:
         self._banks[bank].bank.evict(slot)
 
+    def virtual(self, bank: int) -> tuple[int, int]:
+        """Virtual tokens of this bank's users (Method.virtual)."""
+        return self._banks[bank].virtual
+
     # ---- One pass --------------------------------------------------------------------------------------------------
 
-    def _linear(self, groups: Sequence[tuple[int, int, Segments]], tile: int | None) -> LinearFn:
-        """How the base computes linear sites on rows of these groups: its own product, plus each row's own adapter."""
-        groups = [(self._banks[number], first_row, segments) for number, first_row, segments in groups]
+    def _hooks(self, groups: Sequence[Group], steps: dict[tuple[int, int], int] | None = None) -> Hooks:
+        """What a pass does at the sites of the base, on rows of these groups: each row's own adapter.
 
-        def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
-            return [bank.at(sites, first_row, segments) for bank, first_row, segments in groups]
+        steps: steps so far of each (bank, slot); None where nobody trains.
+        """
+        tile, shares, under = TILE if self.passes.deterministic else None, [], []
+        for group in groups:
+            residents, slots = self._banks[group.bank], group.segments.slots
+            so_far = None if steps is None else np.array([steps[group.bank, slot] for slot in slots.tolist()])
+            shares.append(Share(residents, group.first_row, group.segments, group.prompts, residents.keys[slots],
+                                so_far, tile, self._anchor))  # fmt: skip
+            if (shared := self._under[group.bank]) is not None:
+                whole = Segments.build([0], [group.segments.num_rows], self.model.device)
+                under.append(Share(shared, group.first_row, whole, None, shared.keys, None, tile, self._anchor))
+        return Acting(shares, under, self._anchor, tile)
 
-        def launch(sites: tuple[str, ...], x: Tensor, weights: list, biases: list) -> tuple[Tensor, ...]:
-            acting = [lora for lora in at(sites) if lora is not None]
-            if acting:
-                return lora_linear(x, self._anchor, weights, biases, acting, tile)
-            return tuple(F.linear(x, w, b) if tile is None else tiled_linear(x, w, b, tile)
-                         for w, b in zip(weights, biases))  # fmt: skip
+    def _begin(self, groups: Sequence[Group], training: bool) -> None:
+        for group in groups:
+            self._banks[group.bank].begin(group.segments.slots, training)
+            if (shared := self._under[group.bank]) is not None:
+                shared.begin(np.zeros(1, dtype=np.int64), training=False)
 
-        def linear(sites, x, weights, biases):
-            # Where every bank acts at the same sites of one input, they go in one launch. In deterministic mode never:
-            # whether they do would depend on the company.
-            acting = tuple(site for site in sites if any(at((site,))))
-            if tile is not None or not all(at(acting)):
-                acting = ()
-            launches = [acting] * bool(acting) + [(site,) for site in sites if site not in acting]
-            ys = {}
-            for launched in launches:
-                chosen = [sites.index(site) for site in launched]
-                ys |= zip(launched, launch(launched, x, [weights[i] for i in chosen], [biases[i] for i in chosen]))
-            return tuple(ys[site] for site in sites)
-
-        return linear
-
-    def _log_probs(self, batch: Batch) -> Tensor:
+    def _log_probs(self, batch: Batch, steps: dict[tuple[int, int], int] | None = None) -> Tensor:
         """Log-probabilities of the next token at the rows that were asked for: [M, vocab]."""
         self.totals.count(batch)
         self.model.recompute = self.passes.recompute
-        tile = TILE if self.passes.deterministic else None
-        hidden = self.model.hidden(batch.rows, self._linear(batch.groups, tile))  # [T, width]
+        self._begin(batch.groups, steps is not None)
+        hooks = self._hooks(batch.groups, steps)
+        if batch.inputs is None:
+            hidden = self.model.hidden(batch.rows, hooks)  # [T, width]
+        else:
+            reading = self._hooks(batch.inputs.groups, steps)
+            keys = self.model.cross_keys(self.model.encode_rows(batch.inputs.rows, reading), reading)
+            hidden = self.model.decode_rows(batch.rows, keys, batch.cross, hooks)
         read = hidden.index_select(0, batch.head_rows)  # [M', width]
-        head_groups = batch.head_groups() if "head" in self.model.sites else ()
-        logits = self.model.head(read, self._linear(head_groups, tile))  # [M', vocab]
+        head_groups = batch.head_groups() if self.model.head_size else ()
+        logits = self.model.head(read, self._hooks(head_groups, steps))  # [M', vocab]
         return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
 
     def train_step(self, chosen: Sequence[Run]) -> None:
@@ -145,19 +152,18 @@ class Engine:
             tokens = [token for read in part.reads for token in read.targets]
             targets += tokens
             weights += [1 / len(tokens)] * len(tokens)
-        for number, _, _ in batch.groups:
-            if self._banks[number].squares is not None:
-                self._banks[number].squares.zero_()
-        log_probs = self._log_probs(batch)
+        log_probs = self._log_probs(batch, {(run.bank, run.slot): run.step for run in chosen})
         losses = -log_probs.gather(1, torch.tensor(targets, device=log_probs.device)[:, None])[:, 0]  # [M]
         (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
 
-        for number, _, segments in batch.groups:
-            runs = [run for run in chosen if run.bank == number]
-            bank = self._banks[number].bank
+        for group in batch.groups:
+            runs = [run for run in chosen if run.bank == group.bank]
+            residents, slots = self._banks[group.bank], group.segments.slots
+            residents.end(slots)
+            bank = residents.bank
             norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
-                           torch.from_numpy(segments.slots).to(bank.weights.device), _settings(runs),
-                           squares=self._banks[number].squares, compute=bank.copy)
+                           torch.from_numpy(slots).to(bank.weights.device), _settings(runs),
+                           squares=residents.squares, compute=bank.copy)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
         for run in chosen:
@@ -185,7 +191,7 @@ class Engine:
                     reads += more
                     used += size
                     start += 1
-                pieces.append((position, Part(bank, slot, reads)))
+                pieces.append((position, Part(bank, slot, reads, self.virtual(bank))))
         while pieces:
             taken, left, used, owners = [], [], 0, set()
             for position, part in pieces:  # at most one piece of a user in a pass
@@ -217,15 +223,22 @@ class Engine:
             for each of asked, in order, the new tokens of each of its prompts.
         """
         order = sorted(range(len(asked)), key=lambda i: asked[i][:2])
+        places = [asked[i][:2] for i in order]
         owners = np.repeat(np.arange(len(order)), [len(asked[i][2]) for i in order])  # [n], of each prompt
+        virtual = [[self.virtual(bank)[whose] for bank, _ in places] for whose in (0, 1)]
+        virtual = [np.array(numbers, dtype=np.int64)[owners] for numbers in virtual]  # [n] each
+        self._begin(groups_of(places, [0] * len(places), self.model.device), training=False)
 
-        def linear_of(lengths: np.ndarray) -> LinearFn:
+        def hooks_of(lengths: np.ndarray, whose: int | None) -> Hooks:
             rows = np.bincount(owners, weights=lengths, minlength=len(order)).astype(np.int64)
-            return self._linear(groups_of([asked[i][:2] for i in order], rows, self.model.device), tile=None)
+            starts = None if whose is None else (owners, np.cumsum(lengths) - lengths, virtual[whose])
+            return self._hooks(groups_of(places, rows, self.model.device, starts))
 
         prompts = [prompt for i in order for prompt in asked[i][2]]
-        write = generate_from if isinstance(self.model, T5) else generate
-        new = write(self.model, prompts, max_new_tokens, stop, sampling, linear_of)
+        if isinstance(self.model, T5):
+            new = generate_from(self.model, prompts, max_new_tokens, stop, sampling, hooks_of, *virtual)
+        else:
+            new = generate(self.model, prompts, max_new_tokens, stop, sampling, hooks_of, virtual[0])
         answers = [[] for _ in asked]
         for owner, tokens in zip(owners, new):
             answers[order[owner]].append(tokens)
@@ -239,7 +252,7 @@ class Engine:
         on_finish: Callable[[Adapter], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> dict[str, Adapter]:
-        """Train every job to the end of its own plan, many in each pass. Returns user -> best adapter by validation.
+        """Train every job to the end of its own plan, many in each pass. Returns job key -> best adapter by validation.
 
         Users are admitted in the order given as slots come free. Neither that order nor the company changes anybody's
         adapter: in fp32 beyond rounding, with passes.deterministic not in a single bit.
@@ -257,7 +270,8 @@ class Engine:
         while waiting or runs:
             while waiting and len(runs) < self.passes.slots:
                 job = waiting.pop()
-                runs.append(Run(job, *self.admit(job.user, job.config.method, seed=job.config.seed)))
+                place = self.admit(job.user, job.config.method, job.start, job.config.seed, job.under, job.key)
+                runs.append(Run(job, *place, self.virtual(place[0])))
             training = [run for run in runs if not run.wants_evaluation]
             # Evaluations wait until they fill a pass or nobody can train.
             if training and len(training) > len(runs) // 2:
@@ -269,7 +283,7 @@ class Engine:
                 worked_off = self._evaluate(evaluating)
                 for run in evaluating:
                     if run.done:
-                        adapters[run.job.user] = adapter = _adapter(run)
+                        adapters[run.job.key] = adapter = _adapter(run)
                         self.evict(run.bank, run.slot)
                         if on_finish is not None:
                             on_finish(adapter)
@@ -293,9 +307,10 @@ class Engine:
     def _check(self, jobs: Sequence[Job]) -> None:
         seen = set()
         for job in jobs:
-            if job.user in seen:
-                raise InputError(f"user {job.user!r} is listed twice; join the user's examples into one job")
-            seen.add(job.user)
+            if job.key in seen:
+                raise InputError(f"user {job.key!r} is listed twice; join the user's examples into one job, or give "
+                                 "jobs by several methods names of their own")
+            seen.add(job.key)
             for name, questions in (("training", job.train), ("validation", job.val)):
                 if not questions:
                     raise InputError(f"user {job.user!r} has no {name} example; leave the user out or add one")
@@ -306,7 +321,10 @@ class Engine:
                         raise InputError(f"user {job.user!r} has a {name} example with label number {question.label}; "
                                          f"this task's labels are 0 to {len(self.labels.labels) - 1}")
             job.config.check()
-            job.config.method.check(self.model.sites)
+            job.config.method.check(self.model)
+            if job.under is not None and any(job.under.method.virtual(self.model)):
+                raise InputError(f"user {job.key!r}: {job.under.method.name} cannot lie under another adapter: it "
+                                 "has virtual tokens; take a method without")
 
 
 def predict(
@@ -328,7 +346,8 @@ def predict(
         raise InputError(f"no adapter of user {unknown[0]!r}; train the user first or leave the user's questions out")
     for start in range(0, len(users), passes.slots):
         group = users[start : start + passes.slots]
-        places = [engine.admit(user, adapters[user].method, adapters[user].row) for user in group]
+        owned = [(user, adapters[user]) for user in group]
+        places = [engine.admit(a.user, a.method, a.row, under=a.under, name=user) for user, a in owned]
         for position, scores in engine.score((*place, questions[user]) for place, user in zip(places, group)):
             answers[group[position]].append(scores)
         for place in places:
@@ -361,4 +380,4 @@ def _adapter(run: Run) -> Adapter:
         "stopped_early": run.stopped_early,
         "skipped_steps": run.skipped_steps,
     }
-    return Adapter(run.job.user, run.job.config.method, run.best, metrics)
+    return Adapter(run.job.user, run.job.config.method, run.best, metrics, run.job.under)

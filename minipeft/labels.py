@@ -32,10 +32,12 @@ class LabelSet:
 
     Args:
         labels: token ids of each label. None may be the beginning of another: end them with an end-of-text token.
+        start:  an encoder-decoder's start token: questions are its inputs and it writes the labels; None: a decoder,
+                which goes on from the question.
     """
 
-    def __init__(self, labels: Sequence[Sequence[int]]):
-        self.labels = [tuple(label) for label in labels]
+    def __init__(self, labels: Sequence[Sequence[int]], start: int | None = None):
+        self.labels, self.start = [tuple(label) for label in labels], start
         for i, label in enumerate(self.labels):
             for j, other in enumerate(self.labels):
                 if i != j and other[: len(label)] == label:
@@ -67,11 +69,14 @@ class LabelSet:
     def training_read(self, question: Question) -> Read:
         """The sequence that trains on a question: prompt and right label, its label tokens' rows read."""
         label = self.labels[question.label]
+        if self.start is not None:
+            return Read((self.start, *label[:-1]), len(label), label, inputs=question.prompt)
         return Read(question.prompt + label[:-1], len(label), label)
 
     def scoring_reads(self, question: Question) -> list[Read]:
         """The sequences from which every label of a question is scored: the prompt, and what goes on from it."""
-        return [Read(question.prompt, 1), *(Read(stem, len(stem), after=1 + k) for k, stem in enumerate(self.stems))]
+        first = Read(question.prompt, 1) if self.start is None else Read((self.start,), 1, inputs=question.prompt)
+        return [first, *(Read(stem, len(stem), after=1 + k) for k, stem in enumerate(self.stems))]
 
     def scores(self, log_probs: Tensor) -> Tensor:
         """Log-probabilities of the read rows [questions * rows_per_question, vocab] -> label scores [questions, C]."""

@@ -20,3 +20,20 @@ def generator(seed: int, user: str, *purpose: str | int) -> np.random.Generator:
         encoded = repr(part).encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
+
+
+def key_of(seed: int, user: str, *purpose: str | int) -> int:
+    """64 bits that belong to (seed, user, purpose): the start of cheaper draws, see keys_of."""
+    return int(generator(seed, user, *purpose).integers(2**64, dtype=np.uint64))
+
+
+def keys_of(keys: np.ndarray, steps: np.ndarray, site: str) -> np.ndarray:
+    """A key for each user's step and site: [S] int64, from the users' own keys [S] uint64 and steps [S].
+
+    splitmix64's finaliser (Steele et al. 2014, "Fast splittable pseudorandom number generators") over their sum.
+    """
+    of_site = int.from_bytes(hashlib.sha256(site.encode()).digest()[:8], "little")
+    mixed = keys ^ (np.uint64(of_site) + (steps.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))).view(np.int64)

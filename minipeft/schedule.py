@@ -15,16 +15,33 @@ from minipeft.batch import Part
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods.lora import LoRA
+from minipeft.methods.method import Method
 from minipeft.randomness import generator
 
 MIN_IMPROVEMENT = 1e-4  # relative: a later epoch must beat the best validation loss by this to count as better
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What a user gets: their row and how it came about.
+
+    row:     [P] fp32, laid out as `method.layout(base)` says.
+    metrics: best_epoch, epochs, steps, val_loss (after each epoch, nats per label token), stopped_early, skipped_steps.
+    under:   the adapter that acts under it, None for most.
+    """
+
+    user: str
+    method: Method
+    row: Tensor
+    metrics: dict = field(default_factory=dict)
+    under: "Adapter | None" = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How one user trains. Users in the same run may differ in every field."""
 
-    method: LoRA = field(default_factory=LoRA)
+    method: Method = field(default_factory=LoRA)
     learning_rate: float = 2e-3  # peak, per step
     weight_decay: float = 0.01  # per step, times the learning rate
     warmup: float = 0.1  # share of the planned steps over which the learning rate rises linearly; then it falls to 0
@@ -70,12 +87,24 @@ class PassConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """A user who wants an adapter: training and validation questions, and how to train."""
+    """A user who wants an adapter: training and validation questions, and how to train.
+
+    name:  what the result is called; "": the user's id. One user may have several jobs, one for each method say.
+    start: a row [P] to start from, e.g. of an adapter that all users share; None: the method's own start.
+    under: an adapter that acts under this one and is not trained: shared + personal.
+    """
 
     user: str
     train: Sequence[Question]
     val: Sequence[Question]
     config: TrainConfig = TrainConfig()
+    name: str = ""
+    start: Tensor | None = None
+    under: Adapter | None = None
+
+    @property
+    def key(self) -> str:
+        return self.name or self.user
 
 
 @dataclass
@@ -89,6 +118,7 @@ class Run:
     job: Job
     bank: int
     slot: int
+    virtual: tuple[int, int] = (0, 0)  # of the user's method
     epoch: int = 0  # epochs finished
     step: int = 0  # steps finished
     next_example: int = 0  # of this epoch's order
@@ -118,7 +148,8 @@ class Run:
                 shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
                 self.order = shuffle.permutation(len(self.job.train)).tolist()
             chosen = self.order[self.next_example : self.next_example + self.job.config.batch_size]
-            self.part = Part(self.bank, self.slot, [labels.training_read(self.job.train[i]) for i in chosen])
+            reads = [labels.training_read(self.job.train[i]) for i in chosen]
+            self.part = Part(self.bank, self.slot, reads, self.virtual)
         return self.part
 
     def advance(self) -> None:

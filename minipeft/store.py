@@ -8,7 +8,6 @@ A file is written under a temporary name, fsynced and renamed, so whoever reads 
 
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +16,8 @@ from safetensors.torch import save
 
 from minipeft.engine import Adapter
 from minipeft.errors import InputError
-from minipeft.methods.lora import LoRA
+from minipeft.methods.method import method_from
+from minipeft.models.hooks import Sites
 
 MAX_NAME = 200  # bytes of a file name before its ending; file systems stop at 255
 
@@ -36,11 +36,11 @@ def adapter_path(folder: Path, user: str) -> Path:
     return Path(folder) / f"{name}.safetensors"
 
 
-def save_adapter(folder: Path, adapter: Adapter, sites: dict[str, tuple[int, int]]) -> Path:
-    """Write one adapter; replaces an earlier one of the same user. `sites` are the base's (Decoder.sites)."""
+def save_adapter(folder: Path, adapter: Adapter, base: Sites) -> Path:
+    """Write one adapter of this base; replaces an earlier one of the same user."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = adapter.method.tensors(adapter.row, sites)
-    metadata = {"user": adapter.user, "method": json.dumps({"name": "lora", **asdict(adapter.method)}),
+    tensors = adapter.method.tensors(adapter.row, base)
+    metadata = {"user": adapter.user, "method": json.dumps(adapter.method.described()),
                 "metrics": json.dumps(adapter.metrics)}
     path = adapter_path(folder, adapter.user)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -52,7 +52,7 @@ def save_adapter(folder: Path, adapter: Adapter, sites: dict[str, tuple[int, int
     return path
 
 
-def load_adapter(folder: Path, user: str, sites: dict[str, tuple[int, int]]) -> Adapter:
+def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
     """Read one adapter back, bit for bit.
 
     Raises:
@@ -70,11 +70,10 @@ def load_adapter(folder: Path, user: str, sites: dict[str, tuple[int, int]]) -> 
         raise InputError(f"{path} is damaged: {error}") from None
     if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
         raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
-    fields = json.loads(metadata["method"])
-    method = LoRA(fields["rank"], fields["alpha"], tuple(fields["sites"]), fields.get("num_classes", 0))
     try:
-        method.check(sites)
-        row = method.row(tensors, sites)
+        method = method_from(json.loads(metadata["method"]))
+        method.check(base)
+        row = method.row(tensors, base)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Adapter(metadata["user"], method, row, json.loads(metadata["metrics"]))

@@ -44,11 +44,11 @@ def test_every_user_has_whole_tiles_and_nothing_is_lost(owners, lengths):
 
     owned = [(part.bank, part.slot, start) for part, start in zip(parts, starts)]
     in_groups = []
-    for bank, first_row, segments in batch.groups:
+    for bank, first_row, segments in ((group.bank, group.first_row, group.segments) for group in batch.groups):
         assert not segments.tiles.ragged  # whole tiles need no copy
         in_groups += [(bank, slot, first_row + start) for slot, start in zip(segments.slots, segments.starts)]
     assert in_groups == owned
-    assert len({bank for bank, _, _ in batch.groups}) == len(batch.groups)
+    assert len({group.bank for group in batch.groups}) == len(batch.groups)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)

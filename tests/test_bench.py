@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_a_message_and_every_finished_adapter(task_folder, tmp_pat
     files = list((tmp_path / "adapters").iterdir())
     assert len(files) == 2
     for file in files:
-        assert torch.isfinite(load_adapter(tmp_path / "adapters", file.stem, base.sites).row).all()
+        assert torch.isfinite(load_adapter(tmp_path / "adapters", file.stem, base).row).all()
 
 
 def model_folder(tmp_path):

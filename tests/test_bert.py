@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minipeft.errors import InputError
 from minipeft.models.bert import ACTIVATIONS, Bert, BertConfig, key_of
-from minipeft.models.linear import plain_linear
+from minipeft.models.hooks import BASE as PLAIN
 from minipeft.models.loading import load_model, load_tokenizer, read_config
 from minipeft.models.rows import Rows
 
@@ -159,7 +159,7 @@ def test_gradients_of_a_layer_match_finite_differences():
     x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
     for how in ("mean", "first", "pooler"):
         assert torch.autograd.gradcheck(
-            lambda x, how=how: model.pool(model.layers[0](x, rows, plain_linear), rows, how), (x,), fast_mode=True)
+            lambda x, how=how: model.pool(model.layers[0](x, rows, PLAIN), rows, how), (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from linears import hooks_of
 
 from minipeft.engine import Engine, predict
 from minipeft.errors import InputError
 from minipeft.labels import Classes, Question
+from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
+from minipeft.methods.stack import Stack
 from minipeft.models.bert import Bert, BertConfig
 from minipeft.models.classifier import Classifier
 from minipeft.models.loading import fingerprint
@@ -19,7 +22,7 @@ from minipeft.schedule import Job, PassConfig, Run, TrainConfig
 from minipeft.store import load_adapter, save_adapter
 
 C = 3
-CONFIG = TrainConfig(method=LoRA(rank=4, sites=("q", "v", "down"), num_classes=C), learning_rate=1e-2, epochs=2,
+CONFIG = TrainConfig(method=Stack((LoRA(rank=4, sites=("q", "v", "down")), Head())), learning_rate=1e-2, epochs=2,
                      batch_size=4)  # fmt: skip
 
 
@@ -70,11 +73,11 @@ def test_every_tensor_is_trained(trained):
     model, jobs, adapters = trained
     for job in jobs:
         method = job.config.method
-        start = method.tensors(method.initial_row(model.sites, job.config.seed, job.user), model.sites)
-        for name, tensor in method.tensors(adapters[job.user].row, model.sites).items():
+        start = method.tensors(method.initial_row(model, job.config.seed, job.user), model)
+        for name, tensor in method.tensors(adapters[job.user].row, model).items():
             assert not torch.equal(tensor, start[name]), name
             assert name.startswith("layers") or not start[name].any()
-        assert method.count(model.sites) == sum(tensor.numel() for tensor in start.values())
+        assert method.count(model) == sum(tensor.numel() for tensor in start.values())
 
 
 def test_a_step_is_the_step_of_an_ordinary_classifier():
@@ -84,16 +87,18 @@ def test_a_step_is_the_step_of_an_ordinary_classifier():
     engine = Engine(model, Classes(C))
     bank, slot = engine.admit(job.user, job.config.method, seed=job.config.seed)
     row = engine._banks[bank].bank.weights[slot]
-    layout, draw = job.config.method.layout(model.sites), torch.Generator().manual_seed(1)
+    lora, layout = job.config.method.parts[0], job.config.method.layout(model)
+    draw = torch.Generator().manual_seed(1)
     for name in layout.shapes:  # B and the head away from zero, so that everything has a gradient
-        used = C if name == "head.W" else job.config.method.rank
+        used = C if name == "head.W" else lora.rank
         part = layout.view(row, name)[:used]
         part.copy_(0.3 * torch.randn(part.shape, generator=draw))
-    tensors = {name: t.clone().requires_grad_() for name, t in job.config.method.tensors(row, model.sites).items()}
+    tensors = {name: t.clone().requires_grad_() for name, t in job.config.method.tensors(row, model).items()}
 
+    @hooks_of
     def linear(sites, x, weights, biases):
         ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-        scale = job.config.method.alpha / job.config.method.rank
+        scale = lora.alpha / lora.rank
         return tuple(y + scale * x @ tensors[f"{site}.A"].T @ tensors[f"{site}.B"].T if f"{site}.A" in tensors else y
                      for site, y in zip(sites, ys))  # fmt: skip
 
@@ -106,7 +111,7 @@ def test_a_step_is_the_step_of_an_ordinary_classifier():
     torch.stack(losses).mean().backward()
 
     engine.train_step([Run(job, bank, slot)])
-    grads = job.config.method.tensors(engine._banks[bank].bank.grads[slot], model.sites)
+    grads = job.config.method.tensors(engine._banks[bank].bank.grads[slot], model)
     for name, tensor in tensors.items():
         torch.testing.assert_close(grads[name], tensor.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -125,20 +130,21 @@ def test_predictions_and_files(trained, tmp_path):
     model, jobs, adapters = trained
     scores = predict(model, Classes(C), adapters, {job.user: job.val for job in jobs})
     for job in jobs:
-        save_adapter(tmp_path, adapters[job.user], model.sites)
-        loaded = load_adapter(tmp_path, job.user, model.sites)
+        save_adapter(tmp_path, adapters[job.user], model)
+        loaded = load_adapter(tmp_path, job.user, model)
         assert torch.equal(loaded.row, adapters[job.user].row) and loaded.method == job.config.method
         again = predict(model, Classes(C), {job.user: loaded}, {job.user: job.val})
         np.testing.assert_allclose(again[job.user], scores[job.user], atol=1e-5)
         np.testing.assert_allclose(np.exp(scores[job.user]).sum(1), 1, atol=1e-5)
     two = Classifier(model.encoder, 2)
-    with pytest.raises(InputError, match=r"user%200\.safetensors: LoRA: a head of 3 classes needs a base whose site"):
-        load_adapter(tmp_path, "user 0", two.sites)
+    with pytest.raises(InputError, match=r"user%200\.safetensors: head.weight is \(3, 24\), this base needs \(2, 24\)"):
+        load_adapter(tmp_path, "user 0", two)
 
 
 def test_users_with_and_without_early_stop_and_other_ranks_share_passes(trained):
     model, jobs, _ = trained
-    mixed = [replace(job, config=replace(job.config, method=replace(job.config.method, rank=1 + 9 * (u % 2))))
+    ranked = [Stack((LoRA(rank=rank, sites=("q", "v", "down")), Head())) for rank in (1, 10)]
+    mixed = [replace(job, config=replace(job.config, method=ranked[u % 2]))
              for u, job in enumerate(jobs)]  # fmt: skip
     together = Engine(model, Classes(C)).train(mixed)
     for job in mixed:
@@ -146,9 +152,12 @@ def test_users_with_and_without_early_stop_and_other_ranks_share_passes(trained)
         assert (together[job.user].row - alone).norm() <= 1e-5 * alone.norm()
 
 
-@pytest.mark.parametrize("change", [{"num_classes": 4}, {"sites": ("q", "head")}])
-def test_a_head_that_does_not_fit_is_refused(change):
+@pytest.mark.parametrize("methods, message", [
+    ((LoRA(sites=("q", "head")), Head()), "no site of this base is called 'head'"),
+    ((Head(), Head()), "two methods of one user act at head.W"),
+])
+def test_a_head_that_does_not_fit_is_refused(methods, message):
     (job,) = make_jobs(1)
-    job = replace(job, config=replace(job.config, method=replace(job.config.method, **change)))
-    with pytest.raises(InputError, match="classes needs a base whose site \"head\" has as many outputs and no LoRA"):
+    job = replace(job, config=replace(job.config, method=Stack(methods)))
+    with pytest.raises(InputError, match=message):
         Engine(make_model(), Classes(C)).train([job])

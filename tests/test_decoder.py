@@ -14,8 +14,8 @@ from linears import site_by_site
 from minipeft.errors import InputError
 from minipeft.models import decoder_files
 from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.models.hooks import BASE as PLAIN
 from minipeft.models.layers import RMSNorm, stable_sigmoid
-from minipeft.models.linear import plain_linear
 from minipeft.models.loading import FAMILIES, fingerprint, load_model, save_model
 from minipeft.models.rotary import CHUNK, Rotary, rope_frequencies
 from minipeft.models.rows import Rows
@@ -194,7 +194,7 @@ def test_gradients_of_a_layer_match_finite_differences(window):
     norms = [m.weight for m in layer.modules() if isinstance(m, RMSNorm)]
     assert len(norms) == 4
     assert torch.autograd.gradcheck(
-        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), plain_linear), (x, *norms), fast_mode=True)
+        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), PLAIN), (x, *norms), fast_mode=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (400, 100), (999, 33), (2048, 64)], ids=str)

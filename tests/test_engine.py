@@ -112,7 +112,7 @@ def relative(row, exact):
 
 def random_row(model, method, seed=0, unused=0.0):
     """A row far from the start value: B is not zero, so every gradient is there. Unused rank rows hold `unused`."""
-    layout, draw = method.layout(model.sites), torch.Generator().manual_seed(seed)
+    layout, draw = method.layout(model), torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in layout.shapes.items():
         tensors[name] = torch.full(shape, unused)
@@ -138,8 +138,8 @@ def first_minibatch(job):
 
 def matrices(model, method, row):
     """site -> (A [rank, K], B [N, rank]) as in the paper."""
-    layout = method.layout(model.sites)
-    A, Bt = ({s: layout.view(row, f"{s}.{name}")[: method.rank] for s in method.chosen(model.sites)}
+    layout = method.layout(model)
+    A, Bt = ({s: layout.view(row, f"{s}.{name}")[: method.rank] for s in method.chosen(model)}
              for name in ("A", "Bt"))  # fmt: skip
     return {site: (A[site].clone(), Bt[site].T.clone()) for site in A}
 
@@ -152,7 +152,7 @@ def test_the_sixteen_users_really_differ(jobs, alone):
     assert 3 <= sum(stopped) <= 13
     assert len({adapter.metrics["steps"] for adapter in alone.values()}) >= 8
     assert len({adapter.metrics["best_epoch"] for adapter in alone.values()}) >= 3
-    assert {job.config.method.rank_class for job in jobs} == {8, 16}
+    assert {job.config.method.rank_class() for job in jobs} == {8, 16}
     assert {q.label for job in jobs for q in job.train} == {0, 1, 2}
     assert any(len(job.train) % job.config.batch_size for job in jobs)  # a last minibatch that is smaller
 
@@ -310,7 +310,7 @@ def own_gradient(model, job, row, questions):
         hidden = model.hidden(Rows.pack([question.prompt + label[:-1]]), linear)[-len(label) :]
         nats.append(-F.log_softmax(model.head(hidden), -1)[torch.arange(len(label)), torch.tensor(label)])
     torch.cat(nats).mean().backward()
-    layout = method.layout(model.sites)
+    layout = method.layout(model)
     grad = torch.zeros(layout.row_size, dtype=dtype)
     for site, (A, B) in own.items():
         layout.view(grad, f"{site}.A")[: method.rank] = A.grad
@@ -384,8 +384,8 @@ def test_every_trained_tensor_moved_and_nothing_else(jobs):
     before = fingerprint(model)
     adapters = train(model, jobs, 16)
     for job in jobs:
-        method, layout = job.config.method, job.config.method.layout(model.sites)
-        start, end = method.initial_row(model.sites, job.config.seed, job.user), adapters[job.user].row
+        method, layout = job.config.method, job.config.method.layout(model)
+        start, end = method.initial_row(model, job.config.seed, job.user), adapters[job.user].row
         mine = torch.zeros(layout.row_size, dtype=torch.bool)
         for name in layout.shapes:
             moved = (layout.view(start, name) != layout.view(end, name)).any(-1)  # [R]
@@ -585,4 +585,4 @@ def test_other_settings(model):
 ])  # fmt: skip
 def test_methods_that_do_not_fit_the_base(model, method, message):
     with pytest.raises(InputError, match=message):
-        method.check(model.sites)
+        method.check(model)

@@ -18,10 +18,10 @@ METHODS = (
 )  # fmt: skip
 
 
-def drawn_row(method, sites, user):
+def drawn_row(method, base, user):
     """A row whose update is as large as the weights it is added to."""
-    row, draw = method.initial_row(sites, 0, user), generator(0, user, "test")
-    for name, part in method.layout(sites).tensors(row).items():
+    row, draw = method.initial_row(base, 0, user), generator(0, user, "test")
+    for name, part in method.layout(base).tensors(row).items():
         if name.endswith("Bt"):
             part[: method.rank] = torch.from_numpy(draw.normal(size=part[: method.rank].shape)) * 0.1
     return row
@@ -29,9 +29,9 @@ def drawn_row(method, sites, user):
 
 def merged(model, method, row):
     """Adds B A to the weights; returns what undoes it."""
-    tensors, before = method.tensors(row, model.sites), {}
-    linears = {m.site: m for m in model.modules() if hasattr(m, "site")}
-    for site in method.chosen(model.sites):
+    tensors, before = method.tensors(row, model), {}
+    linears = model.linears
+    for site in method.chosen(model):
         weight = linears[site].weight
         before[site] = weight.clone()
         weight += method.alpha / method.rank * tensors[f"{site}.B"] @ tensors[f"{site}.A"]
@@ -44,7 +44,7 @@ def test_users_speak_as_their_merged_models_do(base):
     engine, asked, expected = Engine(model, LABELS, PassConfig(slots=8)), [], []
     for u in range(6):
         method, user = METHODS[u % 3], f"user {u}"
-        row = drawn_row(method, model.sites, user)
+        row = drawn_row(method, model, user)
         prompts = [rng.integers(0, 60, n).tolist() for n in rng.integers(1, 20, 1 + u % 3)]
         asked.append((*engine.admit(user, method, row), prompts))
         undo = merged(model, method, row)

@@ -24,7 +24,7 @@ from minipeft.errors import InputError
 from minipeft.models import gemma2
 from minipeft.models.attention import soft_cap
 from minipeft.models.gemma2 import Gemma2, Gemma2Config, OffsetRMSNorm
-from minipeft.models.linear import plain_linear
+from minipeft.models.hooks import BASE as PLAIN
 from minipeft.models.loading import load_model, save_model
 from minipeft.models.rows import Rows
 
@@ -127,7 +127,7 @@ def test_gradients_of_a_layer_match_finite_differences():
     norms = [m.weight for m in layer.modules() if isinstance(m, OffsetRMSNorm)]
     assert len(norms) == 4
     assert torch.autograd.gradcheck(
-        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), plain_linear), (x, *norms), fast_mode=True)
+        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), PLAIN), (x, *norms), fast_mode=True)
 
 
 @settings(max_examples=25, derandomize=True, database=None, deadline=None)

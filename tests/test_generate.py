@@ -7,7 +7,7 @@ import torch
 from test_decoder import make_reference, make_sequences
 
 from minipeft.models.generate import Sampling, generate
-from minipeft.models.linear import plain_linear
+from minipeft.models.hooks import Hooks
 from minipeft.models.loading import load_model
 
 BASES = {
@@ -105,18 +105,19 @@ def test_every_pass_is_told_whose_rows_it_has(base):
     owned, told = np.array([True, False, True, False, False, True]), []
     shift = torch.randn(ours.config.width, generator=torch.Generator().manual_seed(0)).double()
 
-    def linear_of(lengths):
+    def hooks_of(lengths, whose):
         told.append(lengths)
         mine = torch.from_numpy(np.repeat(owned, lengths))[:, None]
 
-        def linear(sites, x, weights, biases):
-            x = torch.where(mine, x + shift, x) if sites[-1].endswith(".v") else x
-            return plain_linear(sites, x, weights, biases)
+        class Shifting(Hooks):
+            def linear(self, sites, x, weights, biases):
+                x = torch.where(mine, x + shift, x) if sites[-1].endswith(".v") else x
+                return super().linear(sites, x, weights, biases)
 
-        return linear
+        return Shifting()
 
     stop = [ours.generate(sequences, 3)[1][2]]
-    mixed = generate(ours, sequences, NEW, stop, linear_of=linear_of)
+    mixed = generate(ours, sequences, NEW, stop, hooks_of=hooks_of)
     plain = ours.generate(sequences, NEW, stop=stop)
     for number, mine in enumerate(owned):
         assert (mixed[number] == plain[number]) != mine

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linears import site_by_site
+from linears import hooks_of, site_by_site
 from safetensors.torch import load_file, save_file
 from test_decoder import largest_difference, make_sequences, reference_logits
 
@@ -62,6 +62,7 @@ def compare_gradients(reference, model, inputs):
     widths = {group[0]: model.sites.get(group[0], (model.config.width,))[0] for group in names}
     ours = {site: torch.zeros(len(rows.tokens), width, requires_grad=True) for site, width in widths.items()}
 
+    @hooks_of
     def linear(sites, x, weights, biases):
         return tuple(F.linear(x + ours[sites[0]], weight, bias) for weight, bias in zip(weights, biases))
 

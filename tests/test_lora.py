@@ -7,18 +7,19 @@ import torch
 
 from minipeft.bank import SPAN
 from minipeft.errors import InputError
-from minipeft.methods.lora import LoRA, LoraBank
+from minipeft.methods.lora import LoRA
+from minipeft.methods.method import Residents, Share
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft_kernels.segments import Segments
 
 BASE = Decoder(DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
                              mlp_width=75))  # fmt: skip
-SITES, SHARED = BASE.sites, BASE.shared_inputs
+SITES = BASE.sites
 
 
 def used(method, row):
     """The numbers of a row that the method trains, as one vector, and all others."""
-    layout, mine = method.layout(SITES), torch.zeros(len(row), dtype=torch.bool)
+    layout, mine = method.layout(BASE), torch.zeros(len(row), dtype=torch.bool)
     for name in layout.shapes:
         layout.view(mine, name)[: method.rank] = True
     return row[mine], row[~mine]
@@ -28,18 +29,18 @@ def used(method, row):
 def test_number_of_trained_numbers(rank):
     method = LoRA(rank)
     # q and o 32 x 32, k and v 32 x 16, gate and up 32 x 75, down 75 x 32, in two layers
-    assert method.count(SITES) == 2 * rank * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 75))
-    trained, _ = used(method, torch.zeros(method.layout(SITES).row_size))
-    assert len(trained) == method.count(SITES)
+    assert method.count(BASE) == 2 * rank * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 75))
+    trained, _ = used(method, torch.zeros(method.layout(BASE).row_size))
+    assert len(trained) == method.count(BASE)
 
 
 @pytest.mark.parametrize("rank, rank_class", [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16), (17, 32), (64, 64), (65, 128)])
 def test_rank_class_is_the_next_power_of_two_from_eight(rank, rank_class):
-    assert LoRA(rank).rank_class == rank_class
+    assert LoRA(rank).rank_class() == rank_class
 
 
 def test_layout_is_rank_major_and_padded_to_the_rank_class():
-    layout = LoRA(3, sites=("k", "down")).layout(SITES)
+    layout = LoRA(3, sites=("k", "down")).layout(BASE)
     assert layout.shapes == {
         "layers.0.attn.k.A": (8, 32), "layers.0.attn.k.Bt": (8, 16),
         "layers.0.mlp.down.A": (8, 75), "layers.0.mlp.down.Bt": (8, 32),
@@ -52,7 +53,7 @@ def test_layout_is_rank_major_and_padded_to_the_rank_class():
 @pytest.mark.parametrize("rank", [1, 12])
 def test_start_is_a_uniform_and_b_zero_so_the_update_is_zero(rank):
     method = LoRA(rank)
-    layout, row = method.layout(SITES), method.initial_row(SITES, 0, "ann")
+    layout, row = method.layout(BASE), method.initial_row(BASE, 0, "ann")
     assert row.dtype == torch.float32 and row.shape == (layout.row_size,)
     for site, (K, _) in SITES.items():
         A, Bt = layout.view(row, f"{site}.A"), layout.view(row, f"{site}.Bt")
@@ -66,56 +67,60 @@ def test_start_is_a_uniform_and_b_zero_so_the_update_is_zero(rank):
 
 def test_start_is_a_function_of_seed_user_and_site():
     method = LoRA(4)
-    row = method.initial_row(SITES, 0, "ann")
-    assert torch.equal(row, LoRA(4, alpha=1.0).initial_row(SITES, 0, "ann"))
-    assert not torch.equal(row, method.initial_row(SITES, 1, "ann"))
-    assert not torch.equal(row, method.initial_row(SITES, 0, "bob"))
+    row = method.initial_row(BASE, 0, "ann")
+    assert torch.equal(row, LoRA(4, alpha=1.0).initial_row(BASE, 0, "ann"))
+    assert not torch.equal(row, method.initial_row(BASE, 1, "ann"))
+    assert not torch.equal(row, method.initial_row(BASE, 0, "bob"))
     fewer = LoRA(4, sites=("up", "q"))
-    other = fewer.initial_row(SITES, 0, "ann")
-    for name in fewer.layout(SITES).shapes:  # which other sites are chosen does not matter
-        assert torch.equal(fewer.layout(SITES).view(other, name), method.layout(SITES).view(row, name)), name
-    A = [method.layout(SITES).view(row, f"layers.{i}.attn.q.A") for i in (0, 1)]
+    other = fewer.initial_row(BASE, 0, "ann")
+    for name in fewer.layout(BASE).shapes:  # which other sites are chosen does not matter
+        assert torch.equal(fewer.layout(BASE).view(other, name), method.layout(BASE).view(row, name)), name
+    A = [method.layout(BASE).view(row, f"layers.{i}.attn.q.A") for i in (0, 1)]
     assert not torch.equal(*A)
 
 
 def test_sites_are_picked_by_last_words_or_full_name():
-    assert list(LoRA(sites=("q", "v")).chosen(SITES)) == [f"layers.{i}.attn.{s}" for i in (0, 1) for s in ("q", "v")]
-    assert list(LoRA(sites=("layers.1.mlp.up",)).chosen(SITES)) == ["layers.1.mlp.up"]
-    assert list(LoRA(sites=("mlp.up",)).chosen(SITES)) == ["layers.0.mlp.up", "layers.1.mlp.up"]
-    assert LoRA(sites=("v", "q")).layout(SITES).shapes == LoRA(sites=("q", "v")).layout(SITES).shapes
-    assert LoRA().chosen(SITES) == SITES
+    assert list(LoRA(sites=("q", "v")).chosen(BASE)) == [f"layers.{i}.attn.{s}" for i in (0, 1) for s in ("q", "v")]
+    assert list(LoRA(sites=("layers.1.mlp.up",)).chosen(BASE)) == ["layers.1.mlp.up"]
+    assert list(LoRA(sites=("mlp.up",)).chosen(BASE)) == ["layers.0.mlp.up", "layers.1.mlp.up"]
+    assert LoRA(sites=("v", "q")).layout(BASE).shapes == LoRA(sites=("q", "v")).layout(BASE).shapes
+    assert LoRA().chosen(BASE) == SITES
     for name in ("p", "1.mlp.upper", "up.layers"):  # no part of a word
         with pytest.raises(InputError, match=f"no site of this base is called '{name}'"):
-            LoRA(sites=("q", name)).check(SITES)
+            LoRA(sites=("q", name)).check(BASE)
 
 
 def test_rank_is_at_most_the_width():
-    LoRA(16).check(SITES)
-    LoRA(32, sites=("q", "gate")).check(SITES)
+    LoRA(16).check(BASE)
+    LoRA(32, sites=("q", "gate")).check(BASE)
     with pytest.raises(InputError, match=r"LoRA rank 17 is above the width of layers.0.attn.k \(32 in, 16 out\)"):
-        LoRA(17).check(SITES)
+        LoRA(17).check(BASE)
+
+
+def at(bank, sites, segments):
+    return bank.actors[0].lora(sites, Share(bank, 0, segments, None, None, None, None, None))
 
 
 def test_bank_holds_each_slots_scale_and_rank():
-    bank = LoraBank(LoRA(8), SITES, SHARED, 3, "cpu")
+    bank = Residents(LoRA(8), BASE, 3, "cpu", torch.float32)
     for user, method in [("a", LoRA(8, 16.0)), ("b", LoRA(3, 4.0)), ("c", LoRA(1, 0.5))]:
-        bank.admit(user, method, method.initial_row(SITES, 0, user))
-    torch.testing.assert_close(bank.scale, torch.tensor([2.0, 4 / 3, 0.5]))
-    assert bank.ranks.tolist() == [8, 3, 1]
+        bank.admit(user, method, method.initial_row(BASE, 0, user), 0)
+    scale, ranks, _ = bank.actors[0].settings["layers.0.attn.q"]
+    torch.testing.assert_close(scale, torch.tensor([2.0, 4 / 3, 0.5]))
+    assert ranks.tolist() == [8, 3, 1]
     bank.bank.evict(1)
-    assert bank.admit("d", LoRA(5, 5.0), torch.zeros(bank.bank.layout.row_size)) == 1
-    assert bank.scale[1] == 1.0 and bank.ranks[1] == 5
+    assert bank.admit("d", LoRA(5, 5.0), torch.zeros(bank.bank.layout.row_size), 0) == 1
+    assert scale[1] == 1.0 and ranks[1] == 5
 
 
 def test_bank_acts_where_the_method_does_and_on_views_of_its_rows():
-    bank, segments = LoraBank(LoRA(3, sites=("q",)), SITES, SHARED, 2, "cpu"), Segments.build([1], [16])
-    bank.admit("a", LoRA(8), torch.zeros(bank.bank.layout.row_size))
-    bank.admit("b", LoRA(3), torch.zeros(bank.bank.layout.row_size))
-    assert bank.at(("layers.0.attn.k",), 0, segments) is None
-    rows = bank.at(("layers.1.attn.q",), 32, segments)
-    lora = rows.lora
-    assert rows.first_row == 32 and lora.segments is segments and lora.ranks is bank.ranks
-    assert bank.at(("layers.1.attn.q",), 32, Segments.build([0], [16])).lora.ranks is None  # nothing to mask
+    bank, segments = Residents(LoRA(3, sites=("q",)), BASE, 2, "cpu", torch.float32), Segments.build([1], [16])
+    bank.admit("a", LoRA(8), torch.zeros(bank.bank.layout.row_size), 0)
+    bank.admit("b", LoRA(3), torch.zeros(bank.bank.layout.row_size), 0)
+    assert at(bank, ("layers.0.attn.k",), segments) is None
+    lora = at(bank, ("layers.1.attn.q",), segments)
+    assert lora.segments is segments and lora.ranks.tolist() == [8, 3]
+    assert at(bank, ("layers.1.attn.q",), Segments.build([0], [16])).ranks is None  # nothing to mask
     bank.bank.weights[1] = 1.0
     bank.bank.grads[1] = 2.0
     (Bt,), (grad_Bt,) = lora.Bts, lora.grad_Bts
@@ -126,14 +131,14 @@ def test_bank_acts_where_the_method_does_and_on_views_of_its_rows():
 
 def test_sites_of_one_input_are_one_view_where_their_matrices_have_no_gap():
     method = LoRA(8, sites=("q", "v", "gate", "up", "o"))
-    bank, segments = LoraBank(method, SITES, SHARED, 2, "cpu"), Segments.build([1], [16])
+    bank, segments = Residents(method, BASE, 2, "cpu", torch.float32), Segments.build([1], [16])
     row = torch.arange(float(bank.bank.layout.row_size))
-    bank.admit("a", method, row)
+    bank.admit("a", method, row, 0)
     q, v = "layers.1.attn.q", "layers.1.attn.v"
-    lora = bank.at((q, v), 0, segments).lora
-    view = method.layout(SITES).view
+    lora = at(bank, (q, v), segments)
+    view = method.layout(BASE).view
     assert torch.equal(lora.A[0], torch.cat([view(row, f"{site}.A") for site in (q, v)]))
     assert all(torch.equal(Bt[0], view(row, f"{site}.Bt")) for Bt, site in zip(lora.Bts, (q, v)))
-    assert bank.at((q, "layers.1.attn.k", v), 0, segments) is None  # it does not act at k
-    assert bank.at((q, "layers.1.attn.o"), 0, segments) is None  # o has another input
-    assert bank.at(("layers.1.mlp.gate", "layers.1.mlp.up"), 0, segments) is None  # 8 * 75 is no multiple of SPAN
+    assert at(bank, (q, "layers.1.attn.k", v), segments) is None  # it does not act at k
+    assert at(bank, (q, "layers.1.attn.o"), segments) is None  # o has another input
+    assert at(bank, ("layers.1.mlp.gate", "layers.1.mlp.up"), segments) is None  # 8 * 75 is no multiple of SPAN

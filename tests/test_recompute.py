@@ -94,7 +94,7 @@ def test_a_bf16_base_trains_fp32_adapters():
     (bank,) = (lora.bank for lora in engine._banks)
     assert bank.weights.dtype == torch.float32 and bank.compute.dtype == torch.bfloat16
     for job in jobs:
-        row, start = adapters[job.user].row, job.config.method.initial_row(model.sites, job.config.seed, job.user)
+        row, start = adapters[job.user].row, job.config.method.initial_row(model, job.config.seed, job.user)
         assert row.dtype == torch.float32 and not torch.equal(row.bfloat16().float(), row)  # small steps are not lost
         moved, should = row - start, exact[job.user].row - start
         assert torch.nn.functional.cosine_similarity(moved, should, dim=0) > 0.9

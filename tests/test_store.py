@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.store import adapter_path, load_adapter, save_adapter
 
 CONFIG = DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=75)
-SITES = Decoder(CONFIG).sites
+BASE = Decoder(CONFIG)
 METRICS = {"best_epoch": 2, "epochs": 3, "steps": 12, "val_loss": [1.5, 0.1 + 0.2, math.nan], "stopped_early": True,
            "skipped_steps": 0}  # fmt: skip
 DANGEROUS = {"path": "../../x", "absolute": "/etc/passwd", "dot": ".", "dots": "..", "three dots": "...", "empty": "",
@@ -30,7 +31,7 @@ DANGEROUS = {"path": "../../x", "absolute": "/etc/passwd", "dot": ".", "dots": "
 def make_adapter(user="ann", method=None, seed=0):
     """Numbers of every size, of both signs, the smallest too; zero where the method trains nothing."""
     method, draw = method or LoRA(3, 7.0, ("q", "down")), torch.Generator().manual_seed(seed)
-    layout = method.layout(SITES)
+    layout = method.layout(BASE)
     tensors = {}
     for name, shape in layout.shapes.items():
         tensors[name] = torch.zeros(shape)
@@ -47,8 +48,8 @@ def bits(row):
 @pytest.mark.parametrize("method", [LoRA(), LoRA(1, 0.1, ("k",)), LoRA(12, 16.0, ("layers.1.mlp.gate", "v")), None])
 def test_round_trip_bit_for_bit(tmp_path, method):
     adapter = make_adapter(method=method)
-    path = save_adapter(tmp_path / "new" / "folder", adapter, SITES)
-    back = load_adapter(tmp_path / "new" / "folder", "ann", SITES)
+    path = save_adapter(tmp_path / "new" / "folder", adapter, BASE)
+    back = load_adapter(tmp_path / "new" / "folder", "ann", BASE)
     assert path == adapter_path(tmp_path / "new" / "folder", "ann")
     assert torch.equal(bits(back.row), bits(adapter.row))
     assert back.user == "ann" and back.method == adapter.method
@@ -58,17 +59,18 @@ def test_round_trip_bit_for_bit(tmp_path, method):
 
 def test_the_file_holds_the_papers_matrices_and_no_padding(tmp_path):
     adapter = make_adapter()
-    path = save_adapter(tmp_path, adapter, SITES)
-    tensors, layout = load_file(path), adapter.method.layout(SITES)
-    assert tensors.keys() == {f"{site}.{m}" for site in adapter.method.chosen(SITES) for m in "AB"}
+    path = save_adapter(tmp_path, adapter, BASE)
+    tensors, layout = load_file(path), adapter.method.layout(BASE)
+    assert tensors.keys() == {f"{site}.{m}" for site in adapter.method.chosen(BASE) for m in "AB"}
     A, B = tensors["layers.1.mlp.down.A"], tensors["layers.1.mlp.down.B"]
     assert A.shape == (3, 75) and B.shape == (32, 3)
     assert torch.equal(A, layout.view(adapter.row, "layers.1.mlp.down.A")[:3])
     assert torch.equal(B.T, layout.view(adapter.row, "layers.1.mlp.down.Bt")[:3])
-    assert sum(tensor.numel() for tensor in tensors.values()) == adapter.method.count(SITES)
+    assert sum(tensor.numel() for tensor in tensors.values()) == adapter.method.count(BASE)
     with safe_open(path, "pt") as file:
         method = json.loads(file.metadata()["method"])
-        assert method == {"name": "lora", "rank": 3, "alpha": 7.0, "sites": ["q", "down"], "num_classes": 0}
+        assert method == {"name": "lora", "rank": 3, "alpha": 7.0, "sites": ["q", "down"], "dropout": 0.0,
+                          "scaling": "lora", "ranks": [], "alphas": []}
         assert file.metadata()["user"] == "ann"
 
 
@@ -76,11 +78,11 @@ def test_any_text_is_a_safe_user_id(tmp_path):
     folder = tmp_path / "a" / "b" / "store"
     adapters = [make_adapter(user, seed=i) for i, user in enumerate(DANGEROUS.values())]
     for adapter in adapters:
-        assert save_adapter(folder, adapter, SITES).parent == folder
+        assert save_adapter(folder, adapter, BASE).parent == folder
     assert len(list(folder.iterdir())) == len(DANGEROUS)  # no two share a file, and nothing else is left
     assert [p for p in tmp_path.rglob("*") if p.is_file() and p.parent != folder] == []
     for adapter in adapters:
-        back = load_adapter(folder, adapter.user, SITES)
+        back = load_adapter(folder, adapter.user, BASE)
         assert back.user == adapter.user and torch.equal(bits(back.row), bits(adapter.row))
 
 
@@ -97,60 +99,61 @@ def test_an_id_that_fits_no_file_name_is_an_error(tmp_path):
     adapter_path(tmp_path, "a" * 200)
     for user in ("a" * 201, "👩" * 17):
         with pytest.raises(InputError, match=f"user id of {len(user)} characters is too long"):
-            save_adapter(tmp_path, make_adapter(user), SITES)
+            save_adapter(tmp_path, make_adapter(user), BASE)
     assert not list(tmp_path.iterdir())
 
 
 def test_saving_again_replaces(tmp_path):
-    save_adapter(tmp_path, make_adapter(seed=1), SITES)
+    save_adapter(tmp_path, make_adapter(seed=1), BASE)
     newer = make_adapter(seed=2, method=LoRA(2))
-    save_adapter(tmp_path, newer, SITES)
+    save_adapter(tmp_path, newer, BASE)
     assert len(list(tmp_path.iterdir())) == 1
-    assert torch.equal(bits(load_adapter(tmp_path, "ann", SITES).row), bits(newer.row))
+    assert torch.equal(bits(load_adapter(tmp_path, "ann", BASE).row), bits(newer.row))
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     """If writing fails half way, what was there before is still there."""
     before = make_adapter(seed=1)
-    save_adapter(tmp_path, before, SITES)
+    save_adapter(tmp_path, before, BASE)
 
     def fail(descriptor):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(tmp_path, make_adapter(seed=2), SITES)
-    assert torch.equal(bits(load_adapter(tmp_path, "ann", SITES).row), bits(before.row))
+        save_adapter(tmp_path, make_adapter(seed=2), BASE)
+    assert torch.equal(bits(load_adapter(tmp_path, "ann", BASE).row), bits(before.row))
 
 
 def test_an_unknown_user_is_an_error(tmp_path):
-    save_adapter(tmp_path, make_adapter("ann"), SITES)
+    save_adapter(tmp_path, make_adapter("ann"), BASE)
     with pytest.raises(InputError, match="no adapter of user 'bob' in "):
-        load_adapter(tmp_path, "bob", SITES)
+        load_adapter(tmp_path, "bob", BASE)
     with pytest.raises(InputError, match="no adapter of user 'ann' in "):
-        load_adapter(tmp_path / "nowhere", "ann", SITES)
+        load_adapter(tmp_path / "nowhere", "ann", BASE)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_damaged_file_is_an_error(tmp_path, keep):
-    path = save_adapter(tmp_path, make_adapter(), SITES)
+    path = save_adapter(tmp_path, make_adapter(), BASE)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"ann\.safetensors is damaged: "):
-        load_adapter(tmp_path, "ann", SITES)
+        load_adapter(tmp_path, "ann", BASE)
 
 
 def test_an_adapter_of_another_base_is_an_error(tmp_path):
-    save_adapter(tmp_path, make_adapter(), SITES)
-    wider = {site: (K + 1, N) for site, (K, N) in SITES.items()}
+    save_adapter(tmp_path, make_adapter(), BASE)
+    SITES, other = BASE.sites, lambda sites: SimpleNamespace(sites=sites, embeddings={})
+    wider = other({site: (K + 1, N) for site, (K, N) in SITES.items()})
     with pytest.raises(InputError, match=r"layers.0.attn.q.A is \(3, 32\), this base needs \(3, 33\); was it trained"):
         load_adapter(tmp_path, "ann", wider)
-    taller = {site: (K, N + 1) for site, (K, N) in SITES.items()}
+    taller = other({site: (K, N + 1) for site, (K, N) in SITES.items()})
     with pytest.raises(InputError, match=r"layers.0.attn.q.B is \(32, 3\), this base needs \(33, 3\)"):
         load_adapter(tmp_path, "ann", taller)
-    deeper = {**SITES, "layers.2.attn.q": (32, 32)}
+    deeper = other({**SITES, "layers.2.attn.q": (32, 32)})
     with pytest.raises(InputError, match=r"layers.2.attn.q.A is nothing, this base needs \(3, 32\)"):
         load_adapter(tmp_path, "ann", deeper)
-    shallower = {site: size for site, size in SITES.items() if site.startswith("layers.0")}
+    shallower = other({site: size for site, size in SITES.items() if site.startswith("layers.0")})
     with pytest.raises(InputError, match=r"layers.1.attn.q.A is no site of this base"):
         load_adapter(tmp_path, "ann", shallower)
 
@@ -159,4 +162,4 @@ def test_a_file_of_somebody_elses_making_is_an_error(tmp_path):
     path = adapter_path(tmp_path, "ann")
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"ann\.safetensors is no adapter of minipeft"):
-        load_adapter(tmp_path, "ann", SITES)
+        load_adapter(tmp_path, "ann", BASE)

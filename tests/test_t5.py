@@ -11,11 +11,12 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linears import site_by_site
+from linears import hooks_of, site_by_site
 from safetensors.torch import load_file, save_file
 
 from minipeft.errors import InputError
 from minipeft.models.attention import Packed
+from minipeft.models.hooks import Linear
 from minipeft.models.loading import load_model, read_config
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5, T5Config, distance_buckets, key_of
@@ -274,6 +275,7 @@ def test_every_linear_map_is_a_site_in_forward_order_on_its_side(gated):
     read, write, cross = model.pack_pairs(*make_pairs([5, 1, 30], [2, 3, 4]))
 
     def linear_of(num_rows):
+        @hooks_of
         def linear(sites, x, weights, biases):
             assert x.shape[0] == num_rows and biases == [None] * len(sites)
             calls.append((sites, [tuple(weight.shape[::-1]) for weight in weights]))
@@ -288,7 +290,7 @@ def test_every_linear_map_is_a_site_in_forward_order_on_its_side(gated):
     assert len(model.sites) == 2 * (6 + gated) + 3 * (10 + gated)
     model.head(h[[0, 5]], linear_of(2))
     assert calls[-1] == (("head",), [(24, 61)])
-    maps = {m.site for m in model.modules() if hasattr(m, "site")}
+    maps = {m.site for m in model.modules() if isinstance(m, Linear)}
     assert maps == {*model.sites, "head"}
     assert {"encoder.layers.1.attn.q", "encoder.layers.0.mlp.up", "decoder.layers.2.attn.o", "decoder.layers.0.cross.k",
             "decoder.layers.2.mlp.down"} <= maps  # fmt: skip

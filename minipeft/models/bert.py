@@ -22,8 +22,8 @@ from minipeft.errors import InputError
 from minipeft.models.causal import check_lengths
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
-from minipeft.models.layers import gelu, gelu_tanh, stable
-from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
+from minipeft.models.layers import LayerNorm, gelu, gelu_tanh, stable
 from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
@@ -52,45 +52,47 @@ class Attention(nn.Module):
     def __init__(self, layer: int, config: BertConfig):
         super().__init__()
         site, K = f"layers.{layer}.attn", config.width
-        self.layer, self.head_dim = layer, K // config.num_heads
+        self.site, self.layer, self.head_dim = site, layer, K // config.num_heads
         self.q, self.k, self.v, self.o = (Linear(f"{site}.{name}", K, K, bias=True) for name in "qkvo")
 
-    def forward(self, x: Tensor, rows: Rows, linear: LinearFn) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, linear)
+    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
+        qkv = together((self.q, self.k, self.v), x, hooks)
         q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
-        return self.o(rows.attend(self.layer, q, k, v).flatten(1), linear)
+        k, v = hooks.keys(self.site, k, v)
+        return self.o(rows.attend(self.layer, q, k, v).flatten(1), hooks)
 
 
 class MLP(nn.Module):
     def __init__(self, site: str, config: BertConfig):
         super().__init__()
+        self.site = site
         self.up = Linear(f"{site}.up", config.width, config.mlp_width, bias=True)
         self.down = Linear(f"{site}.down", config.mlp_width, config.width, bias=True)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
-        return self.down(self.activation(self.up(x, linear)), linear)
+    def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
+        return self.down(self.activation(self.up(x, hooks)), hooks)
 
 
 class Layer(nn.Module):
     def __init__(self, layer: int, config: BertConfig):
         super().__init__()
         self.attn = Attention(layer, config)
-        self.attn_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config)
-        self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, rows: Rows, linear: LinearFn) -> Tensor:
-        x = self.attn_norm(x + self.attn(x, rows, linear))
-        return self.mlp_norm(x + self.mlp(x, linear))
+    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
+        y = hooks.block(self.attn.site, self.attn(x, rows, hooks), x, x, self.attn_norm)
+        x = hooks.norm(self.attn_norm, x + y)
+        y = hooks.block(self.mlp.site, self.mlp(x, hooks), x, x, self.mlp_norm)
+        return hooks.norm(self.mlp_norm, x + y)
 
 
-class Bert(nn.Module):
+class Bert(Sites, nn.Module):
     """The frozen encoder: `hidden`, then `pool` for one vector per sequence. Weights are unset until load_model.
 
-    sites:   site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
-    shared_inputs: the same sites, in groups that share their input: the `sites` that `linear` is called with.
-    The pooler's map is called as the site "pooler", which is not among them.
+    The pooler's map is called as the site "pooler", which is not among the named ones (hooks.py).
     """
 
     recompute = False  # see recompute.py
@@ -101,10 +103,10 @@ class Bert(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.types = nn.Embedding(config.num_types, config.width)
         self.positions = nn.Embedding(config.max_positions, config.width)
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.norm = LayerNorm(config.width, config.norm_eps)
         self.layers = nn.ModuleList(Layer(i, config) for i in range(config.num_layers))
         self.pooler = Linear("pooler", config.width, config.width, bias=True) if config.pooler else None
-        self.sites, self.shared_inputs = sites_of(
+        self.name_sites(
             g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,), (a.mlp.up,), (a.mlp.down,)))
         self.requires_grad_(False)
 
@@ -116,7 +118,7 @@ class Bert(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear, token_types: Tensor | None = None) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE, token_types: Tensor | None = None) -> Tensor:
         """Last hidden states. Returns [T, width], dtype of the weights.
 
         Args:
@@ -130,13 +132,16 @@ class Bert(nn.Module):
             raise ValueError("Bert.hidden: rows of a decoder, needed rows that see their whole sequence; "
                              "use Rows.pack(..., causal=False).")  # fmt: skip
         types = self.types.weight[0] if token_types is None else self.types(token_types)  # [width] or [T, width]
-        x = self.norm(self.embed(rows.tokens) + types + self.positions(rows.positions))  # [T, width]
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens) + types + self.positions(rows.positions)
+        x = hooks.norm(self.norm, x)  # [T, width]
         for layer in self.layers:
-            x = run(self, layer, x, rows, linear)
+            x = run(self, layer, x, rows, hooks)
         return x
 
-    def pool(self, hidden: Tensor, rows: Rows, how: str, linear: LinearFn = plain_linear) -> Tensor:
+    def pool(self, hidden: Tensor, rows: Rows, how: str, hooks: Hooks = BASE) -> Tensor:
         """One vector per sequence, [sequences, width], from hidden states [T, width]. Sums run in row order.
+
+        Virtual tokens count for nothing here: the first row is the text's own.
 
         how: "mean" of the sequence's rows (Sentence-BERT, arXiv:1908.10084); "first", the row of [CLS]; "pooler",
              tanh(W first + b), what BERT's classifiers read.
@@ -145,16 +150,22 @@ class Bert(nn.Module):
         """
         if how not in POOLS:
             raise ValueError(f"Bert.pool: how is {how!r}, needed one of {', '.join(map(repr, POOLS))}.")
-        starts = torch.from_numpy(np.cumsum(rows.lengths) - rows.lengths).to(hidden.device)  # [sequences]
+        virtual = 0 if rows.virtual is None else rows.virtual
+        first_rows = np.cumsum(rows.lengths) - rows.lengths + virtual  # [sequences]
+        starts = torch.from_numpy(first_rows).to(hidden.device)
         if how == "mean":
-            return F.embedding_bag(torch.arange(len(hidden), device=hidden.device), hidden, starts, mode="mean")
+            text = np.arange(len(hidden))
+            if rows.virtual is not None:
+                kept = text >= np.repeat(first_rows, rows.lengths)
+                text, starts = text[kept], starts - torch.from_numpy(np.cumsum(virtual)).to(starts.device)
+            return F.embedding_bag(torch.from_numpy(text).to(hidden.device), hidden, starts, mode="mean")
         first = hidden.index_select(0, starts)
         if how == "first":
             return first
         if self.pooler is None:
             raise ValueError("Bert.pool: this base has no pooler, its checkpoint holds no pooler.dense; "
                              "use 'mean' or 'first'.")  # fmt: skip
-        return stable(torch.tanh, self.pooler(first, linear))
+        return stable(torch.tanh, self.pooler(first, hooks))
 
     @torch.no_grad()
     def encode(

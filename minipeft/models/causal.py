@@ -6,19 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.models.generate import Sampling, generate
-from minipeft.models.linear import LinearFn, plain_linear
+from minipeft.models.hooks import BASE, Hooks, Sites
 from minipeft.models.rows import Rows
 
 
-class Causal(nn.Module):
+class Causal(Sites, nn.Module):
     """A frozen decoder on packed rows: `hidden`, then `head` at the rows that are wanted.
 
     A subclass sets, besides its weights:
 
     config:  with vocab_size, width, num_layers and max_positions.
     embed:   the token embedding. head_linear: hidden states -> logits, site "head".
-    sites:   site name -> (in features K, out features N) of every linear map a method may act at, in forward order.
-    shared_inputs: the same sites, in groups that share their input: the `sites` that `linear` is called with.
     stop_tokens: what ends a text, as the checkpoint's folder says.
     """
 
@@ -26,7 +24,7 @@ class Causal(nn.Module):
     recompute = False  # see recompute.py
     stop_tokens: tuple[int, ...] = ()
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """Last hidden states after the final norm. Returns [T, width], dtype of the weights.
 
         Raises:
@@ -34,9 +32,9 @@ class Causal(nn.Module):
         """
         raise NotImplementedError
 
-    def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
+    def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         """Hidden states of chosen rows [rows, width] -> logits [rows, vocab_size]."""
-        return self.head_linear(h, linear)
+        return self.head_linear(h, hooks)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
     logits = W mean(hidden states) + b        C classes
 
 The base itself has no opinion: its W and b are zero. Each user trains their own beside it, at the site "head"
-(methods/lora.py). The bias is the weight of one more feature, which is always 1.
+(methods/head.py). The bias is the weight of one more feature, which is always 1.
 """
 
 import numpy as np
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from minipeft.models.bert import Bert
 from minipeft.models.causal import Causal
-from minipeft.models.linear import Linear, LinearFn, plain_linear
+from minipeft.models.hooks import BASE, Hooks, Linear, Sites
 from minipeft.models.rows import Rows
+from minipeft.models.t5 import T5
 
 
-class Classifier(nn.Module):
+class Classifier(Sites, nn.Module):
     """A frozen encoder with a zero head of C classes, called like a decoder: `hidden`, then `head` at rows to read."""
 
     causal = False
@@ -28,8 +29,9 @@ class Classifier(nn.Module):
         self.head_linear = Linear("head", encoder.config.width + 1, num_classes, bias=False)
         self.head_linear.weight = nn.Parameter(torch.zeros_like(self.head_linear.weight, device=encoder.device,
                                                                 dtype=encoder.embed.weight.dtype))  # fmt: skip
-        self.sites = encoder.sites | {"head": (encoder.config.width + 1, num_classes)}
-        self.shared_inputs = (*encoder.shared_inputs, ("head",))
+        self.sites, self.shared_inputs, self.linears = encoder.sites, encoder.shared_inputs, encoder.linears
+        self.norms, self.blocks, self.attentions = encoder.norms, encoder.blocks, encoder.attentions
+        self.embeddings, self.head_size = encoder.embeddings, (encoder.config.width + 1, num_classes)
         self.requires_grad_(False)
 
     @property
@@ -41,6 +43,10 @@ class Classifier(nn.Module):
         self.encoder.recompute = wanted
 
     @property
+    def embed(self) -> nn.Embedding:
+        return self.encoder.embed
+
+    @property
     def device(self) -> torch.device:
         return self.encoder.device
 
@@ -48,15 +54,15 @@ class Classifier(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.encoder.dtype
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """Every row's text in one vector: [T, width + 1], the mean of its text's last hidden states, and 1."""
-        pooled = self.encoder.pool(self.encoder.hidden(rows, linear), rows, "mean")  # [sequences, width]
+        pooled = self.encoder.pool(self.encoder.hidden(rows, hooks), rows, "mean")  # [sequences, width]
         text_of_row = torch.from_numpy(np.repeat(np.arange(len(rows.lengths)), rows.lengths)).to(pooled.device)
         return F.pad(pooled, (0, 1), value=1.0).index_select(0, text_of_row)
 
-    def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
+    def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         """Vectors of chosen rows [rows, width + 1] -> logits [rows, C]."""
-        return self.head_linear(h, linear)
+        return self.head_linear(h, hooks)
 
 
-Base = Causal | Classifier  # what an engine runs on
+Base = Causal | Classifier | T5  # what an engine runs on

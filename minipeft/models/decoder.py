@@ -6,8 +6,7 @@
     logits = head(norm(x))
 
 It runs on packed rows (rows.py): x is [T, width] and there is no batch axis. Weights are frozen. Every linear map has
-a site name. Maps that share an input are called together, `linear(sites, x, weights, biases)`: that function is where a
-pass adds each row's own adapter.
+a site name, and so have norms and blocks (hooks.py): there a pass adds each row's own adapter.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from minipeft.models.causal import Causal, check_lengths
-from minipeft.models.layers import RMSNorm, SwiGLU
-from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.hooks import BASE, Hooks, Linear, together
+from minipeft.models.layers import HeadRMSNorm, RMSNorm, SwiGLU
 from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
@@ -49,33 +48,34 @@ class Attention(nn.Module):
     def __init__(self, layer: int, config: DecoderConfig, window: int | None):
         super().__init__()
         site, K, D = f"layers.{layer}.attn", config.width, config.head_dim
-        self.layer, self.head_dim, self.window = layer, D, window
+        self.site, self.layer, self.head_dim, self.window = site, layer, D, window
         self.q = Linear(f"{site}.q", K, config.num_heads * D, config.qkv_bias)
         self.k = Linear(f"{site}.k", K, config.num_kv_heads * D, config.qkv_bias)
         self.v = Linear(f"{site}.v", K, config.num_kv_heads * D, config.qkv_bias)
         self.o = Linear(f"{site}.o", config.num_heads * D, K, config.o_bias)
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.q_norm = HeadRMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = HeadRMSNorm(D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, linear)
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        qkv = together((self.q, self.k, self.v), x, hooks)
         q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = rows.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v, self.window)
-        return self.o(y.flatten(1), linear)
+        k, v = hooks.keys(self.site, rotate(k, *rope), v)
+        return self.o(rows.attend(self.layer, rotate(q, *rope), k, v, self.window).flatten(1), hooks)
 
 
 class MLP(nn.Module):
     def __init__(self, site: str, config: DecoderConfig):
         super().__init__()
+        self.site = site
         self.gate = Linear(f"{site}.gate", config.width, config.mlp_width, config.mlp_bias)
         self.up = Linear(f"{site}.up", config.width, config.mlp_width, config.mlp_bias)
         self.down = Linear(f"{site}.down", config.mlp_width, config.width, config.mlp_bias)
 
-    def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
-        gate, up = together((self.gate, self.up), x, linear)
-        return self.down(SwiGLU.apply(gate, up), linear)
+    def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
+        gate, up = together((self.gate, self.up), x, hooks)
+        return self.down(SwiGLU.apply(gate, up), hooks)
 
 
 class Layer(nn.Module):
@@ -86,9 +86,11 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rows, rope, linear)
-        return x + self.mlp(self.mlp_norm(x), linear)
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        h = hooks.norm(self.attn_norm, x)
+        x = x + hooks.block(self.attn.site, self.attn(h, rows, rope, hooks), h, x)
+        h = hooks.norm(self.mlp_norm, x)
+        return x + hooks.block(self.mlp.site, self.mlp(h, hooks), h, x)
 
 
 class Decoder(Causal):
@@ -106,15 +108,15 @@ class Decoder(Causal):
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.sites, self.shared_inputs = sites_of(
+        self.name_sites(
             g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
                                              (a.mlp.gate, a.mlp.up), (a.mlp.down,)))  # fmt: skip
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
-        x = self.embed(rows.tokens)  # [T, width]
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens)  # [T, width]
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
-            x = run(self, layer, x, rows, rope, linear)
-        return self.norm(x)
+            x = run(self, layer, x, rows, rope, hooks)
+        return hooks.norm(self.norm, x)

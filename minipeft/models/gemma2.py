@@ -20,8 +20,8 @@ from minipeft.models.causal import Causal, check_lengths
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.decoder_files import KEY_PARTS, heads, key_of, sliding_layers
 from minipeft.models.fields import choice, flag, num_layers, real, rope, whole
-from minipeft.models.layers import _RMSNorm, gelu_tanh
-from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.hooks import BASE, Hooks, Linear, together
+from minipeft.models.layers import RMSNorm, gelu_tanh, rms_norm
 from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
@@ -55,47 +55,50 @@ class Gemma2Config:
     max_positions: int = 8192
 
 
-class OffsetRMSNorm(nn.Module):
+class OffsetRMSNorm(RMSNorm):
     """y = (1 + w) * x / sqrt(mean(x^2) + eps), all in fp32 at least and rounded once, unlike RMSNorm in layers.py."""
 
+    offset = 1.0
+
     def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.eps = eps
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return _RMSNorm.apply(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
+        return rms_norm(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, layer: int, config: Gemma2Config):
         super().__init__()
         site, K, D = f"layers.{layer}.attn", config.width, config.head_dim
-        self.layer, self.config, self.window = layer, config, config.windows[layer]
+        self.site, self.layer, self.head_dim, self.window = site, layer, D, config.windows[layer]
+        self.score_scale, self.score_cap = config.score_scale, config.score_cap
         self.q = Linear(f"{site}.q", K, config.num_heads * D, config.attn_bias)
         self.k = Linear(f"{site}.k", K, config.num_kv_heads * D, config.attn_bias)
         self.v = Linear(f"{site}.v", K, config.num_kv_heads * D, config.attn_bias)
         self.o = Linear(f"{site}.o", config.num_heads * D, K, config.attn_bias)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, linear)
-        q, k, v = (y.view(x.shape[0], -1, self.config.head_dim) for y in qkv)  # [T, H, D]
-        y = rows.attend(self.layer, rotate(q, *rope), rotate(k, *rope), v, self.window,
-                        scale=self.config.score_scale, softcap=self.config.score_cap)  # fmt: skip
-        return self.o(y.flatten(1), linear)
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        qkv = together((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+        k, v = hooks.keys(self.site, rotate(k, *rope), v)
+        y = rows.attend(self.layer, rotate(q, *rope), k, v, self.window, scale=self.score_scale, softcap=self.score_cap)
+        return self.o(y.flatten(1), hooks)
 
 
 class MLP(nn.Module):
     def __init__(self, site: str, config: Gemma2Config):
         super().__init__()
+        self.site = site
         self.gate = Linear(f"{site}.gate", config.width, config.mlp_width, bias=False)
         self.up = Linear(f"{site}.up", config.width, config.mlp_width, bias=False)
         self.down = Linear(f"{site}.down", config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
-        gate, up = together((self.gate, self.up), x, linear)
-        return self.down(gelu_tanh(gate) * up, linear)
+    def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
+        gate, up = together((self.gate, self.up), x, hooks)
+        return self.down(gelu_tanh(gate) * up, hooks)
 
 
 class Layer(nn.Module):
@@ -108,9 +111,13 @@ class Layer(nn.Module):
         self.mlp = MLP(f"layers.{layer}.mlp", config)
         self.mlp_out_norm = OffsetRMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), rows, rope, linear))
-        return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x), linear))
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        h = hooks.norm(self.attn_norm, x)
+        y = hooks.norm(self.attn_out_norm, self.attn(h, rows, rope, hooks))
+        x = x + hooks.block(self.attn.site, y, h, x)
+        h = hooks.norm(self.mlp_norm, x)
+        y = hooks.norm(self.mlp_out_norm, self.mlp(h, hooks))
+        return x + hooks.block(self.mlp.site, y, h, x)
 
 
 class Gemma2(Causal):
@@ -127,22 +134,22 @@ class Gemma2(Causal):
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.sites, self.shared_inputs = sites_of(
+        self.name_sites(
             g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
                                              (a.mlp.gate, a.mlp.up), (a.mlp.down,)))  # fmt: skip
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
-        x = self.embed(rows.tokens)  # [T, width]
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens)  # [T, width]
         x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype)  # sqrt(width) rounded: it was trained so in bf16
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
-            x = run(self, layer, x, rows, rope, linear)
-        return self.norm(x)
+            x = run(self, layer, x, rows, rope, hooks)
+        return hooks.norm(self.norm, x)
 
-    def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
-        logits = self.head_linear(h, linear)
+    def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
+        logits = self.head_linear(h, hooks)
         return logits if self.config.logit_cap is None else soft_cap(logits, self.config.logit_cap)
 
 

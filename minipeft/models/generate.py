@@ -10,7 +10,7 @@ sequences that have stopped leave it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.models.attention import Packed, capped_attention
-from minipeft.models.linear import LinearFn, plain_linear
+from minipeft.models.hooks import BASE, Hooks
 from minipeft.models.rows import Rows
 from minipeft.randomness import generator
 
-LinearOf = Callable[[np.ndarray], LinearFn]  # rows of each sequence in a pass, [n] -> how the pass does linear maps
+# (rows of each sequence in a pass [n], whose virtual tokens are among them) -> the pass's hooks. Whose: 0 the
+# sequences', 1 an encoder-decoder's inputs' (Method.virtual), None nobody's.
+HooksOf = Callable[[np.ndarray, int | None], Hooks]
 
 
 @dataclass
@@ -174,7 +176,7 @@ GREEDY = Sampling()
 @torch.no_grad()
 def generate(
     model, sequences: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int] | None = None,
-    sampling: Sampling = GREEDY, linear_of: LinearOf = lambda lengths: plain_linear,
+    sampling: Sampling = GREEDY, hooks_of: HooksOf = lambda lengths, whose: BASE, virtual: Sequence[int] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """What a decoder says after each of these sequences: its new tokens, the stop token included if it came.
 
@@ -182,12 +184,13 @@ def generate(
         model:     a Causal.
         sequences: prompts as token ids, none empty.
         stop:      tokens that end a sequence; None: the base's own (model.stop_tokens). Else max_new_tokens come.
-        linear_of: called for each pass with the rows of each sequence that is still live.
+        hooks_of:  called for each pass with the rows of each sequence that is still live.
+        virtual:   virtual tokens before each sequence, which hooks fill in; None: none.
     Raises:
         ValueError: max_new_tokens is below 1, an option makes no sense, or a prompt with its new tokens would pass the
             base's positions.
     """
-    stop = _check(max_new_tokens, sampling, model, stop)
+    stop, sequences = _check(max_new_tokens, sampling, model, stop), _begun(sequences, virtual)
     lengths = np.array([len(s) for s in sequences])
     limit = model.config.max_positions
     if (longest := int(lengths.max(initial=0))) + max_new_tokens - 1 > limit:
@@ -198,16 +201,15 @@ def generate(
     cache = Cache(longest + max_new_tokens - 1, torch.from_numpy(lengths).to(model.device))
     of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(model.device)
     prefill = Rows(rows.tokens, rows.positions, Prefill(rows.attend, cache, of_row, rows.positions), lengths, longest)
-    linear = linear_of(lengths)
-    last = model.hidden(prefill, linear)[torch.from_numpy(lengths.cumsum() - 1).to(model.device)]
-    logits = model.head(last, linear_of(np.ones_like(lengths)))
+    last = model.hidden(prefill, hooks_of(lengths, 0))[torch.from_numpy(lengths.cumsum() - 1).to(model.device)]
+    logits = model.head(last, hooks_of(np.ones_like(lengths), None))
 
     def step(tokens: Tensor, live: np.ndarray) -> Tensor:
         cache.lengths = cache.lengths + 1
         attend, ones = Step(cache), np.ones(len(tokens), np.int64)
-        linear = linear_of(np.bincount(live, minlength=len(lengths)))
+        hooks = hooks_of(np.bincount(live, minlength=len(lengths)), None)
         rows = Rows(tokens, cache.lengths - 1, attend, ones, int(cache.lengths.max()))
-        return model.head(model.hidden(rows, linear), linear)
+        return model.head(model.hidden(rows, hooks), hooks)
 
     return continue_(logits, step, cache.keep, max_new_tokens, stop, sampling)
 
@@ -215,29 +217,46 @@ def generate(
 @torch.no_grad()
 def generate_from(
     model, inputs: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[int] | None = None,
-    sampling: Sampling = GREEDY, linear_of: LinearOf = lambda lengths: plain_linear,
+    sampling: Sampling = GREEDY, hooks_of: HooksOf = lambda lengths, whose: BASE, virtual: Sequence[int] | None = None,
+    virtual_inputs: Sequence[int] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """What a T5 writes for each of these inputs, without the start token. Arguments and errors as in `generate`."""
+    """What a T5 writes for each of these inputs, without the start token. Arguments and errors as in `generate`.
+
+    virtual: before the start token; virtual_inputs: before each input.
+    """
     stop = _check(max_new_tokens, sampling, model, stop)
-    read = Rows.pack(inputs, model.device, causal=False, vocab_size=model.config.vocab_size)
-    linear = linear_of(read.lengths)
-    memory = Memory.of(read, model.cross_keys(model.encode_rows(read, linear), linear))
-    n = len(read.lengths)
-    cache = Cache(max_new_tokens, torch.zeros(n, dtype=torch.int64, device=model.device))
+    read = Rows.pack(_begun(inputs, virtual_inputs), model.device, causal=False, vocab_size=model.config.vocab_size)
+    hooks = hooks_of(read.lengths, 1)
+    keys, n = model.cross_keys(model.encode_rows(read, hooks), hooks), len(read.lengths)
+    write = Rows.pack(_begun([(model.config.start_token,)] * n, virtual), model.device)
+    cache = Cache(write.longest + max_new_tokens - 1, torch.from_numpy(write.lengths).to(model.device))
+    of_row = torch.from_numpy(np.repeat(np.arange(n), write.lengths)).to(model.device)
+    prefill = replace(write, attend=Prefill(write.attend, cache, of_row, write.positions))
+    cross = Packed.plan(write.lengths, False, model.device, k_lengths=read.lengths)
+    h = model.decode_rows(prefill, keys, cross, hooks_of(write.lengths, 0))
+    last = h[torch.from_numpy(write.lengths.cumsum() - 1).to(model.device)]
+    memory = Memory.of(read, keys)
 
     def step(tokens: Tensor, live: np.ndarray) -> Tensor:
         cache.lengths = cache.lengths + 1
         ones = np.ones(len(tokens), np.int64)
         rows = Rows(tokens, cache.lengths - 1, Step(cache), ones, int(cache.lengths.max()))
-        linear = linear_of(np.bincount(live, minlength=n))
-        return model.head(model.decode_rows(rows, memory.keys, memory, linear), linear)
+        hooks = hooks_of(np.bincount(live, minlength=n), None)
+        return model.head(model.decode_rows(rows, memory.keys, memory, hooks), hooks)
 
     def keep(chosen: Tensor) -> None:
         cache.keep(chosen)
         memory.keep(chosen)
 
-    start = torch.full((n,), model.config.start_token, device=model.device)
-    return continue_(step(start, np.arange(n)), step, keep, max_new_tokens, stop, sampling)
+    logits = model.head(last, hooks_of(np.ones_like(write.lengths), None))
+    return continue_(logits, step, keep, max_new_tokens, stop, sampling)
+
+
+def _begun(sequences: Sequence[Sequence[int]], virtual: Sequence[int] | None) -> Sequence[Sequence[int]]:
+    """Each sequence with placeholders for its virtual tokens in front."""
+    if virtual is None or not any(virtual):
+        return sequences
+    return [(0,) * number + tuple(sequence) for sequence, number in zip(sequences, virtual, strict=True)]
 
 
 def _check(max_new_tokens: int, sampling: Sampling, model, stop: Sequence[int] | None) -> set[int]:

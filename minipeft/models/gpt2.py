@@ -17,8 +17,8 @@ from minipeft.errors import InputError
 from minipeft.models.causal import Causal, check_lengths
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
-from minipeft.models.layers import gelu, gelu_tanh
-from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.hooks import BASE, Hooks, Linear, together
+from minipeft.models.layers import LayerNorm, gelu, gelu_tanh
 from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
@@ -55,16 +55,17 @@ class Attention(nn.Module):
     def __init__(self, layer: int, config: GPT2Config):
         super().__init__()
         site, K = f"layers.{layer}.attn", config.width
-        self.layer, self.num_heads, self.scale = layer, config.num_heads, config.scales[layer]
+        self.site, self.layer, self.head_dim, self.scale = site, layer, K // config.num_heads, config.scales[layer]
         self.q = Linear(f"{site}.q", K, K, bias=True)
         self.k = Linear(f"{site}.k", K, K, bias=True)
         self.v = Linear(f"{site}.v", K, K, bias=True)
         self.o = Linear(f"{site}.o", K, K, bias=True)
 
-    def forward(self, x: Tensor, rows: Rows, linear: LinearFn) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, linear)
-        q, k, v = (y.view(x.shape[0], self.num_heads, -1) for y in qkv)  # [T, H, D]
-        return self.o(rows.attend(self.layer, q, k, v, scale=self.scale).flatten(1), linear)
+    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
+        qkv = together((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+        k, v = hooks.keys(self.site, k, v)
+        return self.o(rows.attend(self.layer, q, k, v, scale=self.scale).flatten(1), hooks)
 
 
 class MLP(nn.Module):
@@ -72,25 +73,28 @@ class MLP(nn.Module):
 
     def __init__(self, site: str, width: int, mlp_width: int, activation: str):
         super().__init__()
+        self.site = site
         self.up = Linear(f"{site}.up", width, mlp_width, bias=True)
         self.down = Linear(f"{site}.down", mlp_width, width, bias=True)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
-        return self.down(self.activation(self.up(x, linear)), linear)
+    def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
+        return self.down(self.activation(self.up(x, hooks)), hooks)
 
 
 class Layer(nn.Module):
     def __init__(self, layer: int, config: GPT2Config):
         super().__init__()
-        self.attn_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn_norm = LayerNorm(config.width, config.norm_eps)
         self.attn = Attention(layer, config)
-        self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config.width, config.mlp_width, config.activation)
 
-    def forward(self, x: Tensor, rows: Rows, linear: LinearFn) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rows, linear)
-        return x + self.mlp(self.mlp_norm(x), linear)
+    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
+        h = hooks.norm(self.attn_norm, x)
+        x = x + hooks.block(self.attn.site, self.attn(h, rows, hooks), h, x)
+        h = hooks.norm(self.mlp_norm, x)
+        return x + hooks.block(self.mlp.site, self.mlp(h, hooks), h, x)
 
 
 class GPT2(Causal):
@@ -102,21 +106,21 @@ class GPT2(Causal):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.max_positions, config.width)
         self.layers = nn.ModuleList(Layer(i, config) for i in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.norm = LayerNorm(config.width, config.norm_eps)
         self.head_linear = Linear("head", config.width, config.vocab_size, bias=False)
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
-        self.sites, self.shared_inputs = sites_of(
+        self.name_sites(
             g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,), (a.mlp.up,), (a.mlp.down,))
         )
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
-        x = self.embed(rows.tokens) + self.positions(rows.positions)  # [T, width]
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens) + self.positions(rows.positions)  # [T, width]
         for layer in self.layers:
-            x = run(self, layer, x, rows, linear)
-        return self.norm(x)
+            x = run(self, layer, x, rows, hooks)
+        return hooks.norm(self.norm, x)
 
 
 def read(fields: dict) -> GPT2Config:

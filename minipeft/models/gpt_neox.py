@@ -20,7 +20,8 @@ from minipeft.models.causal import Causal, check_lengths
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, rope, whole
 from minipeft.models.gpt2 import ACTIVATIONS, MLP
-from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
+from minipeft.models.hooks import BASE, Hooks, Linear, together
+from minipeft.models.layers import LayerNorm
 from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
@@ -56,17 +57,17 @@ class Attention(nn.Module):
     def __init__(self, layer: int, config: GPTNeoXConfig):
         super().__init__()
         site, K = f"layers.{layer}.attn", config.width
-        self.layer, self.num_heads = layer, config.num_heads
+        self.site, self.layer, self.head_dim = site, layer, K // config.num_heads
         self.q = Linear(f"{site}.q", K, K, config.attn_bias)
         self.k = Linear(f"{site}.k", K, K, config.attn_bias)
         self.v = Linear(f"{site}.v", K, K, config.attn_bias)
         self.o = Linear(f"{site}.o", K, K, config.attn_bias)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, linear)
-        q, k, v = (y.view(x.shape[0], self.num_heads, -1) for y in qkv)  # [T, H, D]
-        y = rows.attend(self.layer, rotate_first(q, *rope), rotate_first(k, *rope), v)
-        return self.o(y.flatten(1), linear)
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        qkv = together((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+        k, v = hooks.keys(self.site, rotate_first(k, *rope), v)
+        return self.o(rows.attend(self.layer, rotate_first(q, *rope), k, v).flatten(1), hooks)
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,14 +80,16 @@ class Layer(nn.Module):
     def __init__(self, layer: int, config: GPTNeoXConfig):
         super().__init__()
         self.parallel = config.parallel
-        self.attn_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn_norm = LayerNorm(config.width, config.norm_eps)
         self.attn = Attention(layer, config)
-        self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config.width, config.mlp_width, config.activation)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], linear: LinearFn) -> Tensor:
-        after = x + self.attn(self.attn_norm(x), rows, rope, linear)
-        return after + self.mlp(self.mlp_norm(x if self.parallel else after), linear)
+    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        h = hooks.norm(self.attn_norm, x)
+        after = x + hooks.block(self.attn.site, self.attn(h, rows, rope, hooks), h, x)
+        h = hooks.norm(self.mlp_norm, x if self.parallel else after)
+        return after + hooks.block(self.mlp.site, self.mlp(h, hooks), h, after)
 
 
 class GPTNeoX(Causal):
@@ -97,23 +100,23 @@ class GPTNeoX(Causal):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(i, config) for i in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.norm = LayerNorm(config.width, config.norm_eps)
         self.head_linear = Linear("head", config.width, config.vocab_size, bias=False)
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
         self.rotary = Rotary(config.rotary_dim, config.rope_theta, config.rope_scaling)
-        self.sites, self.shared_inputs = sites_of(
+        self.name_sites(
             g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,), (a.mlp.up,), (a.mlp.down,))
         )
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
-        x = self.embed(rows.tokens)  # [T, width]
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens)  # [T, width]
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
-            x = run(self, layer, x, rows, rope, linear)
-        return self.norm(x)
+            x = run(self, layer, x, rows, rope, hooks)
+        return hooks.norm(self.norm, x)
 
 
 def read(fields: dict) -> GPTNeoXConfig:

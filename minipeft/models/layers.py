@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.Module):
+class HeadRMSNorm(nn.Module):
     """y = g * x / sqrt(mean(x^2) + eps), the mean over the last axis in fp32 (Zhang & Sennrich 2019, eq. 4)."""
 
     def __init__(self, width: int, eps: float):
@@ -19,7 +19,32 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class RMSNorm(HeadRMSNorm):
+    """The same of the stream [T, width], where it is a site (hooks.py): y = (weight + offset) * normalised(x)."""
+
+    is_site, site, offset, bias = True, "", 0.0, None
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps), dtype of x."""
+        return rms_norm(x, torch.ones_like(self.weight), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = weight * normalised(x) + bias, normalised(x) = (x - mean(x)) / sqrt(var(x) + eps) (Ba et al. 2016)."""
+
+    is_site, site, offset = True, "", 0.0
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """[T, width], dtype of x."""
+        return F.layer_norm(x, self.normalized_shape, None, None, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps). Differentiable in x and weight."""
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

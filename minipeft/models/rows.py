@@ -23,6 +23,7 @@ class Rows:
     attend:    who sees whom, and attention among them.
     lengths:   rows of each sequence, on the host.
     longest:   positions of the longest sequence, its prefix included.
+    virtual:   how many rows at the start of each sequence are virtual tokens and no text, on the host; None: none.
     """
 
     tokens: Tensor
@@ -30,11 +31,13 @@ class Rows:
     attend: Packed
     lengths: np.ndarray
     longest: int
+    virtual: np.ndarray | None = None
 
     @staticmethod
     def pack(
         sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu", causal: bool = True,
         prefixes: Sequence[int] | None = None, vocab_size: int | None = None,
+        virtual: Sequence[int] | None = None,
     ) -> "Rows":  # fmt: skip
         """Rows of these token id lists, in the order given. Empty sequences are an error: they have no row.
 
@@ -42,6 +45,7 @@ class Rows:
             causal:   each row sees its sequence up to itself (a decoder); otherwise all of it (an encoder).
             prefixes: for each sequence the number of another that it goes on from, as if that one stood before it, or
                       -1. The other has no prefix itself.
+            virtual:  see above; their tokens, whatever they are, are read by nobody.
             vocab_size: token ids must be below it; None: not looked at.
         Raises:
             ValueError: no sequence, an empty one, or ids that are no tokens.
@@ -65,7 +69,8 @@ class Rows:
         positions = np.arange(len(tokens)) - np.repeat(starts - before, lengths)
         as_tensor = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
         return Rows(as_tensor(tokens), as_tensor(positions), Packed.plan(lengths, causal, device, shared=shared),
-                    lengths, int((before + lengths).max()))  # fmt: skip
+                    lengths, int((before + lengths).max()),
+                    None if virtual is None or not any(virtual) else np.asarray(virtual))  # fmt: skip
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x [T, ...] -> each sequence's own rows."""

@@ -28,8 +28,8 @@ from minipeft.models.attention import Packed
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.generate import Sampling, generate_from
+from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
 from minipeft.models.layers import RMSNorm, gelu_tanh
-from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
 from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
@@ -100,15 +100,16 @@ class Attention(nn.Module):
     def __init__(self, site: str, layer: int, config: T5Config):
         super().__init__()
         K, N = config.width, config.num_heads * config.head_dim
-        self.layer, self.head_dim = layer, config.head_dim
+        self.site, self.layer, self.head_dim = site, layer, config.head_dim
         self.q = Linear(f"{site}.q", K, N, bias=False)
         self.k = Linear(f"{site}.k", K, N, bias=False)
         self.v = Linear(f"{site}.v", K, N, bias=False)
         self.o = Linear(f"{site}.o", N, K, bias=False)
 
-    def forward(self, x: Tensor, rows: Rows, biases: Sequence[Tensor], linear: LinearFn) -> Tensor:
-        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in together((self.q, self.k, self.v), x, linear))
-        return self.o(rows.attend(self.layer, q, k, v, biases=biases, scale=1.0).flatten(1), linear)
+    def forward(self, x: Tensor, rows: Rows, biases: Sequence[Tensor], hooks: Hooks) -> Tensor:
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in together((self.q, self.k, self.v), x, hooks))
+        k, v = hooks.keys(self.site, k, v)
+        return self.o(rows.attend(self.layer, q, k, v, biases=biases, scale=1.0).flatten(1), hooks)
 
 
 class CrossAttention(nn.Module):
@@ -117,33 +118,34 @@ class CrossAttention(nn.Module):
     def __init__(self, site: str, layer: int, config: T5Config):
         super().__init__()
         K, N = config.width, config.num_heads * config.head_dim
-        self.layer, self.head_dim = layer, config.head_dim
+        self.site, self.layer, self.head_dim = site, layer, config.head_dim
         self.k = Linear(f"{site}.k", K, N, bias=False)
         self.v = Linear(f"{site}.v", K, N, bias=False)
         self.q = Linear(f"{site}.q", K, N, bias=False)
         self.o = Linear(f"{site}.o", N, K, bias=False)
 
-    def keys(self, memory: Tensor, linear: LinearFn) -> Keys:
-        k, v = together((self.k, self.v), memory, linear)
-        return k.unflatten(1, (-1, self.head_dim)), v.unflatten(1, (-1, self.head_dim))
+    def keys(self, memory: Tensor, hooks: Hooks) -> Keys:
+        k, v = together((self.k, self.v), memory, hooks)
+        return hooks.keys(self.site, k.unflatten(1, (-1, self.head_dim)), v.unflatten(1, (-1, self.head_dim)))
 
-    def forward(self, x: Tensor, keys: Keys, cross: Packed, linear: LinearFn) -> Tensor:
-        q = self.q(x, linear).unflatten(1, (-1, self.head_dim))  # [T, H, D]
-        return self.o(cross(self.layer, q, *keys, scale=1.0).flatten(1), linear)
+    def forward(self, x: Tensor, keys: Keys, cross: Packed, hooks: Hooks) -> Tensor:
+        q = self.q(x, hooks).unflatten(1, (-1, self.head_dim))  # [T, H, D]
+        return self.o(cross(self.layer, q, *keys, scale=1.0).flatten(1), hooks)
 
 
 class MLP(nn.Module):
     def __init__(self, site: str, config: T5Config):
         super().__init__()
+        self.site = site
         self.gate = Linear(f"{site}.gate", config.width, config.mlp_width, bias=False) if config.gated else None
         self.up = Linear(f"{site}.up", config.width, config.mlp_width, bias=False)
         self.down = Linear(f"{site}.down", config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, linear: LinearFn) -> Tensor:
+    def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
         if self.gate is None:
-            return self.down(torch.relu(self.up(x, linear)), linear)
-        gate, up = together((self.gate, self.up), x, linear)
-        return self.down(gelu_tanh(gate) * up, linear)
+            return self.down(torch.relu(self.up(x, hooks)), hooks)
+        gate, up = together((self.gate, self.up), x, hooks)
+        return self.down(gelu_tanh(gate) * up, hooks)
 
 
 class EncoderLayer(nn.Module):
@@ -155,9 +157,11 @@ class EncoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"{site}.mlp", config)
 
-    def forward(self, x: Tensor, rows: Rows, biases: Sequence[Tensor], linear: LinearFn) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rows, biases, linear)
-        return x + self.mlp(self.mlp_norm(x), linear)
+    def forward(self, x: Tensor, rows: Rows, biases: Sequence[Tensor], hooks: Hooks) -> Tensor:
+        h = hooks.norm(self.attn_norm, x)
+        x = x + hooks.block(self.attn.site, self.attn(h, rows, biases, hooks), h, x)
+        h = hooks.norm(self.mlp_norm, x)
+        return x + hooks.block(self.mlp.site, self.mlp(h, hooks), h, x)
 
 
 class DecoderLayer(nn.Module):
@@ -172,11 +176,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(f"{site}.mlp", config)
 
     def forward(
-        self, x: Tensor, rows: Rows, biases: Sequence[Tensor], keys: Keys, cross: Packed, linear: LinearFn
+        self, x: Tensor, rows: Rows, biases: Sequence[Tensor], keys: Keys, cross: Packed, hooks: Hooks
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rows, biases, linear)
-        x = x + self.cross(self.cross_norm(x), keys, cross, linear)
-        return x + self.mlp(self.mlp_norm(x), linear)
+        h = hooks.norm(self.attn_norm, x)
+        x = x + hooks.block(self.attn.site, self.attn(h, rows, biases, hooks), h, x)
+        h = hooks.norm(self.cross_norm, x)
+        x = x + hooks.block(self.cross.site, self.cross(h, keys, cross, hooks), h, x)
+        h = hooks.norm(self.mlp_norm, x)
+        return x + hooks.block(self.mlp.site, self.mlp(h, hooks), h, x)
 
 
 class Stack(nn.Module):
@@ -190,14 +197,14 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
 
 
-class T5(nn.Module):
+class T5(Sites, nn.Module):
     """T5 on packed rows. Weights are unset until load_model fills them in.
 
     embed: the embedding of input and target tokens. head_linear: hidden states -> logits, site "head".
-    sites, shared_inputs: as in causal.py. Those of the encoder and of cross.k and cross.v see input rows, the others
-    target rows. stop_tokens: what ends a text, as the checkpoint's folder says.
+    Sites of the encoder and cross.k and cross.v see input rows, the others target rows.
     """
 
+    causal = True  # of the rows that are read: the targets
     stop_tokens: tuple[int, ...] = ()
     recompute = False  # see recompute.py
 
@@ -217,28 +224,30 @@ class T5(nn.Module):
         groups += [g for a in self.decoder.layers
                    for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,), (a.cross.q,), (a.cross.o,),
                              ups(a), (a.mlp.down,))]  # fmt: skip
-        self.sites, self.shared_inputs = sites_of(groups)
+        self.name_sites(groups)
+        self.embeddings = {}  # one table for inputs and targets: what acted on it would act on both kinds of rows
         self.requires_grad_(False)
 
-    def encode_rows(self, rows: Rows, linear: LinearFn = plain_linear) -> Tensor:
+    def encode_rows(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """Input rows, not causal -> the encoder's last hidden states [T_in, width], dtype of the weights."""
-        x, biases = self.embed(rows.tokens), rows.attend.scores_bias(self.encoder.bias)
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens)
+        biases = rows.attend.scores_bias(self.encoder.bias)
         for layer in self.encoder.layers:
-            x = run(self, layer, x, rows, biases, linear)
-        return self.encoder.norm(x)
+            x = run(self, layer, x, rows, biases, hooks)
+        return hooks.norm(self.encoder.norm, hooks.tail(x, rows))
 
-    def cross_keys(self, memory: Tensor, linear: LinearFn = plain_linear) -> list[Keys]:
+    def cross_keys(self, memory: Tensor, hooks: Hooks = BASE) -> list[Keys]:
         """The encoder's last hidden states -> what each layer of the decoder sees of them. Once for many passes.
 
         Args:
-            linear: that of the input rows.
+            hooks:  those of the input rows.
         Returns:
             k and v for each layer of the decoder, [T_in, H, D] each.
         """
-        return [layer.cross.keys(memory, linear) for layer in self.decoder.layers]
+        return [layer.cross.keys(memory, hooks) for layer in self.decoder.layers]
 
     def decode_rows(
-        self, rows: Rows, keys: Sequence[Keys], cross: Packed, linear: LinearFn = plain_linear
+        self, rows: Rows, keys: Sequence[Keys], cross: Packed, hooks: Hooks = BASE
     ) -> Tensor:
         """Last hidden states of the decoder after the final norm.
 
@@ -246,18 +255,18 @@ class T5(nn.Module):
             rows:   target rows, causal, each target after the start token.
             keys:   from cross_keys.
             cross:  which input each target sees: Packed.plan(..., k_lengths=...), or a cache that is called like it.
-            linear: that of the target rows.
+            hooks:  those of the target rows.
         Returns:
             [T_out, width], dtype of the weights.
         """
         x, biases = self.embed(rows.tokens), rows.attend.scores_bias(self.decoder.bias)
         for layer, seen in zip(self.decoder.layers, keys, strict=True):
-            x = run(self, layer, x, rows, biases, seen, cross, linear)
-        return self.decoder.norm(x)
+            x = run(self, layer, x, rows, biases, seen, cross, hooks)
+        return hooks.norm(self.decoder.norm, x)
 
-    def head(self, h: Tensor, linear: LinearFn = plain_linear) -> Tensor:
+    def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         """The decoder's hidden states of chosen rows [rows, width] -> logits [rows, vocab_size]."""
-        return self.head_linear(h * self.config.width**-0.5 if self.config.scaled_output else h, linear)
+        return self.head_linear(h * self.config.width**-0.5 if self.config.scaled_output else h, hooks)
 
     def pack_pairs(
         self, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]

@@ -1,0 +1,189 @@
+"""A pass's hooks: at every site of the base, each row's own adapter, whichever method it is by.
+
+The banks in a pass each say what their users do at a site (methods/method.py). Here that is collected over the banks
+and done for all of them by one batched op per site and kind:
+
+    linear   LoRA and the frozen product at once       lora_linear
+             IA3, DoRA's magnitudes                    ia3_rows
+             biases                                    shift_rows
+    norm     weights of one's own                      ia3_rows
+    block    bottleneck adapters                       bottleneck_rows
+    keys     prefixes                                  prompt_rows
+    embed    prompts                                   prompt_rows
+
+A shared adapter may lie under the personal ones: then rows belong to two shares, and the shared one acts first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.methods.method import Share
+from minipeft.models.hooks import Hooks
+from minipeft_kernels.bottleneck import Bottleneck
+from minipeft_kernels.bottleneck_rows import BottleneckRows, bottleneck_rows
+from minipeft_kernels.cpu import tiled_linear
+from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.lora_linear import LoraRows, lora_linear
+from minipeft_kernels.prompts import PromptRows, prompt_rows
+from minipeft_kernels.segment_lora import segment_lora
+from minipeft_kernels.shift import ShiftRows, shift_rows
+
+Found = list[tuple[Share, object]]
+
+
+class Acting(Hooks):
+    """Hooks of one pass.
+
+    Args:
+        shares: each bank's part of the rows.
+        under:  parts of shared adapters, over the same rows.
+        anchor: see the kernels' *_rows ops. tile: see lora_linear; None outside of deterministic mode.
+    """
+
+    def __init__(self, shares: Sequence[Share], under: Sequence[Share], anchor: Tensor, tile: int | None):
+        self.levels = [[(share, actor) for share in level for actor in share.residents.actors]
+                       for level in (under, shares)]  # fmt: skip
+        self.anchor, self.tile = anchor, tile
+
+    def linear(self, sites, x, weights, biases):
+        scaled = [self._found("input_scales", site) for site in sites]
+        if any(any(levels) for levels in scaled):
+            if len(sites) > 1:  # each site then has an input of its own
+                return tuple(self.linear((site,), x, [w], [b])[0] for site, w, b in zip(sites, weights, biases))
+            for found in scaled[0]:
+                x = self._scale(x, found)
+        ys = self._loras(self.levels[-1], sites, x, weights, biases)
+        return tuple(self._finish(site, x, y) for site, y in zip(sites, ys))
+
+    def _loras(self, level, sites, x, weights, biases) -> tuple[Tensor, ...]:
+        """The frozen products and this level's LoRA."""
+
+        def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
+            """Of each share, what acts at these sites; None for one that acts at some of them or none."""
+            found = {id(share): None for share, _ in level}
+            for share, actor in level:
+                lora = actor.lora(sites, share)
+                if lora is not None:
+                    found[id(share)] = LoraRows(share.first_row, lora)
+            return list(found.values())
+
+        def launch(sites: tuple[str, ...]) -> tuple[Tensor, ...]:
+            W, b = zip(*((weights[i], biases[i]) for i in (names.index(site) for site in sites)))
+            acting = [lora for lora in at(sites) if lora is not None]
+            if acting:
+                return lora_linear(x, self.anchor, W, b, acting, self.tile)
+            return tuple(F.linear(x, w, c) if self.tile is None else tiled_linear(x, w, c, self.tile)
+                         for w, c in zip(W, b))  # fmt: skip
+
+        names = list(sites)
+        # Where every bank acts at the same sites of one input, they go in one launch. In deterministic mode never:
+        # whether they do would depend on the company.
+        acting = tuple(site for site in sites if any(at((site,))))
+        if self.tile is not None or not all(at(acting)):
+            acting = ()
+        ys = {}
+        for launched in [acting] * bool(acting) + [(site,) for site in sites if site not in acting]:
+            ys |= zip(launched, launch(launched))
+        return tuple(ys[site] for site in sites)
+
+    def _finish(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """What comes after the frozen product and the personal LoRA."""
+        for level in self.levels:
+            for share, actor in level:
+                lora = None if level is self.levels[-1] else actor.lora((site,), share)
+                if lora is not None:  # a shared one, under the personal ones
+                    delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks)
+                    y = _AddRows.apply(y, delta, share.rows)
+                if site in actor.deltas:
+                    y = _AddRows.apply(y, actor.deltas[site](x[share.rows], share), share.rows)
+        for found in self._found("scales", site):
+            y = self._scale(y, found)
+        return self._shift(site, y)
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        y = norm(x)
+        for found in self._found("gains", norm.site):
+            for share, gains in found:
+                h = norm.normalised(x[share.rows])
+                own = ia3_rows(h, self.anchor, [Ia3Rows(0, gains.values, share.segments, gains.grads)])
+                y = _ReplaceRows.apply(y, own + norm.offset * h if norm.offset else own, share.rows)
+        return self._shift(norm.site, y)
+
+    def block(self, site: str, y: Tensor, read: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        for found in self._found("bottlenecks", site):
+            for reads in ("output", "sum", "input"):
+                groups = [BottleneckRows(share.first_row, Bottleneck(b.weights, b.grads, b.activation, share.segments,
+                                                                     b.scale))
+                          for share, b in found if b.reads == reads]  # fmt: skip
+                if not groups:
+                    continue
+                if reads == "output":
+                    y = bottleneck_rows(y, None, self.anchor, groups)
+                elif reads == "sum":
+                    y = bottleneck_rows(x + y if norm is None else norm(x + y), y, self.anchor, groups)
+                else:
+                    y = bottleneck_rows(read, y, self.anchor, groups)
+        return y
+
+    def keys(self, site: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self._prompts(f"{site}.{name}", y.flatten(1)).view_as(y) for name, y in (("k", k), ("v", v)))
+
+    def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
+        for level in self.levels:
+            for share, actor in level:
+                if actor.embeds is not None:
+                    x = _AddRows.apply(x, actor.embeds(tokens[share.rows], share), share.rows)
+        return self._prompts("embed", x)
+
+    def _found(self, table: str, site: str) -> list[Found]:
+        """What acts here, level by level; levels where nothing does are left out."""
+        found = [[(share, getattr(actor, table)[site]) for share, actor in level if site in getattr(actor, table)]
+                 for level in self.levels]  # fmt: skip
+        return [acting for acting in found if acting]
+
+    def _scale(self, x: Tensor, found: Found) -> Tensor:
+        return ia3_rows(x, self.anchor, [Ia3Rows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
+
+    def _shift(self, site: str, y: Tensor) -> Tensor:
+        for found in self._found("shifts", site):
+            y = shift_rows(y, self.anchor, [ShiftRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
+        return y
+
+    def _prompts(self, site: str, x: Tensor) -> Tensor:
+        for found in self._found("prompts", site):
+            groups = [PromptRows(v.values, s.prompts, v.grads) for s, v in found if s.prompts is not None]
+            x = prompt_rows(x, self.anchor, groups) if groups else x
+        return x
+
+
+class _AddRows(torch.autograd.Function):
+    """y with delta added to some of its rows."""
+
+    @staticmethod
+    def forward(ctx, y, delta, rows):
+        ctx.rows, y = rows, y.clone()
+        y[rows] += delta
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y, grad_y[ctx.rows], None
+
+
+class _ReplaceRows(torch.autograd.Function):
+    """y with some of its rows replaced."""
+
+    @staticmethod
+    def forward(ctx, y, own, rows):
+        ctx.rows, y = rows, y.clone()
+        y[rows] = own
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        own, grad_y = grad_y[ctx.rows].clone(), grad_y.clone()
+        grad_y[ctx.rows] = 0.0
+        return grad_y, own, None

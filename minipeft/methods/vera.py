@@ -1,0 +1,91 @@
+"""VeRA: two vectors per site around random projections that all users and sites share (arXiv:2310.11454).
+
+    equation      y = W x + b + d_b * (B (d * (A x)))       A [rank, K], B [N, rank] random and frozen       eq. 2
+    trained       d [rank] and d_b [N] at every chosen site
+    start         d = 0.1, d_b = 0: the base's output is unchanged
+    numbers       rank + N per site
+    cost          2 * rank * (K + N) FLOPs per row and site; but A and B are read once for all users, and a million of
+                  them cost (rank + N) numbers each
+
+A and B are drawn once, as large as the largest site needs, by Hugging Face PEFT's recipe (Kaiming uniform with a =
+sqrt 5 from one generator, A first): each site takes their first columns and rows. The same seed gives PEFT's numbers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from minipeft.bank import Bank
+from minipeft.errors import InputError
+from minipeft.methods.method import Actor, Draw, Method, Share, choose, vectors
+from minipeft.models.hooks import Sites
+from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.lora_linear import lora_linear
+
+
+@dataclass(frozen=True)
+class VeRA(Method):
+    """One user's VeRA configuration.
+
+    rank: of the shared projections. seed: they are drawn from. d_start: start value of d.
+    """
+
+    name: ClassVar[str] = "vera"
+    summary: ClassVar[str] = "two vectors around projections that all users share"
+
+    rank: int = 256
+    sites: tuple[str, ...] = ("q", "v")
+    seed: int = 0
+    d_start: float = 0.1
+
+    def check(self, base: Sites) -> None:
+        if self.rank < 1:
+            raise InputError(f"VeRA rank must be at least 1, got {self.rank}")
+        self.chosen(base)
+
+    def chosen(self, base: Sites) -> dict[str, tuple[int, int]]:
+        return choose("VeRA", self.sites, base.sites)
+
+    def shapes(self, base: Sites) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for site, (_, N) in self.chosen(base).items():
+            shapes |= {f"{site}.d": (self.rank,), f"{site}.d_b": (N,)}
+        return shapes
+
+    def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
+        return {name: torch.full(shape, self.d_start if name.endswith(".d") else 0.0)
+                for name, shape in self.shapes(base).items()}  # fmt: skip
+
+    def projections(self, base: Sites) -> tuple[Tensor, Tensor]:
+        """A [rank, largest K] and B [largest N, rank], fp32, on the CPU."""
+        Ks, Ns = zip(*self.chosen(base).values())
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(rows: int, cols: int) -> Tensor:
+            bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(cols))  # 1 / sqrt(cols), rounded as PEFT does
+            return torch.empty(rows, cols).uniform_(-bound, bound, generator=generator)
+
+        A = draw(self.rank, max(Ks))
+        return A, draw(max(Ns), self.rank)
+
+    def actor(self, bank: Bank, base: Sites) -> Actor:
+        actor = Actor()
+        A, B = (M.to(bank.compute.device, bank.compute.dtype) for M in self.projections(base))
+        for site, (K, N) in self.chosen(base).items():
+            actor.deltas[site] = _delta(A[:, :K].contiguous(), B[:N].contiguous(), *(
+                vectors(bank, f"{site}.{name}") for name in ("d", "d_b")))  # fmt: skip
+        return actor
+
+
+def _delta(A: Tensor, B: Tensor, d, d_b):
+    def delta(x: Tensor, share: Share) -> Tensor:
+        """d_b * (B (d * (A x))) for a share's rows."""
+        scale = lambda v, by: ia3_rows(  # noqa: E731
+            v, share.anchor, [Ia3Rows(0, by.values, share.segments, by.grads)])  # fmt: skip
+        frozen = lambda v, M: lora_linear(v, share.anchor, (M,), (None,), (), share.tile)[0]  # noqa: E731
+        return scale(frozen(scale(frozen(x, A), d), B), d_b)
+
+    return delta

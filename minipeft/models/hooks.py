@@ -1,0 +1,117 @@
+"""Sites: the named places of a frozen base where a method can act, and the hooks that a base calls there.
+
+    linear   y = W x + b of linear maps that share an input            "layers.3.attn.q", "head"
+    norm     y = g * normalised(x) + b                                 "layers.3.attn_norm"
+    block    y, what an attention or MLP block adds to its stream      "layers.3.attn", "layers.3.mlp"
+    keys     k and v of an attention, position encoding applied        "layers.3.attn"
+    embed    the rows of the token embedding                           "embed"
+    tail     the stream after an encoder-decoder's last encoder layer
+
+`Hooks` itself does what the base alone does. A pass of many users gives the base hooks of its own, which add each row's
+own adapter; a base does not know of users.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.models.rows import Rows
+
+
+class Hooks:
+    """The base alone, no adapter anywhere. All tensors are of packed rows: [T, ...]."""
+
+    def linear(
+        self, sites: tuple[str, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        """y = x W^T + b, [T, N], of each of these sites, which share their input x [T, K]."""
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """norm(x), [T, width]. norm is one of layers.py's and knows its `site`."""
+        return norm(x)
+
+    def block(self, site: str, y: Tensor, read: Tensor, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """What a block adds to the stream x: its output y. All [T, width].
+
+        read: what the block's own linear maps have read. norm: what the sum x + y goes through next, where it does.
+        """
+        return y
+
+    def keys(self, site: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What is attended to: k and v, [T, H, D]."""
+        return k, v
+
+    def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Embedded tokens [T, width], before positions are added. tokens [T] int64."""
+        return x
+
+    def tail(self, x: Tensor, rows: Rows) -> Tensor:
+        """A T5's stream [T, width] between its encoder's last layer and the norm after it."""
+        return x
+
+
+BASE = Hooks()
+
+
+class Linear(nn.Module):
+    """A linear map that knows its site name, e.g. "layers.3.attn.q"."""
+
+    def __init__(self, site: str, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.site = site
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
+        return together((self,), x, hooks)[0]
+
+
+def together(linears: Sequence[Linear], x: Tensor, hooks: Hooks) -> tuple[Tensor, ...]:
+    """y of linear maps that share the input x, e.g. q, k and v."""
+    return hooks.linear(tuple(m.site for m in linears), x, [m.weight for m in linears], [m.bias for m in linears])
+
+
+class Sites:
+    """The places of a base, for methods to choose from. A base inherits this and calls `name_sites` when it is built.
+
+    sites:         linear site -> (in features K, out features N), in forward order.
+    shared_inputs: the same sites, in groups that share their input: what `Hooks.linear` is called with.
+    linears:       linear site -> its frozen map.
+    norms:         norm site -> its frozen norm.
+    blocks:        block site -> width of the stream that it adds to.
+    attentions:    block site of an attention -> (heads of its keys, head width).
+    embeddings:    "embed" -> (vocabulary, width), where a method may act on embedded tokens.
+    head_size:     (K, classes) of the head of one's own that an encoder with classes takes at "head"; None for others.
+    """
+
+    sites: dict[str, tuple[int, int]]
+    shared_inputs: tuple[tuple[str, ...], ...]
+    linears: dict[str, Linear]
+    norms: dict[str, nn.Module]
+    blocks: dict[str, int]
+    attentions: dict[str, tuple[int, int]]
+    embeddings: dict[str, tuple[int, int]]
+    head_size: tuple[int, int] | None = None
+
+    def name_sites(self, groups: Iterable[Sequence[Linear]]) -> None:
+        """Fill in the tables. groups: the linear maps that share their input, in forward order."""
+        groups = [tuple(group) for group in groups]
+        self.linears = {m.site: m for group in groups for m in group}
+        self.sites = {site: (m.weight.shape[1], m.weight.shape[0]) for site, m in self.linears.items()}
+        self.shared_inputs = tuple(tuple(m.site for m in group) for group in groups)
+        self.norms, self.blocks, self.attentions = {}, {}, {}
+        self.embeddings = {"embed": tuple(self.embed.weight.shape)}
+        for name, module in self.named_modules():
+            if getattr(module, "is_site", False):  # layers.py's norms, except those of single heads
+                module.site = name
+                self.norms[name] = module
+        for site, (_, N) in self.sites.items():
+            block, _, last = site.rpartition(".")
+            if last in ("o", "down"):
+                self.blocks[block] = N
+            elif last == "k":
+                D = self.get_submodule(block).head_dim
+                self.attentions[block] = (N // D, D)
