@@ -439,11 +439,11 @@ def test_pieces_of_any_size_give_the_same_model(original, originals, tmp_path, m
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(folder):
-    files = checkpoint.Checkpoint(folder)
+    files, weights = checkpoint.Checkpoint(folder), load_file(folder / "model.safetensors")
     cut(0.3)(folder)
     with pytest.raises(InputError, match=r"model.safetensors: became shorter"):
         for key in files.keys:
-            files.read_(key, torch.empty(files.shape(key)))
+            files.read_(checkpoint.Source(key), torch.empty(weights[key].shape))
 
 
 def test_nan_and_infinite_weights_are_counted_in_a_warning(folder):
@@ -489,11 +489,18 @@ def large(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("form, dtype", [("single", "float32"), ("single", "bfloat16"), ("sharded", "float32")])
-def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dtype, large):
-    """Memory-mapped pages count too."""
-    size = sum(path.stat().st_size for path in (large / form).glob("*.safetensors"))
+WIDE = {  # one layer each, so that a tensor held twice shows
+    "phi3": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "pad_token_id": None},
+    "gpt2": {"n_embd": 2048, "n_layer": 1, "n_head": 16},
+    "gpt_neox": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 16},
+}
+
+
+def loading_memory(folder, dtype="float32"):
+    """(size of the weights' files, by how much loading them lets memory grow at its peak, size of the loaded weights).
+
+    Memory-mapped pages count too.
+    """
     program = r"""
 import re, sys, torch
 from minipeft import load_model
@@ -502,10 +509,30 @@ before = kib("VmRSS")
 model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
 print(1024 * (kib("VmHWM") - before), sum(weight.nbytes for weight in model.parameters()))
 """
-    command = [sys.executable, "-c", program, large / form, dtype]
+    command = [sys.executable, "-c", program, folder, dtype]
     run = subprocess.run(command, capture_output=True, check=True, text=True)
     growth, held = map(int, run.stdout.split())
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")), growth, held
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("form, dtype", [("single", "float32"), ("single", "bfloat16"), ("sharded", "float32")])
+def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dtype, large):
+    size, growth, held = loading_memory(large / form, dtype)
     assert 350e6 < size and held <= growth <= min(1.15 * size, held + 64e6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("family", WIDE)
+def test_tensors_that_are_cut_or_transposed_are_never_held_twice(family, tmp_path):
+    config = transformers.AutoConfig.for_model(family, vocab_size=1000, tie_word_embeddings=True, **WIDE[family])
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
+    config.save_pretrained(tmp_path)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    size, growth, held = loading_memory(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert 190e6 < size and held <= growth <= 1.15 * size
 
 
 # a hub id

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.causal import check_lengths
-from minipeft.models.checkpoint import Family, Source
+from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.layers import gelu, gelu_tanh, stable
 from minipeft.models.linear import Linear, LinearFn, plain_linear, sites_of, together
@@ -222,10 +222,10 @@ def _family(prefix: str) -> Family:
         return replace(config, pooler=any(key.startswith(f"{prefix}pooler.") for key in keys))
 
     def sources(model: Bert) -> dict[str, Source]:
-        table, offset = (model.config.max_positions, model.config.width), model.config.position_offset
         found = {name: Source(prefix + key_of(name)) for name, _ in model.named_parameters()}
-        key = found["positions.weight"].key
-        return found | {"positions.weight": Source(key, (table[0] + offset, table[1]), lambda whole: whole[offset:])}
+        rows, K, before = model.config.max_positions, model.config.width, model.config.position_offset
+        part = Part(before * K, rows * K, (before + rows) * K)
+        return found | {"positions.weight": Source(found["positions.weight"].key, (before + rows, K), part)}
 
     return Family(
         config=read,

@@ -29,16 +29,26 @@ CONVERT = (  # a command to run in the folder
 )
 
 
+class Part(NamedTuple):
+    """Some of a tensor's numbers, in the order of the file: of every `every` numbers, `length` from `first` on."""
+
+    first: int
+    length: int
+    every: int
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a parameter lies in a checkpoint: a part of the tensor `key`.
 
-    shape: of that whole tensor; None: the parameter's own. part: from the whole tensor to the parameter; None: all.
+    shape: of that whole tensor; None: the parameter's own. part: which of its numbers; None: all.
+    transposed: whether the file has them column by column of the parameter, as GPT-2's [in, out].
     """
 
     key: str
     shape: tuple[int, ...] | None = None
-    part: Callable[[Tensor], Tensor] | None = None
+    part: Part | None = None
+    transposed: bool = False
 
 
 class Family(NamedTuple):
@@ -102,30 +112,40 @@ class Checkpoint:
     def num_numbers(self) -> int:
         return sum(math.prod(stored.shape) for stored in self._stored.values())
 
-    def shape(self, key: str) -> list[int]:
-        return self._stored[key].shape
-
-    def read_(self, key: str, weight: Tensor) -> int:
-        """weight = the numbers of key, in weight's dtype and on its device. Returns how many are NaN or infinite there.
+    def read_(self, source: Source, weight: Tensor) -> int:
+        """weight = what is at source, in weight's dtype and on its device. Returns how many are NaN or infinite then.
 
         Memory: one piece.
         """
-        flat, bad = weight.view(-1), 0
-        for start, piece in zip(range(0, flat.numel(), PIECE), self._pieces(key)):
-            place = flat[start : start + PIECE].copy_(piece)
+        rows = weight.t() if source.transposed else weight.view(-1)  # in the order of the file
+        numbers, filled, bad = rows[:1].numel(), 0, 0  # in a row
+        for piece in self._pieces(source.key, source.part, numbers):
+            piece = piece.view(-1, *rows.shape[1:])
+            place = rows[filled : filled + len(piece)].copy_(piece)
+            filled += len(piece)
             if not place.sum().isfinite():  # or the sum alone passes the dtype's range
                 bad += int((~place.isfinite()).sum())
+        assert filled == len(rows), f"{source}: {filled} of {len(rows)} rows"
         return bad
 
-    def _pieces(self, key: str) -> Iterator[Tensor]:
-        """A tensor's numbers in order, PIECE at a time, as the file has them."""
+    def _pieces(self, key: str, part: Part | None = None, row: int = 1) -> Iterator[Tensor]:
+        """A tensor's numbers or a part of them, in the order of the file: about PIECE at a time, in whole rows."""
         path, start, dtype, shape = self._stored[key]
+        total, size = math.prod(shape), FILE_DTYPES[dtype].itemsize
+        first, length, every = part or (0, total, total)
+        wanted = total // every * length if total else 0
+        step = max(PIECE // row, 1) * row
         with path.open("rb") as file:
-            file.seek(start)
-            for begin in range(0, math.prod(shape), PIECE):
-                piece = torch.empty(min(PIECE, math.prod(shape) - begin), dtype=FILE_DTYPES[dtype])
-                if file.readinto(piece.view(torch.uint8).numpy()) < piece.nbytes:
-                    raise InputError(f"{path}: became shorter while it was read. Load it again when it is whole.")
+            for begin in range(0, wanted, step):
+                piece = torch.empty(min(step, wanted - begin), dtype=FILE_DTYPES[dtype])
+                bytes_of_piece, filled = memoryview(piece.view(torch.uint8).numpy()), 0
+                while filled < len(piece):  # a stretch of neighbours at a time
+                    nth, skipped = divmod(begin + filled, length)
+                    end = min(filled + length - skipped, len(piece))
+                    file.seek(start + size * (nth * every + first + skipped))
+                    if file.readinto(bytes_of_piece[size * filled : size * end]) < size * (end - filled):
+                        raise InputError(f"{path}: became shorter while it was read. Load it again when it is whole.")
+                    filled = end
                 yield piece
 
     def check(self, needed: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> None:

@@ -49,9 +49,9 @@ def load_model(
 ) -> nn.Module:
     """The frozen base of a Hugging Face folder or hub id, all keys and shapes checked before the first weight is read.
 
-    Weights are read and converted piece by piece into their final place, so memory holds each once. A tensor that is
-    cut into several weights, or transposed, is held as a whole meanwhile. A file changed later cannot move the base.
-    NaN and infinite weights are kept, with a warning that counts them.
+    Weights are read and converted piece by piece into their final place, so memory holds each once, also one that is
+    cut out of a larger tensor or transposed. A file changed later cannot move the base. NaN and infinite weights are
+    kept, with a warning that counts them.
 
     Args:
         name: see `find_folder`.
@@ -81,22 +81,14 @@ def load_model(
     places: dict[int, list[str]] = {}  # a tied weight has several names
     for name, weight in meta.items():
         places.setdefault(id(weight), []).append(name)
-    names: dict[str, list[str]] = {}  # key -> the parameters that are cut from it
-    for name, source in sources.items():
-        names.setdefault(source.key, []).append(name)
     bad = {}  # key -> how many NaN or infinite numbers
-    for key, cut in names.items():
-        whole = torch.empty(checkpoint.shape(key), dtype=dtype, device=device)
-        if num_bad := checkpoint.read_(key, whole):
-            bad[key] = num_bad
-        for name in cut:
-            part = sources[name].part
-            weight = whole if part is None else part(whole).clone(memory_format=torch.contiguous_format)
-            assert tuple(weight.shape) == shapes[name], f"{name}: {tuple(weight.shape)}, not {shapes[name]}"
-            weight = nn.Parameter(weight, requires_grad=False)
-            for place in places[id(meta[name])]:
-                module, _, leaf = place.rpartition(".")
-                setattr(model.get_submodule(module), leaf, weight)
+    for name, source in sources.items():
+        weight = nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device), requires_grad=False)
+        if num_bad := checkpoint.read_(source, weight):
+            bad[source.key] = bad.get(source.key, 0) + num_bad
+        for place in places[id(meta[name])]:
+            module, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(module), leaf, weight)
     if bad:
         warnings.warn(f"{folder}: {sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite in {dtype}, "
                       f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
