@@ -299,8 +299,8 @@ def weights(edit):
     return lambda folder: edit_weights(folder, edit)
 
 
-def only_pickle(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def only_pickle(name):
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
 def big_heads(folder):
@@ -371,7 +371,10 @@ REFUSED = {
     "layer types, no window": (config(
         model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), ["sliding_window None"]),
     "no weights": (remove("model.safetensors"), ["no weights", "model.safetensors.index.json"]),
-    "only pickle": (only_pickle, [".bin", "run code", "python -c"]),
+    **{f"only {name}": (only_pickle(name), [f"only pickled weights ({name[name.index('.'):]})", "run code", "python -c",
+                                            f"glob.glob('{pattern}')"])
+       for name, pattern in (("pytorch_model.bin", "pytorch_model*.bin"), ("weights.bin", "*.bin"), ("a.pt", "*.pt"),
+                             ("a.pth", "*.pth"), ("last.ckpt", "*.ckpt"))},
     "empty file": (write("model.safetensors", b""), ["model.safetensors", "damaged or cut short"]),
     "pointer file": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
     "cut in the header": (cut(0.01), ["damaged or cut short", "Download it again"]),
@@ -411,11 +414,12 @@ def test_refused_with_one_clear_line(spoil, words, folder):
         assert word in message
 
 
-@pytest.mark.parametrize("original", ["llama", "tied"])
-def test_the_command_for_pickled_weights_makes_the_same_model(original, originals, tmp_path):
+@pytest.mark.parametrize("original, name", [("llama", "pytorch_model.bin"), ("tied", "pytorch_model.bin"),
+                                            ("tied", "weights.pth")])  # fmt: skip
+def test_the_command_for_pickled_weights_makes_the_same_model(original, name, originals, tmp_path):
     folder = shutil.copytree(originals / original, tmp_path / "it's a folder")
     before = fingerprint(load_model(folder))
-    torch.save(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    torch.save(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / name)
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError) as caught:
         load_model(folder)
@@ -564,6 +568,25 @@ def test_a_hub_id_is_loaded_from_the_folder_that_the_hub_library_gives(folder, t
         with pytest.raises(InputError, match="no such folder"):
             load_model(not_an_id)
     assert len(calls) == 2
+
+
+def test_a_hub_id_without_safetensors_is_refused_with_the_way_out(folder, monkeypatch):
+    remove("model.safetensors")(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(folder))
+    with pytest.raises(InputError, match=r"^org/name@v1: .*no safetensors .*pickled .*`hf download org/name --local"):
+        load_model("org/name@v1")
+    assert load_tokenizer("org/name@v1").get_vocab_size() == 61
+
+
+@pytest.mark.parametrize("name, full", [
+    ("gpt2", "openai-community/gpt2"), ("gpt2-medium", "openai-community/gpt2-medium"),
+    ("t5-small", "google-t5/t5-small"), ("bert-base-uncased", "google-bert/bert-base-uncased"),
+    ("roberta-large", "FacebookAI/roberta-large"), ("xlm-roberta-base", "FacebookAI/xlm-roberta-base"),
+])  # fmt: skip
+def test_an_old_hub_id_without_its_organisation_is_told_the_whole_one(name, full, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"^{name}: no such folder. On the hub it is {full}: give that name.$"):
+        load_model(name)
 
 
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)

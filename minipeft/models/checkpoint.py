@@ -1,7 +1,7 @@
 """A model folder's weights: safetensors files, one or several with an index, and which parameter lies where in them.
 
 Every key is accounted for: one that is missing, left over or of another shape is an InputError that names it. Pickled
-weights (.bin) are never opened: they can run code.
+weights (PICKLED) are never opened: they can run code.
 """
 
 import json
@@ -22,9 +22,10 @@ from minipeft.errors import InputError
 
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 PIECE = 2**18  # numbers read and converted at a time
-CONVERT = (  # a command to run in the folder
+PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")  # where weights usually are first
+CONVERT = (  # a command to run in the folder, PATTERN replaced
     "python -c \"import glob, torch; from safetensors.torch import save_file; "
-    "save_file({k: v.contiguous().clone() for f in glob.glob('pytorch_model*.bin') "
+    "save_file({k: v.contiguous().clone() for f in glob.glob('PATTERN') "
     "for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\""
 )
 
@@ -59,7 +60,8 @@ class Family(NamedTuple):
     sources: module -> for each of its parameters, by name, where it lies. A parameter of two names is listed once.
     aliases: module -> key -> the key whose numbers it may repeat: a tied head that was saved all the same.
     prefix:  what all keys but the heads' begin with. Checkpoints of the headless model lack it.
-    unused:  keys that may be there and are not read: heads for other purposes, tables that can be computed.
+    unused:  keys that may be there and are not read: tables that can be computed.
+    heads:   keys that may be there and are not read either: heads for other purposes. load_model says so.
     rename:  a key of an old file -> as it is spelled today. Other keys stay as they are.
     complete: our config and the checkpoint's keys -> our config with what only keys say: which optional weights exist.
     """
@@ -70,6 +72,7 @@ class Family(NamedTuple):
     aliases: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     prefix: str = ""
     unused: str = r"(?!)"  # matches nothing
+    heads: str = r"(?!)"
     rename: Callable[[str], str] = lambda key: key
     complete: Callable[[object, Collection[str]], object] = lambda config, keys: config
 
@@ -97,12 +100,19 @@ class Checkpoint:
         self.folder = folder
         self._stored = _find(folder)  # key -> Stored
 
-    def prepare(self, family: Family) -> None:
-        """Forget unused keys, spell old ones as today, and give all the prefix they lack in a headless checkpoint."""
+    def prepare(self, family: Family) -> list[str]:
+        """Forget unused keys, spell old ones as today, and give all the prefix they lack in a headless checkpoint.
+
+        Returns:
+            the keys of heads, which are forgotten too.
+        """
         names = {key if (today := family.rename(key)) in self._stored else today: key for key in self._stored}
         prefix = "" if any(key.startswith(family.prefix) for key in names) else family.prefix
-        self._stored = {prefix + key: self._stored[name] for key, name in names.items()
-                        if not re.fullmatch(family.unused, prefix + key)}  # fmt: skip
+        found = {prefix + key: self._stored[name] for key, name in names.items()
+                 if not re.fullmatch(family.unused, prefix + key)}  # fmt: skip
+        heads = [key for key in found if re.fullmatch(family.heads, key)]
+        self._stored = {key: stored for key, stored in found.items() if key not in heads}
+        return heads
 
     @property
     def keys(self) -> Collection[str]:
@@ -184,9 +194,10 @@ def _find(folder: Path) -> dict[str, Stored]:
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise InputError(f"{index}: weight_map must say which file holds each key. Download it again.")
         names = sorted(set(where.values()))
-    elif list(folder.glob("*.bin")):
-        raise InputError(f"{folder}: only pickled weights (.bin), which can run code. Write them as safetensors: "
-                         f"cd {shlex.quote(str(folder))} && {CONVERT}")  # fmt: skip
+    elif pickled := [pattern for pattern in PICKLED if list(folder.glob(pattern))]:
+        suffix, convert = Path(pickled[0]).suffix, CONVERT.replace("PATTERN", pickled[0])
+        raise InputError(f"{folder}: only pickled weights ({suffix}), which can run code. Write them as safetensors: "
+                         f"cd {shlex.quote(str(folder))} && {convert}")  # fmt: skip
     else:
         raise InputError(f"{folder}: no weights, neither {single.name} nor {index.name}. Download them.")
 
