@@ -415,11 +415,12 @@ def test_refused_with_one_clear_line(spoil, words, folder):
 
 
 @pytest.mark.parametrize("original, name", [("llama", "pytorch_model.bin"), ("tied", "pytorch_model.bin"),
-                                            ("tied", "weights.pth")])  # fmt: skip
+                                            ("tied", "weights.pth"), ("llama", "last.ckpt")])  # fmt: skip
 def test_the_command_for_pickled_weights_makes_the_same_model(original, name, originals, tmp_path):
     folder = shutil.copytree(originals / original, tmp_path / "it's a folder")
     before = fingerprint(load_model(folder))
-    torch.save(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / name)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    torch.save({"state_dict": weights, "epoch": 3} if name.endswith(".ckpt") else weights, folder / name)
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError) as caught:
         load_model(folder)

@@ -26,7 +26,8 @@ PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")  # where we
 CONVERT = (  # a command to run in the folder, PATTERN replaced
     "python -c \"import glob, torch; from safetensors.torch import save_file; "
     "save_file({k: v.contiguous().clone() for f in glob.glob('PATTERN') "
-    "for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\""
+    "for w in [torch.load(f, weights_only=True)] for k, v in w.get('state_dict', w).items()}, "  # Lightning nests them
+    "'model.safetensors', {'format': 'pt'})\""
 )
 
 
