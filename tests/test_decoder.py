@@ -15,7 +15,7 @@ from minipeft.errors import InputError
 from minipeft.models import decoder_files
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.hooks import BASE as PLAIN
-from minipeft.models.layers import RMSNorm, stable_sigmoid
+from minipeft.models.layers import HeadRMSNorm, stable_sigmoid
 from minipeft.models.loading import FAMILIES, fingerprint, load_model, save_model
 from minipeft.models.rotary import CHUNK, Rotary, rope_frequencies
 from minipeft.models.rows import Rows
@@ -198,7 +198,7 @@ def test_gradients_of_a_layer_match_finite_differences(window):
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     angles = torch.randn(5, 1, 4, dtype=torch.float64, generator=generator)
-    norms = [m.weight for m in layer.modules() if isinstance(m, RMSNorm)]
+    norms = [m.weight for m in layer.modules() if isinstance(m, HeadRMSNorm)]
     assert len(norms) == 4
     assert torch.autograd.gradcheck(
         lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), PLAIN), (x, *norms), fast_mode=True)
@@ -244,7 +244,7 @@ def assert_bits_do_not_depend_on_company(model, length, before, after):
 
         @site_by_site
         def tuned(site, x, weight, bias, added=added):
-            return linear((site,), x + added if site == "layers.0.attn.v" else x, [weight], [bias])[0]
+            return linear.linear((site,), x + added if site == "layers.0.attn.v" else x, [weight], [bias])[0]
 
         h = model.hidden(rows, tuned)
         h.square().sum().backward()
