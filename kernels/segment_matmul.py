@@ -14,8 +14,7 @@ from torch import Tensor
 from minipeft_kernels import cpu
 from minipeft_kernels.segments import Segments, take
 
-
-NARROW = 16  # columns; on a CPU the last bits of narrower products change with how many there are, transposed they do not
+NARROW = 16  # columns: on a CPU the last bits of narrower products change with their number; transposed they do not
 
 
 def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
