@@ -361,3 +361,17 @@ def test_dropout_is_the_users_own_and_gone_in_evaluation():
 def test_what_makes_no_sense_is_refused(method, message):
     with pytest.raises(InputError, match=message):
         method.check(BASES["decoder"])
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_all_methods_train_on_a_bf16_base_in_fp32_numbers(name):
+    """And go where they go on the same base in fp32, as far as bf16 can tell."""
+    exact, rounded = BASES[name], copy.deepcopy(BASES[name]).bfloat16()
+    jobs = many_jobs(exact, 20)
+    adapters, others = (Engine(base, labels_of(base), PassConfig(slots=20)).train(jobs) for base in (rounded, exact))
+    for job in jobs:
+        method, row = job.config.method, adapters[job.user].row
+        start = method.initial_row(rounded, job.config.seed, job.user)
+        assert row.dtype == torch.float32 and row.isfinite().all() and not torch.equal(row, start)
+        moved, expected = row - start, others[job.user].row - method.initial_row(exact, job.config.seed, job.user)
+        assert torch.cosine_similarity(moved, expected, 0) > 0.5, f"{job.user} by {method}"

@@ -31,7 +31,7 @@ class ExtraBlock(Actor):
         for name, weight in base.encoder.layers[-1].named_parameters():
             silent = name in ("attn.o.weight", "mlp.down.weight")
             numbers = torch.zeros_like(weight) if silent else weight.detach()
-            tensors[PREFIX + name.removesuffix(".weight")] = numbers.T.float().cpu().contiguous()
+            tensors[PREFIX + name.removesuffix(".weight")] = numbers.t().float().cpu().contiguous()
         return tensors
 
     def __init__(self, bank: Bank, base: T5):
