@@ -91,8 +91,8 @@ def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"{op}: x is {x.dtype}; on a GPU it takes {', '.join(str(dtype) for dtype in DTYPES)}.")
     if any(width * x.itemsize % ALIGNED for width in W.shape[1:]):
-        raise ValueError(f"{op}: W is {tuple(W.shape)} in {x.dtype}; on a GPU both widths of a matrix must be multiples "
-                         f"of {ALIGNED // x.itemsize}, whole {ALIGNED} bytes. Pad them with zeros.")
+        raise ValueError(f"{op}: W is {tuple(W.shape)} in {x.dtype}; on a GPU both widths must be multiples of "
+                         f"{ALIGNED // x.itemsize}, whole {ALIGNED} bytes. Pad them with zeros.")
 
 
 def segment_matmul(x: Tensor, anchor: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> Tensor:

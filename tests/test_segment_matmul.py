@@ -1,4 +1,4 @@
-"""Is a matrix per user in one product the loop over users, in output and gradients, and is every user's part their own?"""
+"""Is a matrix per user the loop over users, in output and gradients, and is every user's part of it their own?"""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,8 @@ from accuracy import ANY_LENGTHS, LENGTHS, assert_as_accurate, few_examples, in_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft_kernels import reference, segment_matmul as module
+from minipeft_kernels import reference
+from minipeft_kernels import segment_matmul as module
 from minipeft_kernels.segment_matmul import segment_matmul
 from minipeft_kernels.segments import Segments
 
@@ -83,8 +84,8 @@ def test_a_cpu_takes_any_widths_and_a_gpu_whole_16_bytes(widths, dtype, device):
     if inputs[2].plan is None or all(width * dtype.itemsize % 16 == 0 for width in widths):
         assert_matches_reference(inputs)
     else:
-        with pytest.raises(ValueError, match=rf"segment_matmul: W is \(6, {widths[0]}, {widths[1]}\) in {dtype}; on a GPU "
-                                             rf"both widths of a matrix must be multiples of {16 // dtype.itemsize}, "):
+        with pytest.raises(ValueError, match=rf"segment_matmul: W is \(6, {widths[0]}, {widths[1]}\) in {dtype}; on a "
+                                             rf"GPU both widths must be multiples of {16 // dtype.itemsize}, whole"):
             fused(*inputs)
 
 
