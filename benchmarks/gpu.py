@@ -47,7 +47,7 @@ from minipeft.kernel_cases import (
     run,
     tolerance,
 )
-from minipeft.kernel_ops import LORA_LINEAR, OPS, SHRINK_EXPAND, VARIANTS, WGRAD
+from minipeft.kernel_ops import LORA_LINEAR, OPS, SEGMENT_MATMUL, SHRINK_EXPAND, VARIANTS, WGRAD
 from minipeft.models.attention import Packed
 from minipeft.timing import ceilings, clock_of, floor_ms, side_by_side
 from minipeft_kernels import reference, shrink_expand, wgrad
@@ -177,7 +177,7 @@ def check(sizes: Sizes, report: Report) -> None:
 
 
 def one_width(name: str, point: Point) -> Point:
-    return replace(point, widths=(point.K,)) if name in ("bottleneck", "ia3", "prompts") else point
+    return replace(point, widths=(point.K,)) if name in ("bottleneck", "ia3", "shift", "prompts") else point
 
 
 def check_op(name: str, point: Point, dtype: torch.dtype, device: str, report: Report) -> None:
@@ -258,7 +258,7 @@ def findings(op: Op, inputs: Inputs, backward: bool) -> dict:
     facts = {"error": error, "plain_error": plain_error, "ratio": ratio, "as_accurate": ratio <= 1,
              "within_tolerance": error <= tolerance(op, inputs), "again": same(inputs, everyone)}
     facts["isolated"] = same(with_nan(op, inputs, everyone[1::2]), everyone[::2])
-    if op is not LORA_LINEAR:  # the frozen product's bits may depend on how many rows share it
+    if op not in (LORA_LINEAR, SEGMENT_MATMUL):  # a library's product: its bits may depend on how many rows share it
         facts["alone"] = all(same(pick(op, inputs, [u]), [u]) for u in {0, longest, everyone[-1]})
         facts["reordered"] = same(pick(op, inputs, everyone[::-1]), everyone)
     return facts

@@ -186,12 +186,36 @@ def grouped_bottleneck(
     return x + y * _own_scale(x, scale, groups.slot_of_row)[:, None]
 
 
-# ---- IA3 and soft prompts ------------------------------------------------------------------------------------------
+# ---- A matrix per user: y[t] = W_u^T x[t] --------------------------------------------------------------------------
+
+
+def gather_matmul(x: Tensor, W: Tensor, groups: Groups) -> Tensor:
+    """Every row with its own matrix: [T, K, N] is written and read again. W of all three as in segment_matmul.py."""
+    return torch.bmm(x[:, None], W.index_select(0, groups.slot_of_row))[:, 0]
+
+
+def padded_matmul(x: Tensor, W: Tensor, groups: Groups) -> Tensor:
+    """Everybody as long as the longest."""
+    return _unpad(torch.bmm(_pad(x, groups), W.index_select(0, groups.slots)), groups)
+
+
+def grouped_matmul(x: Tensor, W: Tensor, groups: Groups) -> Tensor:
+    """One grouped product. Raises DoesNotApply as grouped_mm does."""
+    _check_grouped(x, W.shape[2], groups)
+    return F.grouped_mm(x, W.index_select(0, groups.slots), offs=groups.ends)
+
+
+# ---- IA3, biases and soft prompts ----------------------------------------------------------------------------------
 
 
 def gather_ia3(x: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
     """y[t] = vectors[u] * x[t] with every row's vector gathered: [T, D] is written and read once more."""
     return (vectors.index_select(0, groups.slot_of_row) * x).to(x.dtype)
+
+
+def gather_shift(x: Tensor, vectors: Tensor, groups: Groups) -> Tensor:
+    """y[t] = x[t] + vectors[u] with every row's vector gathered."""
+    return (x + vectors.index_select(0, groups.slot_of_row)).to(x.dtype)
 
 
 def gather_prompts(x: Tensor, prompts: Tensor, plan: PromptPlan) -> Tensor:

@@ -95,6 +95,20 @@ def segment_ia3(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:
     return torch.cat(parts)
 
 
+def segment_shift(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:
+    """y[t] = x[t] + vectors[u], where slot u owns row t. Arguments as in shift.py."""
+    each, parts = vectors.unbind(), []
+    for slot, rows in _by_user(x, segments):
+        parts.append((rows + each[slot]).to(x.dtype))
+    return torch.cat(parts)
+
+
+def segment_matmul(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
+    """y[t] = W[u]^T x[t], where slot u owns row t. Arguments as in segment_matmul.py."""
+    each = W.unbind()
+    return torch.cat([rows @ each[slot] for slot, rows in _by_user(x, segments)])
+
+
 def gather_prompts(x: Tensor, prompts: Tensor, plan: PromptPlan) -> Tensor:
     """y = x with each sequence's prompt rows put in. Arguments as in prompts.py."""
     y = x.clone()

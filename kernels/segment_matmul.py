@@ -7,21 +7,39 @@ A matrix per user is read once for few rows, so this only waits for memory and l
 on a GPU; batched products over pieces (cpu.py) on a CPU.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
+from minipeft_kernels.backend import backend
+from minipeft_kernels.layouts import check_slots
 from minipeft_kernels.segments import Segments, take
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for grouped_mm; plain PyTorch takes fp64 too
+MOST_GROUPS = 1023  # users that one grouped_mm takes
+ALIGNED = 16  # bytes: it wants whole ones of these in a row
 NARROW = 16  # columns: on a CPU the last bits of narrower products change with their number; transposed they do not
+
+
+def _calls(segments: Segments, device: torch.device) -> list[tuple[slice, Tensor, Tensor]]:
+    """The segments that have rows, MOST_GROUPS at a time: their rows; slots [n]; ends [n] int32, from the first row."""
+    live, calls = np.flatnonzero(np.diff(segments.starts)), []
+    for first in range(0, len(live), MOST_GROUPS):
+        some = live[first : first + MOST_GROUPS]
+        start, ends = int(segments.starts[some[0]]), segments.starts[some + 1]
+        calls.append((slice(start, int(ends[-1])), torch.from_numpy(segments.slots[some]).to(device),
+                      torch.from_numpy((ends - start).astype(np.int32)).to(device)))  # fmt: skip
+    return calls
 
 
 def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
     """[T, K], [U, K, N] -> [T, N]."""
     if segments.plan is not None:
-        slots, ends = _live(segments)
-        return F.grouped_mm(x, W.index_select(0, slots), offs=ends)
+        parts = [F.grouped_mm(x[rows], W.index_select(0, slots), offs=ends)
+                 for rows, slots, ends in _calls(segments, x.device)]  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat([x.new_empty(0, W.shape[2]), *parts])
     y = x.new_empty(len(x), W.shape[2])
     for pieces in segments.tiles.pieces:
         own, part = take(W, pieces.slots), pieces.of(x)
@@ -30,12 +48,6 @@ def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
         else:
             cpu.put_rows_(y, pieces, torch.bmm(own.transpose(1, 2), part.transpose(1, 2)).transpose(1, 2))
     return y
-
-
-def _live(segments: Segments) -> tuple[Tensor, Tensor]:
-    """Slots and end rows of the segments that have rows."""
-    table = segments.plan.segments[segments.plan.segments[:, 1] > segments.plan.segments[:, 0]]
-    return table[:, 2].long(), table[:, 1].contiguous()
 
 
 class _SegmentMatmul(torch.autograd.Function):
@@ -51,8 +63,8 @@ class _SegmentMatmul(torch.autograd.Function):
     def backward(ctx, grad_y):
         (x,), segments, grad_y = ctx.saved_tensors, ctx.segments, grad_y.contiguous()
         if segments.plan is not None:
-            slots, ends = _live(segments)
-            ctx.grad_W[slots] = F.grouped_mm(x.t(), grad_y, offs=ends).to(ctx.grad_W.dtype)
+            for rows, slots, ends in _calls(segments, x.device):
+                ctx.grad_W[slots] = F.grouped_mm(x[rows].t(), grad_y[rows], offs=ends).to(ctx.grad_W.dtype)
         elif segments.tiles.pieces:
             wide = torch.promote_types(x.dtype, torch.float32)
             partial = [torch.bmm(pieces.zero_filled_(pieces.of(x).transpose(1, 2).to(wide, copy=True)),
@@ -63,20 +75,45 @@ class _SegmentMatmul(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
+def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
+    op = "segment_matmul"
+    if x.ndim != 2 or len(x) != segments.num_rows:
+        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    if W.ndim != 3 or W.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: x has {x.shape[1]} columns but W is {tuple(W.shape)}; needs [U, {x.shape[1]}, N]. Was "
+                         "this adapter trained on another base?")
+    if x.dtype != W.dtype:
+        raise ValueError(f"{op}: x and W must share a dtype; got {x.dtype} and {W.dtype}.")
+    check_slots(op, "W", W, W.shape)
+    check_slots(op, "grad_W", grad_W, W.shape)
+    if len(segments.slots) and segments.slots.max() >= len(W):
+        raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {len(W)} slots.")
+    if (backend(x.device) == "triton") != (segments.plan is not None):
+        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
+                         "pass device=x.device to Segments.build.")
+    if segments.plan is None:
+        return
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: x is {x.dtype}; on a GPU it takes {', '.join(str(dtype) for dtype in DTYPES)}.")
+    if any(width * x.itemsize % ALIGNED for width in W.shape[1:]):
+        raise ValueError(f"{op}: W is {tuple(W.shape)} in {x.dtype}; on a GPU both widths must be multiples of "
+                         f"{ALIGNED // x.itemsize}, whole {ALIGNED} bytes. Pad them with zeros.")
+
+
 def segment_matmul(x: Tensor, anchor: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> Tensor:
     """y[t] = W[u]^T x[t], where slot u owns row t.
 
     Args:
         x:      [T, K]. Packed rows, in segment order. anchor: any tensor that requires grad, unused.
-        W:      [U, K, N], dtype of x, any strides. grad_W: [U, K, N], where backward stores the gradients of slots that
-                have rows.
+        W:      [U, K, N], dtype of x. grad_W: [U, K, N], where backward stores the gradients of slots that have rows
+                and leaves other slots alone. Both contiguous within a slot, any stride between slots. On a GPU K and N
+                are whole 16 bytes, which torch's grouped_mm wants; a CPU takes any.
     Returns:
         [T, N], dtype of x. Differentiable in x.
     Raises:
-        ValueError: the shapes disagree.
-    Cost: 2 * T * K * N FLOPs, twice that backward; keeps x.
+        ValueError: the shapes, dtypes or layouts disagree, the segments were made for another device, the device has no
+            implementation, or grouped_mm does not take the widths.
+    Cost: 2 * T * K * N FLOPs, twice that backward; keeps x. A slot without rows is never read.
     """
-    if len(x) != segments.num_rows or W.ndim != 3 or W.shape[1] != x.shape[1] or grad_W.shape != W.shape:
-        raise ValueError(f"segment_matmul: x is {tuple(x.shape)}, W {tuple(W.shape)}, grad_W {tuple(grad_W.shape)} and "
-                         f"the segments cover {segments.num_rows} rows; needed [T, K], [U, K, N] twice and T.")
+    _check(x, W, grad_W, segments)
     return _SegmentMatmul.apply(x.contiguous(), anchor, W, grad_W, segments)

@@ -18,16 +18,20 @@ import torch
 from torch import Tensor
 
 from minipeft_kernels.backend import backend
+from minipeft_kernels.layouts import check_slots
 from minipeft_kernels.segments import Segments, other_rows
 from minipeft_kernels.wgrad import wgrad
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
 
 
 @dataclass(frozen=True)
 class ShiftRows:
     """One bank's vectors at one site, and the rows of the batch they act on: first_row .. first_row + T_g - 1.
 
-    vectors: [U, D]. grad_vectors: [U, D], where backward stores the gradients of slots that have rows. Views of the
-    bank or of anything like it: any stride between slots.
+    vectors, segments as in `segment_shift`. grad_vectors: [U, D], where backward stores the gradients of slots that
+    have rows and leaves other slots alone; a view of the bank's gradients or of anything like them: any stride between
+    slots. fp32 where kernels run.
     """
 
     first_row: int
@@ -78,14 +82,12 @@ def shift_rows(x: Tensor, anchor: Tensor, groups: Sequence[ShiftRows]) -> Tensor
     Returns:
         [T, D], dtype of x. Differentiable in x.
     Raises:
-        ValueError: shapes disagree, segments were made for another device, or groups share rows or lie outside of x.
+        ValueError: as segment_shift; or groups share rows or lie outside of x.
     """
     other_rows("shift_rows", ((g.first_row, g.segments) for g in groups), len(x))
     for g in groups:
         _check("shift_rows", x[g.rows], g.vectors, g.segments)
-        if g.grad_vectors.shape != g.vectors.shape:
-            raise ValueError(f"shift_rows: grad_vectors is {tuple(g.grad_vectors.shape)}; it must be "
-                             f"{tuple(g.vectors.shape)} as the vectors are.")
+        check_slots("shift_rows", "grad_vectors", g.grad_vectors, g.vectors.shape)
     return _ShiftRows.apply(x, anchor, groups)
 
 
@@ -93,7 +95,7 @@ class _SegmentShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, vectors, segments):
         ctx.segments, ctx.vectors = segments, vectors
-        return x + vectors.index_select(0, segments.slot_of_row).to(x.dtype)
+        return (x + vectors.index_select(0, segments.slot_of_row)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -109,6 +111,11 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
     if vectors.ndim != 2 or vectors.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but vectors is {tuple(vectors.shape)}; needs [U, "
                          f"{x.shape[1]}]. Was this adapter trained on another base?")
+    check_slots(op, "vectors", vectors, vectors.shape)
+    if x.dtype not in DTYPES and backend(x.device) == "triton":
+        raise ValueError(f"{op}: x is {x.dtype}; the kernels take {', '.join(str(dtype) for dtype in DTYPES)}.")
+    if vectors.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{op}: vectors are {vectors.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
     if len(segments.slots) and segments.slots.max() >= len(vectors):
         raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {len(vectors)} slots.")
     if (backend(x.device) == "triton") != (segments.plan is not None):
@@ -121,11 +128,12 @@ def segment_shift(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:
 
     Args:
         x:       [T, D]. Packed rows, in segment order.
-        vectors: [U, D], any stride between slots.
+        vectors: [U, D], dtype of x or fp32, any stride between slots. Those of slots without rows are never read.
     Returns:
         [T, D], dtype of x. Differentiable in x and vectors; sums run in fp32 at least; 0 for a slot without rows.
     Raises:
-        ValueError: the shapes disagree, or the segments were made for another device.
+        ValueError: the shapes, dtypes or layouts disagree, the segments were made for another device, or the device has
+            no implementation.
     Cost: T * D additions; keeps nothing. Same bits on every run.
     """
     _check("segment_shift", x, vectors, segments)

@@ -49,7 +49,8 @@ AXES = {  # what is varied, op by op, one thing at a time
     "shrink_expand": ("distribution", "users", "rank", "T", "shape"),
     "wgrad": ("distribution", "users", "rank", "T", "shape"),
     "adamw": ("users",), "bgmv": ("users", "shape"), "bottleneck": ("distribution",),
-    "ia3": ("distribution",), "prompts": ("distribution",),
+    "ia3": ("distribution",), "shift": ("distribution",), "segment_matmul": ("distribution", "users"),
+    "prompts": ("distribution",),
 }  # fmt: skip
 FLAN_T5, QWEN, LLAMA = "flan-t5-base", "qwen2.5-1.5b", "llama-3.1-8b"
 
@@ -95,7 +96,7 @@ class Grid:
             point = replace(base, **change)
             if name in ("adamw", "bgmv"):  # a row per user
                 point = replace(point, T=point.users)
-            if name in ("bottleneck", "ia3", "prompts"):  # K in, K out
+            if name in ("bottleneck", "ia3", "shift", "prompts"):  # K in, K out
                 point = replace(point, widths=(point.K,))
             if point.distribution == "identical":
                 point = replace(point, users=1)
@@ -292,7 +293,7 @@ def heading(result: dict, grid: Grid) -> str:
         *lines,
         "floor: max(bytes / copy, FLOPs / product), each byte once. Baselines: how many times as long as ours.",
         "",
-        f"{'op':<14}{'':<9}{'K->N':>17}{'T':>7}{'users':>6} {'rows':<11}{'rank':>4}{'ms':>10}{'GB/s':>7}{'floor':>7}"
+        f"{'op':<15}{'':<9}{'K->N':>17}{'T':>7}{'users':>6} {'rows':<11}{'rank':>4}{'ms':>10}{'GB/s':>7}{'floor':>7}"
         f"{'loop':>8}{'gather':>8}{'padded':>8}{'grouped':>8}{'base+':>8}",
     ])  # fmt: skip
 
@@ -306,5 +307,5 @@ def line(run: dict) -> str:
     added = "" if run["added"] is None else f"{100 * run['added']:.0f} %"
     passes = {"forward": "forward", "forward+backward": "fwd+bwd"}[run["timed"]]
     shape = f"{run['K']}->{'+'.join(map(str, run['widths']))}"
-    return (f"{run['op']:<14}{passes:<9}{shape:>17}{run['T']:>7}{run['users']:>6} {run['distribution']:<11}{size:>4}"
+    return (f"{run['op']:<15}{passes:<9}{shape:>17}{run['T']:>7}{run['users']:>6} {run['distribution']:<11}{size:>4}"
             f"{run['ms']:>10.3f}{run['gbps']:>7.0f}{100 * run['fraction_of_floor']:>5.0f} %{times}{added:>8}")

@@ -26,6 +26,8 @@ from minipeft_kernels.ia3 import segment_ia3
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.prompts import PromptPlan, gather_prompts
 from minipeft_kernels.segment_lora import Lora, segment_lora
+from minipeft_kernels.segment_matmul import segment_matmul
+from minipeft_kernels.shift import segment_shift
 from minipeft_kernels.shrink_expand import shrink_expand, site_table
 from minipeft_kernels.wgrad import num_squares, wgrad
 
@@ -362,6 +364,63 @@ IA3 = Op(
 )  # fmt: skip
 
 
+def _shift_cost(i: Inputs, backward: bool) -> tuple[int, int]:
+    e, T, K, _, _, S, U = _sizes(i)
+    if not backward:
+        return e * (2 * T * K + S * K), T * K
+    return e * (3 * T * K + S * K + U * K), 2 * T * K  # x, y; grad_y, which is grad_x
+
+
+SHIFT = Op(
+    define=_on_segments(reference.segment_shift),
+    ways={"ours": _on_segments(segment_shift), "loop": _on_segments(reference.segment_shift),
+          "gather": through_autograd(lambda i, x, vectors: baselines.gather_shift(x, vectors, i.groups))},
+    cost=_shift_cost, spans=lambda point: [((point.K,), 1.0)], size=None,
+)  # fmt: skip
+
+
+def _whole(rank: int) -> int:
+    """A rank as banks hold it where grouped_mm multiplies: padded to whole 16 bytes in every dtype."""
+    return -(-rank // 8) * 8
+
+
+def _prepare_matmul(i: Inputs) -> Inputs:
+    """R -> N, as LoRA's second product at the token embedding. Gradients go into another bank."""
+    (W,) = i.weights
+    dtype = torch.float32 if backend(W.device) == "triton" else W.dtype
+    return replace(i, x=i.x[:, : W.shape[1]].contiguous(),
+                   buffers=(torch.empty(W.shape, dtype=dtype, device=W.device),))  # fmt: skip
+
+
+def _matmul(i: Inputs, backward: bool) -> Outputs:
+    x, (W,), (grad_W,) = i.x.detach().requires_grad_(), i.weights, i.buffers
+    y = segment_matmul(x, i.scale, W, grad_W, i.segments)
+    (grad_x,) = torch.autograd.grad(y, x, i.grad_ys)
+    return Outputs([y.detach(), grad_x], [grad_W])
+
+
+def _matmul_cost(i: Inputs, backward: bool) -> tuple[int, int]:
+    e, T, R, N, _, S, _ = _sizes(i)
+    num_bytes = e * (2 * T * (R + N) + S * R * N)  # x, W, y; grad_y, grad_x
+    num_bytes += e * (T * R + S * R * N) + i.buffers[0].itemsize * S * R * N  # x and W once more, for backward; grad_W
+    return num_bytes, 6 * T * R * N
+
+
+def _matmul_baseline(function) -> Way:
+    return through_autograd(lambda i, x, W: function(x, W, i.groups))
+
+
+SEGMENT_MATMUL = Op(
+    define=_on_segments(reference.segment_matmul),
+    ways={"ours": _matmul, "loop": _on_segments(reference.segment_matmul),
+          "gather_bmm": _matmul_baseline(baselines.gather_matmul),
+          "padded_bmm": _matmul_baseline(baselines.padded_matmul),
+          "grouped_mm": _matmul_baseline(baselines.grouped_matmul)},
+    cost=_matmul_cost, prepare=_prepare_matmul,
+    spans=lambda point: [((_whole(point.rank), point.widths[0]), point.rank**-0.5)],
+)  # fmt: skip
+
+
 def _prepare_prompts(i: Inputs) -> Inputs:
     """Every user's rows are sequences of SEQUENCE rows, the last one longer; each begins with the user's prompt."""
     slots, first_rows, counts = [], [], []
@@ -459,6 +518,7 @@ ADAMW = Op(
 
 OPS = {
     "segment_lora": SEGMENT_LORA, "lora_linear": LORA_LINEAR, "shrink_expand": SHRINK_EXPAND, "wgrad": WGRAD,
-    "adamw": ADAMW, "bgmv": BGMV, "bottleneck": BOTTLENECK, "ia3": IA3, "prompts": PROMPTS,
+    "adamw": ADAMW, "bgmv": BGMV, "bottleneck": BOTTLENECK, "ia3": IA3, "shift": SHIFT,
+    "segment_matmul": SEGMENT_MATMUL, "prompts": PROMPTS,
 }  # fmt: skip
 VARIANTS = {"segment_lora, dropout": SEGMENT_LORA_DROPOUT, "wgrad, accumulate and squares": WGRAD_LATER}

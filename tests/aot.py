@@ -43,6 +43,7 @@ from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
 from minipeft_kernels.prompts import PromptPlan, PromptRows, prompt_rows
 from minipeft_kernels.segment_lora import Lora, backward_triton, forward_triton
 from minipeft_kernels.segments import Segments
+from minipeft_kernels.shift import ShiftRows, shift_rows
 from minipeft_kernels.shrink_expand import site_table
 from minipeft_kernels.wgrad import num_squares
 
@@ -108,6 +109,13 @@ def _ia3(lengths: list[int], D: int, dtype=bf16) -> None:
     ia3_rows(x, torch.ones(1, requires_grad=True), [group]).backward(grad_y)
 
 
+def _shift(lengths: list[int], D: int, dtype=bf16) -> None:
+    (vectors,), (grads,) = _bank(dtype, (D,)), _bank(fp32, (D,))
+    x, grad_y = _rows(lengths, D, D, dtype=dtype)
+    group = ShiftRows(0, vectors, Segments.build(range(len(lengths)), lengths), grads)
+    shift_rows(x, torch.ones(1, requires_grad=True), [group]).backward(grad_y)
+
+
 def _prompts(lengths: list[int], K: int, dtype=bf16) -> None:
     (prompts,), (grads,) = _bank(dtype, (20, K)), _bank(fp32, (20, K))
     plan = PromptPlan.build(range(len(lengths)), range(0, 8 * len(lengths), 8), [7] * len(lengths))
@@ -163,6 +171,7 @@ def launch_everything() -> None:
     for lengths in MANY:
         for D, dtype in ((768, fp32), (14336, bf16)):
             _ia3(lengths, D, dtype)
+            _shift(lengths, D, dtype)
             _prompts(lengths, D, dtype)
     for num_rows in (1, 64, 1023):
         for R, K, N in ((8, 768, 2048), (16, 1536, 8960), (32, 4096, 4096), (64, 4096, 14336)):

@@ -104,13 +104,19 @@ def both(one, other, *inputs):
     return zip(*results)
 
 
-def test_gathered_ia3_is_the_reference():
+@pytest.mark.parametrize("baseline, op, shape", [
+    (baselines.gather_ia3, reference.segment_ia3, (24,)), (baselines.gather_shift, reference.segment_shift, (24,)),
+    (baselines.gather_matmul, reference.segment_matmul, (24, 8)),
+    (baselines.padded_matmul, reference.segment_matmul, (24, 8)),
+    (baselines.grouped_matmul, reference.segment_matmul, (24, 8)),
+])  # fmt: skip
+def test_one_tensor_per_user_is_the_reference(baseline, op, shape):
     torch.manual_seed(0)
     segments = Segments.build([2, 0, 3], [5, 0, 20])
     groups = Groups.build(segments)
-    for one, other in both(lambda x, vectors: baselines.gather_ia3(x, vectors, groups),
-                           lambda x, vectors: reference.segment_ia3(x, vectors, segments),
-                           torch.randn(25, 24), torch.randn(4, 24)):  # fmt: skip
+    for one, other in both(lambda x, weights: baseline(x, weights, groups),
+                           lambda x, weights: op(x, weights, segments),
+                           torch.randn(25, 24), torch.randn(4, *shape)):  # fmt: skip
         torch.testing.assert_close(one, other)
 
 

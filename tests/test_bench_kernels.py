@@ -75,13 +75,15 @@ def test_every_op_is_measured_and_every_key_is_there(tmp_path, capsys):
 
 
 def test_baselines_are_null_where_they_do_not_apply(tmp_path, capsys):
-    run("--out", tmp_path, "--op", "segment_lora", "adamw", "ia3", "lora_linear", "bottleneck")
+    run("--out", tmp_path, "--op", "segment_lora", "adamw", "ia3", "lora_linear", "bottleneck",
+        "shift", "segment_matmul")  # fmt: skip
     for one in result_of(capsys, tmp_path)["runs"]:
         applying = {name for name, ms in one["baselines"].items() if ms is not None}
         assert applying == {"segment_lora": {"loop", "gather_bmm", "padded_bmm", "grouped_mm"}, "adamw": {"loop"},
                             "lora_linear": {"loop", "gather_bmm", "padded_bmm", "grouped_mm"},
                             "bottleneck": {"loop", "padded_bmm", "grouped_mm"},
-                            "ia3": {"loop", "gather"}}[one["op"]]  # fmt: skip
+                            "segment_matmul": {"loop", "gather_bmm", "padded_bmm", "grouped_mm"},
+                            "ia3": {"loop", "gather"}, "shift": {"loop", "gather"}}[one["op"]]  # fmt: skip
         assert ("gather_bmm" in one["notes"]) == (one["op"] == "bottleneck")
         assert (one["frozen_ms"] is None) == (one["op"] != "lora_linear")
         if one["op"] == "lora_linear":
@@ -113,7 +115,7 @@ def test_every_op_counts_at_least_its_inputs_and_outputs(name, kernels):
         rows, slots = run_way(op, "ours", inputs, backward)
         tensors = [*rows, *slots, *inputs.frozen, *(inputs.grad_ys if backward else ())]
         tensors += [inputs.x] * (name != "adamw") + [*inputs.weights] * (name != "wgrad")  # all others read both
-        at_least = sum(tensor.nbytes for tensor in tensors)
+        at_least = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # shift's grad_x is grad_y
         assert 0.9 * at_least <= op.cost(inputs, backward)[0] <= 1.8 * at_least
 
 
