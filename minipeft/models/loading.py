@@ -100,6 +100,7 @@ def load_model(
     if bad:
         warnings.warn(f"{folder}: {sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite in {dtype}, "
                       f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
+    model.family = family
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
     return model.to(device)  # buffers
