@@ -32,6 +32,8 @@ FAMILIES = {
     "t5 gated": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(**T5_SIZES | {"num_decoder_layers": 3}, feed_forward_proj="gated-gelu")),
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**ENCODER_SIZES)),
+    "bert, no pooler": lambda: transformers.BertModel(
+        transformers.BertConfig(**ENCODER_SIZES), add_pooling_layer=False),
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**ENCODER_SIZES, pad_token_id=1)),
 }  # fmt: skip
 LENGTHS = [3, 17, 1, 9]

@@ -216,9 +216,9 @@ def test_sites_are_named_as_shortly_as_peft_reads_them(tmp_path):
     assert targets("llama", LoRA(2, sites=("q", "down"))) == ["q_proj", "down_proj"]
     assert targets("llama", LoRA(2, sites=("layers.1.attn.q",))) == ["model.layers.1.self_attn.q_proj"]
     assert targets("t5", LoRA(2, sites=("attn.o",)))[0] == "encoder.block.0.layer.0.SelfAttention.o"
-    # "dense" would reach the pooler as well
-    assert targets("bert", LoRA(2, sites=("q", "o", "up", "down")))[:2] == ["query",
-                                                                            "encoder.layer.0.attention.output.dense"]
+    for family in ("bert", "bert, no pooler"):  # "dense" would reach the pooler of BertModel as well
+        names = targets(family, LoRA(2, sites=("q", "o", "up", "down")))
+        assert names[:2] == ["query", "encoder.layer.0.attention.output.dense"]
     base, folder = written(tmp_path, method=LoRA(2, sites=("q", "down"), ranks=(("layers.0.attn.q", 3),)))
     method = import_peft(folder, base, "ann").method
     assert method == LoRA(2, sites=("q", "down"), ranks=(("layers.0.attn.q", 3),))
