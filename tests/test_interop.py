@@ -102,7 +102,8 @@ SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CONFIGS = {  # family, PEFT's configuration. Patterns take whole words: "proj" is none
     "lora": ("llama", peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)),
     "lora, patterns": ("qwen2", peft.LoraConfig(
-        r=4, target_modules=["q_proj", "k_proj", "up_proj"], rank_pattern={"proj": 5, r"layers\.1\..*q_proj": 2, "k_proj": 3},
+        r=4, target_modules=["q_proj", "k_proj", "up_proj"],
+        rank_pattern={"proj": 5, r"layers\.1\..*q_proj": 2, "k_proj": 3},
         alpha_pattern={"up_proj": 3, "^model.layers.0.self_attn.q_proj": 11})),
     "lora by a pattern": ("llama", peft.LoraConfig(r=3, target_modules=r"model\.layers\.1\.(.*)\.[vo]_proj")),
     "lora everywhere": ("llama", peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights="gaussian")),
