@@ -25,6 +25,7 @@ _MODULES = {
     "Adapter": "engine", "Engine": "engine", "InputError": "errors", "Job": "schedule", "LoRA": "methods.lora",
     "PassConfig": "schedule", "TrainConfig": "schedule", "load_model": "models.loading",
     "load_tokenizer": "models.loading", "predict": "engine",
+    **dict.fromkeys(("export_adapterhub", "export_peft", "import_adapterhub", "import_peft"), "interop"),
 }
 __all__ = list(_MODULES)
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from minipeft.engine import Adapter
 from minipeft.errors import InputError
@@ -43,13 +44,18 @@ def save_adapter(folder: Path, adapter: Adapter, base: Sites) -> Path:
     metadata = {"user": adapter.user, "method": json.dumps(adapter.method.described()),
                 "metrics": json.dumps(adapter.metrics)}
     path = adapter_path(folder, adapter.user)
+    write_file(path, save(tensors, metadata))
+    return path
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; replaces an earlier one."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(save(tensors, metadata))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    return path
 
 
 def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
@@ -62,12 +68,7 @@ def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
     path = adapter_path(folder, user)
     if not path.exists():
         raise InputError(f"no adapter of user {user!r} in {folder}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    metadata, tensors = read_file(path)
     if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
         raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
     try:
@@ -77,3 +78,12 @@ def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Adapter(metadata["user"], method, row, json.loads(metadata["metrics"]))
+
+
+def read_file(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+    """A safetensors file's metadata and tensors. Raises InputError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from None

@@ -76,9 +76,12 @@ class LoRA(Method):
     def rank_of(self, site: str) -> int:
         return next((rank for name, rank in self.ranks if picks(name, site)), self.rank)
 
+    def alpha_of(self, site: str) -> float:
+        return next((alpha for name, alpha in self.alphas if picks(name, site)), self.alpha)
+
     def scale_of(self, site: str) -> float:
-        rank, alpha = self.rank_of(site), next((a for name, a in self.alphas if picks(name, site)), self.alpha)
-        return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
+        rank = self.rank_of(site)
+        return self.alpha_of(site) / (rank**0.5 if self.scaling == "rslora" else rank)
 
     def rank_class(self, site: str = "") -> int:
         """The rank its bank is padded to: the next power of two from 8. A function of this user's rank alone."""

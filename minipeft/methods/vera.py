@@ -7,8 +7,8 @@
     cost          2 * rank * (K + N) FLOPs per row and site; but A and B are read once for all users, and a million of
                   them cost (rank + N) numbers each
 
-A and B are drawn once, as large as the largest site needs, by Hugging Face PEFT's recipe (Kaiming uniform with a =
-sqrt 5 from one generator, A first): each site takes their first columns and rows. The same seed gives PEFT's numbers.
+A and B are drawn once, as large as the largest site needs, by Hugging Face PEFT's recipe (Kaiming uniform, +-sqrt(6 /
+inputs), from one generator, A first): each site takes their first columns and rows. The same seed gives PEFT's numbers.
 """
 
 import math
@@ -65,7 +65,7 @@ class VeRA(Method):
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(rows: int, cols: int) -> Tensor:
-            bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6) / math.sqrt(cols))  # 1 / sqrt(cols), rounded as PEFT does
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(cols))  # sqrt(6 / cols), rounded as PEFT does
             return torch.empty(rows, cols).uniform_(-bound, bound, generator=generator)
 
         A = draw(self.rank, max(Ks))

@@ -106,6 +106,7 @@ def load_model(
         kinds = ", ".join(sorted({key.partition(".")[0] for key in heads}))
         warnings.warn(f"{folder}: {len(heads)} tensors of heads are not used ({one_line(kinds)}): the base is the "
                       "encoder alone.", stacklevel=2)  # fmt: skip
+    model.family = family
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
     return model.to(device)  # buffers

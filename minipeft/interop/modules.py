@@ -1,0 +1,116 @@
+"""What Hugging Face calls the places of a base, and names that pick some of them."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from minipeft.errors import InputError
+from minipeft.models.bert import Bert
+from minipeft.models.classifier import Classifier
+from minipeft.models.hooks import Sites
+
+
+class Module(NamedTuple):
+    """A module of the transformers model.
+
+    path:       e.g. "model.layers.3.self_attn.q_proj".
+    fused:      whether it is only a part of that module: q of GPT-2's c_attn.
+    transposed: whether that module keeps its matrix as [in, out]: GPT-2's Conv1D.
+    """
+
+    path: str
+    fused: bool
+    transposed: bool
+
+
+def plain(base: Sites) -> Sites:
+    """The base that files know: an encoder without the classes that were put on it here."""
+    return base.encoder if isinstance(base, Classifier) else base
+
+
+def modules_of(base: Sites, headless: bool | None = None) -> dict[str, Module]:
+    """Our name of a place -> its module: linear maps, norms and embeddings.
+
+    headless: whether paths are those of the model without a head (AutoModel); None: as export does, of encoders only.
+    Raises:
+        InputError: the base was not read from a Hugging Face folder.
+    """
+    base = plain(base)
+    if base.family is None:
+        raise InputError("this base was made here, not read from a Hugging Face folder, so its places have no names "
+                         "there; write it with save_model and load that")
+    prefix = base.family.prefix if (isinstance(base, Bert) if headless is None else headless) else ""
+    sources = {name.removesuffix(".weight"): source for name, source in base.family.sources(base).items()
+               if name.endswith(".weight")}  # fmt: skip
+    parts = Counter(source.key for source in sources.values())
+    return {name: Module(source.key.removesuffix(".weight").removeprefix(prefix), parts[source.key] > 1,
+                         source.transposed) for name, source in sources.items()}  # fmt: skip
+
+
+def check_whole(sites: Collection[str], modules: Mapping[str, Module]) -> None:
+    """Raises InputError if one of these sites is only a part of a module."""
+    for site in sites:
+        if modules[site].fused:
+            raise InputError(f"{site} is a part of {modules[site].path}, one fused map in the Hugging Face model; an "
+                             "adapter of the part has no file of the field, only sites that are whole modules have")
+
+
+def targeted(targets: list | str, modules: Mapping[str, Module]) -> list[str]:
+    """The sites of these that target_modules means, as PEFT reads it: a list of last words or paths, or a pattern.
+
+    Raises:
+        InputError: a target that is none of these; says what there is.
+    """
+    words = ", ".join(sorted({module.path.rpartition(".")[2] for module in modules.values()}))
+    if isinstance(targets, str):
+        pattern = compiled("target_modules", targets)
+        sites = [site for site, module in modules.items() if pattern.fullmatch(module.path)]
+        if not sites:
+            raise InputError(f"target_modules {targets!r} matches no place of this base where the method acts; there "
+                             f"are {words}")  # fmt: skip
+    else:
+        for target in targets:
+            if not any(ends(module.path, target) for module in modules.values()):
+                raise InputError(f"target module {target!r} is no place of this base where the method acts; there are "
+                                 f"{words}")  # fmt: skip
+        sites = [site for site, module in modules.items() if any(ends(module.path, target) for target in targets)]
+    check_whole(sites, modules)
+    return sites
+
+
+def ends(path: str, target: str) -> bool:
+    return path == target or path.endswith(f".{target}")
+
+
+def compiled(option: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{option}: {pattern!r} is no regular expression ({error})") from None
+
+
+def shortest(chosen: Collection[str], kinds: Mapping[str, str]) -> list[str]:
+    """Names that pick these and no others: a last word where that does, else the whole name.
+
+    kinds: every name there is -> its last word as a site. A word that different kinds share ("dense") picks none of
+           them: the transformers model may have more modules of that name than the base here.
+    """
+    names = []
+    for name in chosen:
+        word = name.rpartition(".")[2]
+        alike = [other for other in kinds if other.endswith(word)]
+        picks = set(alike) <= set(chosen) and len({kinds[other] for other in alike}) == 1
+        names.append(word if picks else name)
+    return list(dict.fromkeys(names))
+
+
+def short_sites(sites: Collection[str], places: Collection[str]) -> tuple[str, ...]:
+    """Names of sites as methods take them."""
+    return tuple(shortest(sites, {site: site.rpartition(".")[2] for site in places}))
+
+
+def short_paths(sites: Collection[str], modules: Mapping[str, Module]) -> list[str]:
+    """Names of these sites' modules as target_modules takes them."""
+    kinds = {module.path: site.rpartition(".")[2] for site, module in modules.items()}
+    return shortest([modules[site].path for site in sites], kinds)
