@@ -1,11 +1,11 @@
 """What does each PEFT method cost, and how much faster is it for many users at once?
 
-    python benchmarks/methods.py counts                       numbers of one user, by method and base: docs/methods.md
+    python benchmarks/methods.py counts                       numbers of a user, by method and base
     python benchmarks/methods.py speed [--base minilm]        one step of 64 users, together and one by one
 
-`speed` trains random users on random texts; what they learn is not the question. Together and one by one run the
-same engine, the same minibatches and the same number of steps, taking turns. Beside them is the base's own time: forward
-and backward of the same packed rows to the embedded tokens, no adapter anywhere.
+`speed` trains random users on random texts: what they learn is not asked. Together and one by one run the
+same engine, the same minibatches and the same number of steps, taking turns. Beside them is the base's own time:
+forward and backward of the same packed rows to the embedded tokens, no adapter anywhere.
 """
 
 import argparse

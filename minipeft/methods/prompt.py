@@ -43,6 +43,9 @@ class PromptTuning(Method):
             raise InputError(f"prompt: start from {self.start_from!r} with {len(self.text)} tokens of text; \"text\" "
                              "needs a text, and no other start takes one")
 
+    def kind(self, base: Sites) -> tuple:
+        return self.name, self.tokens  # not where it started
+
     def virtual(self, base: Sites) -> tuple[int, int]:
         return virtual_at_input(self.tokens, base)
 
