@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from minipeft.batch import Part, Read, pack
 from minipeft.errors import InputError
 from minipeft.models.decoder import Decoder, DecoderConfig
-from minipeft.models.linear import Linear
+from minipeft.models.hooks import Linear
 from minipeft.models.loading import save_model
 from minipeft.prompts import ANSWER, encode_task, label_token
 from minipeft.randomness import generator
