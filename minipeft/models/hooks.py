@@ -12,12 +12,16 @@ own adapter; a base does not know of users.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.models.rows import Rows
+
+if TYPE_CHECKING:
+    from minipeft.models.loading import Origin
 
 
 class Hooks:
@@ -85,6 +89,7 @@ class Sites:
     attentions:    block site of an attention -> (heads of its keys, head width).
     embeddings:    "embed" -> (vocabulary, width), where a method may act on embedded tokens.
     head_size:     (K, classes) of the head of one's own that an encoder with classes takes at "head"; None for others.
+    origin:        the folder it was loaded from (loading.py); None: it was made in memory.
     """
 
     sites: dict[str, tuple[int, int]]
@@ -95,6 +100,7 @@ class Sites:
     attentions: dict[str, tuple[int, int]]
     embeddings: dict[str, tuple[int, int]]
     head_size: tuple[int, int] | None = None
+    origin: "Origin | None" = None
 
     def name_sites(self, groups: Iterable[Sequence[Linear]]) -> None:
         """Fill in the tables. groups: the linear maps that share their input, in forward order."""

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
@@ -102,7 +104,25 @@ def load_model(
                       f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
+    model.origin = Origin(folder.absolute(), os.path.basename(os.path.abspath(name)), model)
     return model.to(device)  # buffers
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a base came from, and who it is.
+
+    name: the last part of the folder or hub id that was asked for.
+    """
+
+    folder: Path
+    name: str
+    model: nn.Module
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`fingerprint` of the base, which never moves: taken once."""
+        return fingerprint(self.model)
 
 
 def _stop_tokens(folder: Path) -> tuple[int, ...]:
