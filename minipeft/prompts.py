@@ -1,7 +1,7 @@
 """From a task's texts to questions in a base's tokens.
 
-Three forms of prompt. A base of our own (default_base.py) knows one task and has a token of its own for "now answer" and
-for each label:
+Three forms of prompt. A base of our own (default_base.py) knows one task and has a token of its own for "now answer"
+and for each label:
 
     {text tokens}<|answer|>          ->  <|label:yes|>
 

@@ -142,8 +142,8 @@ class BaseId:
     def of(cls, base: Sites) -> "BaseId":
         """Raises InputError for a base that came from no folder."""
         if base.origin is None:
-            raise InputError(f"this {type(base).__name__} came from no folder, so a store cannot name it; take one from "
-                             "load_model")  # fmt: skip
+            raise InputError(f"this {type(base).__name__} came from no folder, so a store cannot name it; take one "
+                             "from load_model")  # fmt: skip
         return cls(base.origin.name, str(base.origin.folder), base.origin.fingerprint)
 
     def __str__(self) -> str:

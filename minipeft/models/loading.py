@@ -63,7 +63,7 @@ def load_model(
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}, needed one of {', '.join(map(str, COMPUTE_DTYPES))}.")
-    folder = find_folder(name)
+    folder, asked_for = find_folder(name), os.path.basename(os.path.abspath(name))
     family, config = read_config(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.prepare(family)
@@ -104,7 +104,7 @@ def load_model(
                       f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
-    model.origin = Origin(folder.absolute(), os.path.basename(os.path.abspath(name)), model)
+    model.origin = Origin(folder.absolute(), asked_for, model)
     return model.to(device)  # buffers
 
 
