@@ -196,14 +196,14 @@ def read_lines(lines: Iterable[str], store: Store) -> list[tuple[str, str]]:
 
 def run_users(args: argparse.Namespace, _) -> dict:
     store = Store(args.store)
-    about = [store.about(user) for user in store.users()]
+    about = {user: store.about(user) for user in store.users()}
     print(f"{len(about)} users of base {store.base.name}, task {store.task.name if store.task else 'unknown'}")
-    for adapter in about:
-        losses = adapter.metrics.get("val_loss", [])
-        best = f", validation loss {losses[adapter.metrics['best_epoch'] - 1]:.4f}" if losses else ""
-        print(f"{adapter.user}: {' + '.join(part.name for part in adapter.method.parts)}{best}")
-    return {"users": [{"user": adapter.user, "method": adapter.method.described(), "metrics": adapter.metrics}
-                      for adapter in about]}  # fmt: skip
+    for user, (method, metrics) in about.items():
+        losses = metrics.get("val_loss", [])
+        best = f", validation loss {losses[metrics['best_epoch'] - 1]:.4f}" if losses else ""
+        print(f"{user}: {' + '.join(part.name for part in method.parts)}{best}")
+    return {"users": [{"user": user, "method": method.described(), "metrics": metrics}
+                      for user, (method, metrics) in about.items()]}  # fmt: skip
 
 
 def run_methods(args: argparse.Namespace, _) -> dict:

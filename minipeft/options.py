@@ -93,15 +93,19 @@ def _reading(kind: Any) -> dict:
         return {"type": kind, "metavar": SHAPES[kind]}
     item = get_args(kind)[0]
     if get_origin(item) is not tuple:
-        return {"type": _several(item), "metavar": f"{SHAPES[item]},..."}
-    return {"type": _several(_pair(get_args(item)[1])), "metavar": f"SITE={SHAPES[get_args(item)[1]]},..."}
+        return _several(item, f"{SHAPES[item]},...")
+    number = get_args(item)[1]
+    return _several(_pair(number), f"SITE={SHAPES[number]},...")
 
 
-def _several(item: Callable[[str], Any]) -> Callable[[str], tuple]:
+def _several(item: Callable[[str], Any], shape: str) -> dict:
     def values(text: str) -> tuple:
-        return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+        try:
+            return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"needed {shape}, got {text!r}") from None
 
-    return values
+    return {"type": values, "metavar": shape}
 
 
 def _pair(number: Callable[[str], Any]) -> Callable[[str], tuple]:

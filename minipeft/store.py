@@ -12,15 +12,18 @@ and `load_adapter` need no store.json; `Store` is a folder that says whose it is
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.methods.method import method_from
+from minipeft.methods.method import Method, method_from
 from minipeft.models.checkpoint import read_json
 from minipeft.models.hooks import Sites
 from minipeft.schedule import Adapter
@@ -60,9 +63,9 @@ def save_adapter(folder: Path, adapter: Adapter, base: Sites) -> Path:
         data = _bytes(adapter.under, base)
         under["under"] = hashlib.sha256(data).hexdigest()[:32]
         if not _shared_path(folder, under["under"]).exists():
-            _write(_shared_path(folder, under["under"]), data)
+            write_file(_shared_path(folder, under["under"]), data)
     path = adapter_path(folder, adapter.user)
-    _write(path, _bytes(adapter, base, **under))
+    write_file(path, _bytes(adapter, base, **under))
     return path
 
 
@@ -73,7 +76,7 @@ def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
         InputError: no adapter of this user here, a damaged file, one that minipeft did not write, or one made for
             another base (names the site).
     """
-    adapter, under = _read_of(folder, user, base)
+    adapter, under = _read(_path_of(folder, user), base)
     return replace(adapter, under=_read(_shared_path(folder, under), base)[0] if under else None)
 
 
@@ -88,43 +91,60 @@ def _bytes(adapter: Adapter, base: Sites, **more: str) -> bytes:
     return save(adapter.method.tensors(adapter.row, base), metadata)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """All of the file, or nothing."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; replaces an earlier one. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
 
 
-def _read_of(folder: Path, user: str, base: Sites | None) -> tuple[Adapter, str]:
+def read_file(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
+    """A safetensors file's metadata and tensors. Raises InputError if it is damaged."""
+    with _opened(path) as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def _path_of(folder: Path, user: str) -> Path:
+    """`adapter_path` of a user who has an adapter. Raises InputError if there is none."""
     path = adapter_path(folder, user)
     if not path.exists():
         raise InputError(f"no adapter of user {user!r} in {folder}")
-    return _read(path, base)
+    return path
 
 
-def _read(path: Path, base: Sites | None) -> tuple[Adapter, str]:
-    """The adapter of a file, without what lies under it, and the digest of that or "". base None: without a row."""
+def _read(path: Path, base: Sites) -> tuple[Adapter, str]:
+    """The adapter of a file, without what lies under it, and the digest of that or ""."""
+    metadata, tensors = read_file(path)
+    user, method, metrics, under = _described(path, metadata)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {} if base is None else {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-    if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
-        raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
-    row = None
-    try:
-        method = method_from(json.loads(metadata["method"]))
-        if base is not None:
-            method.check(base)
-            row = method.row(tensors, base)
+        method.check(base)
+        return Adapter(user, method, method.row(tensors, base), metrics), under
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Adapter(metadata["user"], method, row, json.loads(metadata["metrics"])), metadata.get("under", "")
+
+
+def _described(path: Path, metadata: dict[str, str] | None) -> tuple[str, Method, dict, str]:
+    """User, method, metrics, and the digest of what lies under the adapter or ""."""
+    if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
+        raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
+    try:
+        method = method_from(json.loads(metadata["method"]))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return metadata["user"], method, json.loads(metadata["metrics"]), metadata.get("under", "")
 
 
 # ---- A folder of them ----------------------------------------------------------------------------------------------
@@ -192,7 +212,7 @@ class Store:
                     store.check_task(task)
             if store is None or (store.task is None and task is not None):
                 fields = {"base": asdict(BaseId.of(base)), "task": asdict(task) if task else None}
-                _write(mine, json.dumps(fields, ensure_ascii=False, indent=1).encode() + b"\n")
+                write_file(mine, json.dumps(fields, ensure_ascii=False, indent=1).encode() + b"\n")
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
         return cls(folder)
@@ -230,14 +250,16 @@ class Store:
             InputError: as `load_adapter`, or another base.
         """
         self.check_base(base)
-        adapter, under = _read_of(self.folder, user, base)
+        adapter, under = _read(_path_of(self.folder, user), base)
         if under and under not in self._shared:
             self._shared[under] = _read(_shared_path(self.folder, under), base)[0]
         return replace(adapter, under=self._shared.get(under))
 
-    def about(self, user: str) -> Adapter:
-        """A user's adapter without its numbers: method and metrics; its row is None."""
-        return _read_of(self.folder, user, None)[0]
+    def about(self, user: str) -> tuple[Method, dict]:
+        """A user's method and metrics; no base is needed. InputError as `load_adapter`."""
+        path = _path_of(self.folder, user)
+        with _opened(path) as file:
+            return _described(path, file.metadata())[1:3]
 
     def users(self) -> list[str]:
         """Everybody who has an adapter here, in alphabetical order."""
@@ -248,7 +270,4 @@ class Store:
 
     def delete(self, user: str) -> None:
         """Forget a user; an adapter that lay under theirs stays for the others. InputError if there is none."""
-        try:
-            adapter_path(self.folder, user).unlink()
-        except FileNotFoundError:
-            raise InputError(f"no adapter of user {user!r} in {self.folder}") from None
+        _path_of(self.folder, user).unlink()

@@ -1,5 +1,6 @@
 """Tiny model folders of every kind, as people have them, for tests of whole commands."""
 
+import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -10,15 +11,16 @@ from minipeft.models.loading import save_model
 POSITIONS = 96
 
 
-def make_tokenizer(task, ending=True):
-    """Byte-level BPE of the task's texts that puts "</s>" after a text and, for an encoder, "<s>" before it."""
+def make_tokenizer(task):
+    """Byte-level BPE of the task's texts that puts "<s>" before a text and "</s>" after it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     tokenizer.train_from_iterator([example.text for example in task.pooled("train")], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    ends = [("<s>", 0), ("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     return tokenizer
 
 
@@ -48,6 +50,11 @@ def make_bert(task, folder):
 
 
 def _saved(model, task, folder):
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.randn(weight.shape, generator=draw) * 0.2)
     model.save_pretrained(folder)
     make_tokenizer(task).save(str(folder / "tokenizer.json"))
     return folder
