@@ -1,7 +1,8 @@
 """What only a GPU can tell: are the compiled kernels right, do they stay right, which configurations are best, and how
 fast is training? Run by gpu.sh, one part per process:
 
-    check   every op against fp64; isolation; the same bits again, alone, and reordered; memory full of NaN beforehand
+    check   every op against fp64; isolation; the same bits again, alone, and reordered; memory full of NaN beforehand;
+            both ways of attention
     soak    thousands of runs over block configurations and ranks, looking for NaN and for bits that change
     sweep   time over block configurations at three shapes: which is best, and how far is ours from it?
     train   what LoRA adds to a Llama-3.1-8B layer; then `python -m minipeft.bench quick` on the GPU
@@ -19,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -47,13 +48,27 @@ from minipeft.kernel_cases import (
     tolerance,
 )
 from minipeft.kernel_ops import LORA_LINEAR, OPS, SHRINK_EXPAND, VARIANTS, WGRAD
+from minipeft.models.attention import Packed
 from minipeft.timing import ceilings, clock_of, floor_ms, side_by_side
-from minipeft_kernels import shrink_expand, wgrad
+from minipeft_kernels import reference, shrink_expand, wgrad
 from minipeft_kernels.backend import backend
 
 LIMIT_S = 420  # of a part
 WIDEST = {torch.bfloat16: 1 << 30, torch.float32: 1024, torch.float16: 512}  # K to check in: each is compiled anew
 LLAMA, QWEN, T5 = "llama-3.1-8b", "qwen2.5-1.5b", "flan-t5-base"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Heads of q, heads of k and v, features of a head, and who sees whom; sequences of these lengths."""
+
+    model: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    causal: bool = True
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Sizes:
     device: str
     check: tuple[Point, ...]
     check_joint: tuple[Point, ...]
+    check_attention: tuple[Attention, ...]
     soak: Point
     soak_iterations: int
     soak_ranks: tuple[int, ...]
@@ -73,6 +89,7 @@ class Sizes:
     layer: tuple[Point, ...]
 
 
+RAGGED = tuple(max(1, 1500 // n) for n in range(1, 65))  # 7,090 rows
 REAL = Sizes(
     device="cuda",
     check=(Point(LLAMA, 4096, (4096,), 16, 16384, 64, "zipf"), Point("odd", 300, (200,), 5, 700, 9, "zipf"),
@@ -81,6 +98,8 @@ REAL = Sizes(
     check_joint=(Point(QWEN, 1536, (1536, 256, 256), 16, 4096, 40, "zipf"),
                  Point(LLAMA, 4096, (4096, 1024, 1024), 8, 4096, 16, "giant_tiny"),
                  Point(LLAMA, 4096, (14336, 14336), 64, 2048, 8, "distinct")),
+    check_attention=(Attention(LLAMA, 32, 8, 128, RAGGED), Attention("mistral-7b", 32, 8, 128, RAGGED, window=100),
+                     Attention("minilm", 12, 12, 32, RAGGED, causal=False)),
     soak=Point(LLAMA, 4096, (4096,), 16, 16384, 40, "zipf"), soak_iterations=10_000, soak_ranks=(16, 64, 8, 32, 4),
     soak_configurations=4,
     sweep=(Point(LLAMA, 4096, (4096,), 16, 16384, 64), Point(QWEN, 1536, (8960,), 16, 16384, 64),
@@ -92,6 +111,8 @@ REAL = Sizes(
 TINY = Sizes(
     device="cpu",
     check=(Point("odd", 40, (24,), 5, 60, 3, "zipf"),), check_joint=(Point("joint", 32, (128, 128), 4, 40, 2),),
+    check_attention=(Attention("tiny", 4, 2, 8, (5, 1, 20)), Attention("window", 4, 2, 8, (5, 1, 20), window=3),
+                     Attention("encoder", 2, 2, 16, (3, 9), causal=False)),
     soak=Point("tiny", 32, (32,), 4, 40, 2), soak_iterations=8, soak_ranks=(4,), soak_configurations=2,
     sweep=(Point("tiny", 32, (32,), 4, 40, 2),), sweep_ranks=(4,), sweep_configurations=2,
     layer=(Point("tiny", 32, (128, 128), 4, 32, 2), Point("tiny", 64, (32,), 4, 32, 2)),
@@ -150,6 +171,9 @@ def check(sizes: Sizes, report: Report) -> None:
         for name, (dtype, widest) in product(names, WIDEST.items()):
             if point.K <= widest:
                 check_op(name, one_width(name, point), dtype, sizes.device, report)
+    for case, dtype in product(sizes.check_attention, (torch.bfloat16, torch.float16)):
+        if not report.time_is_up():
+            check_attention(case, dtype, sizes.device, report)
 
 
 def one_width(name: str, point: Point) -> Point:
@@ -168,6 +192,51 @@ def check_op(name: str, point: Point, dtype: torch.dtype, device: str, report: R
                    f"{' '.join(wrong)}", op=name, backward=backward, dtype=str(dtype), K=point.K, widths=point.widths,
                    rank=point.rank, T=point.T, users=point.users, distribution=point.distribution,
                    **found)  # fmt: skip
+
+
+def check_attention(case: Attention, dtype: torch.dtype, device: str, report: Report) -> None:
+    """The buckets' way and, if chosen, flash attention's: as accurate as plain PyTorch in that dtype, and isolated.
+
+    Whether a second run has the same bits is written down, not asked for: flash attention's grad_q need not have.
+    """
+    plan = Packed.plan(np.array(case.lengths), case.causal, device)
+    chosen = plan.way(torch.device(device), dtype, case.head_dim, plain=True)
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(sum(case.lengths), heads, case.head_dim) for heads in (case.heads, case.kv_heads)]
+    q, k, v, grad_y = (torch.randn(shapes[i], device=device, generator=generator).to(dtype) for i in (0, 1, 1, 0))
+    define = lambda *qkv: plan.varlen(*qkv, case.window, attention=reference.varlen_attention)  # noqa: E731
+    ways = {"padded": lambda *qkv: plan.padded(*qkv, case.window)}
+    if device == "cpu":  # in a rehearsal the definition stands in for flash attention
+        ways["varlen"] = define
+    elif chosen == "varlen":
+        ways["varlen"] = lambda *qkv: plan.varlen(*qkv, case.window)
+    exact = with_gradients(define, q.double(), k.double(), v.double(), grad_y.double())
+    allowed = 2 * difference(with_gradients(define, q, k, v, grad_y), exact) + 1e-7
+    first = case.lengths[0]
+    poisoned = [torch.cat([x[:first], torch.full_like(x[first:], torch.nan)]) for x in (q, k, v, grad_y)]
+    for way, attention in ways.items():
+        found = with_gradients(attention, q, k, v, grad_y)
+        again = all(map(equal, found, with_gradients(attention, q, k, v, grad_y)))
+        isolated = not any(x[:first].isnan().any() for x in with_gradients(attention, *poisoned))
+        error = difference(found, exact)
+        words = f"{'' if isolated else 'NOT isolated, '}chosen: {chosen}, {'the same' if again else 'other'} bits again"
+        report.add(error <= allowed and isolated, f"attention {way} {case.model} {dtype}: relative error {error:.1e}, "
+                   f"{error / allowed:.2f} of what is allowed; {words}", op="attention", way=way, chosen=chosen,
+                   model=case.model, dtype=str(dtype), error=error, allowed=allowed, isolated=isolated,
+                   again=again)  # fmt: skip
+
+
+def with_gradients(attention: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """y, grad_q, grad_k and grad_v of q, k, v and grad_y."""
+    *inputs, grad_y = (x.detach().clone().requires_grad_() for x in tensors)
+    y = attention(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad_y)]
+
+
+def difference(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest |x - exact| / |exact|; NaN if there is one."""
+    errors = [float((x.double() - e).norm() / e.norm()) for x, e in zip(found, exact)]
+    return max(errors, key=lambda error: (error != error, error))
 
 
 def findings(op: Op, inputs: Inputs, backward: bool) -> dict:

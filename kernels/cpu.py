@@ -50,7 +50,7 @@ def expand_rows_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor, beta: int) ->
 
 
 def sum_pieces(partial: Tensor, tiles: Tiles) -> Tensor:
-    """All pieces, one size after another, [p, R, K] -> each segment's pieces summed in row order: [S', R, K]."""
+    """All pieces, in the plan's order, [p, R, K] -> each segment's pieces summed in row order: [S', R, K]."""
     if len(partial) == len(tiles.first_piece):
         return partial if len(tiles.pieces) == 1 else partial.index_select(0, tiles.order)
     flat = partial.view(len(partial), -1)

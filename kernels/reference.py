@@ -62,6 +62,31 @@ def adamw_(
     return torch.stack(norms)
 
 
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int, *,
+    scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """y[i] = sum_j softmax(scale q[i] . k[j])_j v[j] within each sequence. Called like torch's varlen_attn.
+
+    Args:
+        q:      [T, H, D]. k, v: [T', H_kv, D]; H a multiple of H_kv, more heads only with enable_gqa.
+        q_ends, k_ends: [n + 1] int32, first rows of the sequences and the end; longest_q, longest_k: most rows of one.
+        window_size: row i sees rows i - left to i + right; -1: no bound on that side.
+    """
+    assert q_ends.dtype == k_ends.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])
+    q_lengths, k_lengths = q_ends.diff().tolist(), k_ends.diff().tolist()
+    assert (max(q_lengths), max(k_lengths)) == (longest_q, longest_k)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    left, right = (longest_q + longest_k if bound < 0 else bound for bound in window_size)
+    scale, parts = q.shape[2] ** -0.5 if scale is None else scale, []
+    for q_n, k_n, v_n in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths)):
+        ages = torch.arange(len(q_n), device=q.device)[:, None] - torch.arange(len(k_n), device=q.device)
+        scores = scale * torch.einsum("ihd,jhd->hij", q_n, k_n)  # [H, n, n']
+        weights = scores.masked_fill((ages > left) | (-ages > right), -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hij,jhd->ihd", weights, v_n))
+    return torch.cat(parts)
+
+
 def segment_ia3(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:
     """y[t] = vectors[u] * x[t], where slot u owns row t. Arguments as in ia3.py."""
     each, parts = vectors.unbind(), []

@@ -124,9 +124,9 @@ def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor], beta: int) -> tuple[T
 
 
 def num_kept(lora: Lora) -> int:
-    """Tensors that forward_torch returns: v^T and x of every size of pieces, or, with dropout, v^T and the whole x."""
-    num_sizes = len(lora.segments.tiles.pieces)
-    return 2 * num_sizes if lora.drop is None else num_sizes + 1
+    """Tensors that forward_torch returns: v^T and x of all pieces, or, with dropout, v^T and the whole x."""
+    num_pieces = len(lora.segments.tiles.pieces)
+    return 2 * num_pieces if lora.drop is None else num_pieces + 1
 
 
 def backward_torch(

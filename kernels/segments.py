@@ -25,7 +25,7 @@ CHUNK = 2048  # rows of a segment whose weight gradient one program sums; longer
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of one size, of all segments: the matrices of one batched product.
+    """Pieces of one size, of several segments: the matrices of one batched product.
 
     size:   rows per piece, filled ones included.
     slots:  each piece's slot, [n]. rows: which row is in each place, piece after piece, [n * size]; a place that only
@@ -100,8 +100,9 @@ class Tiles:
     A segment is cut into pieces: as many of 512 rows as its length holds, then of 16, 4 or 1, the last of them filled
     up (PIECES). They start at the segment's own first row and depend on its own length alone.
 
-    pieces:      those sizes that occur, in that order.
-    order:       [p] int64: the pieces of all sizes, one size after another, in the order of their rows.
+    pieces:      those sizes that occur, in that order. If no segment is ragged, a size comes in stretches of pieces
+                 that follow one another, which are views: copying rows costs more than some more products.
+    order:       [p] int64: all of these pieces, one after another, in the order of their rows.
     first_piece: [S'] int64: where each segment's pieces begin in that order.
     groups:      the segments that have rows, as they are.
     ragged:      whether a segment's rows are no multiple of TILE. If none is, pieces of rows are views.
@@ -162,8 +163,8 @@ class Segments:
             raise ValueError(f"Segments.build: a slot appears twice in {slots}; join its rows into one segment.")
         starts = np.concatenate([[0], np.cumsum(lengths)])
         if backend(device) == "torch":
-            tiles = Tiles(*_pieces(slots, starts, device), RowGroups.build(slots, starts, device),
-                          bool((lengths % TILE).any()))  # fmt: skip
+            ragged = bool((lengths % TILE).any())
+            tiles = Tiles(*_pieces(slots, starts, ragged, device), RowGroups.build(slots, starts, device), ragged)
             return Segments(slots, starts, tiles, None)
         return Segments(slots, starts, None, _plan(slots, starts, device))
 
@@ -208,7 +209,7 @@ def _cut(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pieces(
-    slots: np.ndarray, starts: np.ndarray, device: torch.device | str
+    slots: np.ndarray, starts: np.ndarray, ragged: bool, device: torch.device | str
 ) -> tuple[tuple[Pieces, ...], Tensor, Tensor]:
     """Tiles.pieces, order and first_piece."""
     pieces, segments, first_rows = [], [], []
@@ -232,7 +233,10 @@ def _pieces(
             segment = np.repeat(np.arange(len(slots)), count)  # [n]
             nth = np.arange(len(segment)) - (np.cumsum(count) - count)[segment]
             first = begin[segment] + size * nth
-            add(size, segment, first, np.minimum(size, end[segment] - first))
+            length = np.minimum(size, end[segment] - first)
+            cuts = [] if ragged else np.flatnonzero(np.diff(first) != size) + 1  # where neighbours end
+            for stretch in zip(*(np.split(numbers, cuts) for numbers in (segment, first, length))):
+                add(size, *stretch)
         begin = np.minimum(begin + size * count, end)
     if not pieces:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from minipeft.methods.method import Share
 from minipeft.models.hooks import Hooks
+from minipeft.models.rows import Rows
 from minipeft_kernels.bottleneck import Bottleneck
 from minipeft_kernels.bottleneck_rows import BottleneckRows, bottleneck_rows
 from minipeft_kernels.cpu import tiled_linear
@@ -137,6 +138,13 @@ class Acting(Hooks):
                 if actor.embeds is not None:
                     x = _AddRows.apply(x, actor.embeds(tokens[share.rows], share), share.rows)
         return self._prompts("embed", x)
+
+    def tail(self, x: Tensor, rows: Rows) -> Tensor:
+        for level in self.levels:
+            for share, actor in level:
+                if actor.tail is not None:
+                    x = _ReplaceRows.apply(x, actor.tail(x[share.rows], rows, share), share.rows)
+        return x
 
     def _found(self, table: str, site: str) -> list[Found]:
         """What acts here, level by level; levels where nothing does are left out."""

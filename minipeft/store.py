@@ -3,7 +3,7 @@
     FOLDER/store.json                                  which base and which task the adapters belong to
     FOLDER/<user id, percent-encoded>.safetensors      the method's tensors, e.g. LoRA.tensors, and, as metadata,
                                                        user, method, metrics and what lies under it
-    FOLDER/shared/<digest of the file>.safetensors     an adapter that lies under users' own, written once
+    FOLDER/shared/<digest>.safetensors                 an adapter that lies under users' own, written once
 
 A file is written under a temporary name, fsynced and renamed, so whoever reads sees all of it or none. `save_adapter`
 and `load_adapter` need no store.json; `Store` is a folder that says whose it is, and refuses any other base.
@@ -58,15 +58,21 @@ def user_of(path: Path) -> str:
 
 def save_adapter(folder: Path, adapter: Adapter, base: Sites) -> Path:
     """Write one adapter of this base, and what lies under it; replaces an earlier one of the same user."""
-    under = {}
+    metadata = _metadata(adapter)
     if adapter.under is not None:
-        data = _bytes(adapter.under, base)
-        under["under"] = hashlib.sha256(data).hexdigest()[:32]
-        if not _shared_path(folder, under["under"]).exists():
-            write_file(_shared_path(folder, under["under"]), data)
+        metadata["under"] = _save_shared(folder, adapter.under, base)
     path = adapter_path(folder, adapter.user)
-    write_file(path, _bytes(adapter, base, **under))
+    write_file(path, save(adapter.method.tensors(adapter.row, base), metadata))
     return path
+
+
+def _save_shared(folder: Path, adapter: Adapter, base: Sites) -> str:
+    """Write an adapter that lies under others, if it is not there. Returns its digest, which is its name."""
+    metadata = _metadata(adapter)
+    digest = hashlib.sha256(json.dumps(metadata).encode() + adapter.row.numpy().tobytes()).hexdigest()[:32]
+    if not _shared_path(folder, digest).exists():
+        write_file(_shared_path(folder, digest), save(adapter.method.tensors(adapter.row, base), metadata))
+    return digest
 
 
 def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
@@ -80,15 +86,13 @@ def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
     return replace(adapter, under=_read(_shared_path(folder, under), base)[0] if under else None)
 
 
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    return {"user": adapter.user, "method": json.dumps(adapter.method.described()),
+            "metrics": json.dumps(adapter.metrics)}  # fmt: skip
+
+
 def _shared_path(folder: Path, digest: str) -> Path:
     return Path(folder) / "shared" / f"{digest}{ENDING}"
-
-
-def _bytes(adapter: Adapter, base: Sites, **more: str) -> bytes:
-    """An adapter as a safetensors file."""
-    metadata = {"user": adapter.user, "method": json.dumps(adapter.method.described()),
-                "metrics": json.dumps(adapter.metrics), **more}  # fmt: skip
-    return save(adapter.method.tensors(adapter.row, base), metadata)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Is the encoder the model that transformers runs, for BERT and RoBERTa, and does it say what a published one says?"""
+"""Are BERT, RoBERTa and XLM-R the models that transformers runs, and do they say what published ones say?"""
 
 import importlib.resources
 import json
@@ -26,9 +26,11 @@ CASES = {  # family, settings beyond SIZES
     "bert gelu_new": ("bert", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
     "bert relu": ("bert", {"hidden_act": "relu", "type_vocab_size": 1}),
     "roberta": ("roberta", {"layer_norm_eps": 1e-5, "type_vocab_size": 1}),
+    "xlm-roberta": ("xlm-roberta", {"layer_norm_eps": 1e-5, "type_vocab_size": 1}),
     "roberta padding 3": ("roberta", {"pad_token_id": 3, "hidden_size": 30, "num_attention_heads": 5}),
 }
-CLASSES = {"bert": transformers.BertModel, "roberta": transformers.RobertaModel}
+CLASSES = {"bert": transformers.BertModel, "roberta": transformers.RobertaModel,
+           "xlm-roberta": transformers.XLMRobertaModel}  # fmt: skip
 RAGGED = [3, 100, 1, 17, 8, 9, 200, 40, 2]
 FIRST_TOKEN = 4  # transformers skips padding ids when it counts RoBERTa's positions; ids from 4 on pad nowhere here
 
@@ -101,7 +103,7 @@ def test_hidden_states_and_pools_match_transformers(case):
 @st.composite
 def configurations(draw):
     heads = draw(st.integers(1, 12))
-    return draw(st.sampled_from(["bert", "roberta"])), {
+    return draw(st.sampled_from(list(CLASSES))), {
         "num_attention_heads": heads, "hidden_size": heads * draw(st.integers(4, 24)),
         "intermediate_size": draw(st.integers(1, 50)), "num_hidden_layers": draw(st.integers(1, 3)),
         "hidden_act": draw(st.sampled_from(list(ACTIVATIONS))), "type_vocab_size": draw(st.integers(1, 3)),
@@ -277,20 +279,29 @@ def test_a_pool_there_is_not_is_refused():
 
 HEADS = [("bert", "BertForPreTraining", True), ("bert", "BertForMaskedLM", False),
          ("bert", "BertForSequenceClassification", True), ("roberta", "RobertaForMaskedLM", False),
-         ("roberta", "RobertaForSequenceClassification", False), ("roberta", "RobertaForQuestionAnswering", False)]
+         ("roberta", "RobertaForSequenceClassification", False), ("roberta", "RobertaForQuestionAnswering", False),
+         ("xlm-roberta", "XLMRobertaForMaskedLM", False)]  # fmt: skip
 
 
 @pytest.mark.parametrize("family, name, has_pooler", HEADS, ids=[name for _, name, _ in HEADS])
-def test_checkpoints_with_heads_give_the_same_encoder(family, name, has_pooler):
+def test_checkpoints_with_heads_give_the_same_encoder_and_say_what_is_left_out(family, name, has_pooler, tmp_path):
     reference = make_reference(family, {}, getattr(transformers, name))
-    model, sequences = reload(reference), make_sequences([7, 1])
-    assert model.config.pooler == has_pooler
-    body = getattr(reference, family)
+    reference.save_pretrained(tmp_path)
+    body = reference.base_model
+    keys = load_file(tmp_path / "model.safetensors")
+    heads = [key for key in keys if not key.startswith(reference.base_model_prefix)]
+    kinds = ", ".join(sorted({key.partition(".")[0] for key in heads}))
+    with pytest.warns(UserWarning) as caught:
+        model, sequences = load_model(tmp_path), make_sequences([7, 1])
+    assert [str(w.message) for w in caught] == [
+        f"{tmp_path}: {len(heads)} tensors of heads are not used ({kinds}): the base is the encoder alone."]
+    assert caught[0].filename == __file__ and model.config.pooler == has_pooler
     with torch.no_grad():
         expected = [body(torch.tensor([s])).last_hidden_state[0] for s in sequences]
     assert largest_difference(model.encode(sequences), expected) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*tensors of heads")
 def test_old_spellings_are_read(tmp_path):
     """gamma, beta and position_ids, as in bert-base-uncased."""
     reference = make_reference("bert", {}, transformers.BertForPreTraining)

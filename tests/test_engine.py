@@ -579,7 +579,7 @@ def test_other_settings(model):
 @pytest.mark.parametrize("method, message", [
     (LoRA(rank=0), "rank must be at least 1, got 0"),
     (LoRA(rank=17), "LoRA rank 17 is above the width of layers.0.attn.k"),
-    (LoRA(sites=("q", "gat")), "no site of this base is called 'gat'; it has down, gate, k, o, q, up, v"),
+    (LoRA(sites=("q", "gat")), "no site of this base is called 'gat'; it has down, embed, gate, k, o, q, up, v"),
     (LoRA(sites=("layers.2.attn.q",)), "no site of this base is called 'layers.2.attn.q'"),
     (LoRA(sites=()), "LoRA: no sites"),
 ])  # fmt: skip

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+import test_gemma2
+import test_gpt2
+import test_gpt_neox
 import test_t5
 import torch
 from test_decoder import make_reference, make_sequences
@@ -10,10 +13,15 @@ from minipeft.models.generate import Sampling, generate
 from minipeft.models.hooks import Hooks
 from minipeft.models.loading import load_model
 
-BASES = {
-    "llama": ("llama", {"max_position_embeddings": 256}, "llama3"),
-    "mistral": ("mistral", {"sliding_window": 7, "max_position_embeddings": 256}, "default"),
-    "qwen3": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True, "max_position_embeddings": 256}, "default"),
+BASES = {  # family -> transformers' model, of 256 positions
+    "llama": lambda: make_reference("llama", {}, "llama3"),
+    "mistral": lambda: make_reference("mistral", {"sliding_window": 7}),
+    "qwen2": lambda: make_reference("qwen2", {"num_key_value_heads": 6}),
+    "qwen3": lambda: make_reference("qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    "phi3": lambda: make_reference("phi3", {"sliding_window": 7}),
+    "gemma2": lambda: make_reference("gemma2", test_gemma2.SMALL),
+    "gpt2": lambda: test_gpt2.make_reference("gpt2", test_gpt2.SIZES | {"n_positions": 256, "n_layer": 3}),
+    "gpt_neox": lambda: test_gpt2.make_reference("gpt_neox", test_gpt_neox.SIZES | {"max_position_embeddings": 256}),
 }
 NEW = 12
 
@@ -22,7 +30,7 @@ NEW = 12
 def base(request, tmp_path_factory):
     """(ours, transformers'), in fp64, so that no two tokens are nearly as likely as each other."""
     folder = tmp_path_factory.mktemp(request.param)
-    reference = make_reference(*BASES[request.param]).double()
+    reference = BASES[request.param]().double()
     reference.save_pretrained(folder)
     ours = load_model(folder, torch.float64)
     ends = reference.generation_config.eos_token_id

@@ -97,8 +97,8 @@ def check_company(model, length, before, after):
     for sequences in ([mine], [*others[: len(before)], mine, *others[len(before) :]]):
         rows = Rows.pack(sequences)
         added = torch.zeros(len(rows.tokens), model.config.width, requires_grad=True)  # to receive the first gradient
-        h = model.hidden(rows, lambda sites, x, weights, biases, added=added: linear(
-            sites, x + added if sites[0] == "layers.0.attn.q" else x, weights, biases))  # fmt: skip
+        h = model.hidden(rows, hooks_of(lambda sites, x, weights, biases, added=added: linear(
+            sites, x + added if sites[0] == "layers.0.attn.q" else x, weights, biases)))  # fmt: skip
         h.square().sum().backward()
         mine_at = slice(start := 0 if sequences[0] is mine else sum(before), start + length)
         outputs.append(h[mine_at])

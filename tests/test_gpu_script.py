@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from minipeft.kernel_cases import Outputs, Point, make
 from minipeft.kernel_ops import ADAMW, OPS, SEGMENT_LORA, SEGMENT_LORA_DROPOUT, WGRAD_LATER
+from minipeft.models.attention import Packed
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 POINT = Point("tiny", 24, (24,), rank=4, T=60, users=4, distribution="distinct")
@@ -140,9 +141,34 @@ def test_a_fault_in_a_variant_is_noticed(gpu, kernels, op, fault):
     assert not found["within_tolerance"] and not found["as_accurate"]
 
 
+def wider_window(plan, q, k, v, window):
+    return PADDED(plan, q, k, v, window + 1)
+
+
+def sees_others(plan, q, k, v, window):
+    return PADDED(plan, q, k, v, window) + 0.0 * k.sum()
+
+
+def forgets_a_gradient(plan, q, k, v, window):
+    return PADDED(plan, q, k.detach() + 0.5 * (k - k.detach()), v, window)
+
+
+PADDED = Packed.padded
+
+
+@pytest.mark.parametrize("fault", [None, wider_window, sees_others, forgets_a_gradient])
+def test_a_fault_in_attention_is_noticed(gpu, tmp_path, monkeypatch, fault):
+    one, case = report(gpu, tmp_path, "check"), gpu.Attention("tiny", 4, 2, 8, (7, 1, 20), window=3)
+    if fault is not None:
+        monkeypatch.setattr(Packed, "padded", fault)
+    gpu.check_attention(case, torch.bfloat16, "cpu", one)
+    assert {item["way"]: item["ok"] for item in one.result["items"]} == {"padded": fault is None, "varlen": True}
+
+
 def test_every_op_and_variant_is_checked_in_every_dtype(gpu, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(gpu, "check_op", lambda name, point, dtype, *_: seen.append((name, dtype, point.model)))
+    monkeypatch.setattr(gpu, "check_attention", lambda *_: None)
     gpu.check(gpu.REAL, report(gpu, tmp_path, "check"))
     for name in (*OPS, "segment_lora, dropout", "wgrad, accumulate and squares"):
         dtypes = {dtype for op, dtype, _ in seen if op == name}

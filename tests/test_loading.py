@@ -299,8 +299,8 @@ def weights(edit):
     return lambda folder: edit_weights(folder, edit)
 
 
-def only_pickle(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def only_pickle(name):
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
 def big_heads(folder):
@@ -371,7 +371,10 @@ REFUSED = {
     "layer types, no window": (config(
         model_type="qwen2", layer_types=["full_attention", "sliding_attention"]), ["sliding_window None"]),
     "no weights": (remove("model.safetensors"), ["no weights", "model.safetensors.index.json"]),
-    "only pickle": (only_pickle, [".bin", "run code", "python -c"]),
+    **{f"only {name}": (only_pickle(name), [f"only pickled weights ({name[name.index('.'):]})", "run code", "python -c",
+                                            f"glob.glob('{pattern}')"])
+       for name, pattern in (("pytorch_model.bin", "pytorch_model*.bin"), ("weights.bin", "*.bin"), ("a.pt", "*.pt"),
+                             ("a.pth", "*.pth"), ("last.ckpt", "*.ckpt"))},
     "empty file": (write("model.safetensors", b""), ["model.safetensors", "damaged or cut short"]),
     "pointer file": (write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), ["damaged"]),
     "cut in the header": (cut(0.01), ["damaged or cut short", "Download it again"]),
@@ -411,11 +414,13 @@ def test_refused_with_one_clear_line(spoil, words, folder):
         assert word in message
 
 
-@pytest.mark.parametrize("original", ["llama", "tied"])
-def test_the_command_for_pickled_weights_makes_the_same_model(original, originals, tmp_path):
+@pytest.mark.parametrize("original, name", [("llama", "pytorch_model.bin"), ("tied", "pytorch_model.bin"),
+                                            ("tied", "weights.pth"), ("llama", "last.ckpt")])  # fmt: skip
+def test_the_command_for_pickled_weights_makes_the_same_model(original, name, originals, tmp_path):
     folder = shutil.copytree(originals / original, tmp_path / "it's a folder")
     before = fingerprint(load_model(folder))
-    torch.save(transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    weights = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    torch.save({"state_dict": weights, "epoch": 3} if name.endswith(".ckpt") else weights, folder / name)
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError) as caught:
         load_model(folder)
@@ -439,11 +444,11 @@ def test_pieces_of_any_size_give_the_same_model(original, originals, tmp_path, m
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(folder):
-    files = checkpoint.Checkpoint(folder)
+    files, weights = checkpoint.Checkpoint(folder), load_file(folder / "model.safetensors")
     cut(0.3)(folder)
     with pytest.raises(InputError, match=r"model.safetensors: became shorter"):
         for key in files.keys:
-            files.read_(key, torch.empty(files.shape(key)))
+            files.read_(checkpoint.Source(key), torch.empty(weights[key].shape))
 
 
 def test_nan_and_infinite_weights_are_counted_in_a_warning(folder):
@@ -489,11 +494,18 @@ def large(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("form, dtype", [("single", "float32"), ("single", "bfloat16"), ("sharded", "float32")])
-def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dtype, large):
-    """Memory-mapped pages count too."""
-    size = sum(path.stat().st_size for path in (large / form).glob("*.safetensors"))
+WIDE = {  # one layer each, so that a tensor held twice shows
+    "phi3": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "pad_token_id": None},
+    "gpt2": {"n_embd": 2048, "n_layer": 1, "n_head": 16},
+    "gpt_neox": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1, "num_attention_heads": 16},
+}
+
+
+def loading_memory(folder, dtype="float32"):
+    """(size of the weights' files, by how much loading them lets memory grow at its peak, size of the loaded weights).
+
+    Memory-mapped pages count too.
+    """
     program = r"""
 import re, sys, torch
 from minipeft import load_model
@@ -502,10 +514,30 @@ before = kib("VmRSS")
 model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
 print(1024 * (kib("VmHWM") - before), sum(weight.nbytes for weight in model.parameters()))
 """
-    command = [sys.executable, "-c", program, large / form, dtype]
+    command = [sys.executable, "-c", program, folder, dtype]
     run = subprocess.run(command, capture_output=True, check=True, text=True)
     growth, held = map(int, run.stdout.split())
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")), growth, held
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("form, dtype", [("single", "float32"), ("single", "bfloat16"), ("sharded", "float32")])
+def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dtype, large):
+    size, growth, held = loading_memory(large / form, dtype)
     assert 350e6 < size and held <= growth <= min(1.15 * size, held + 64e6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("family", WIDE)
+def test_tensors_that_are_cut_or_transposed_are_never_held_twice(family, tmp_path):
+    config = transformers.AutoConfig.for_model(family, vocab_size=1000, tie_word_embeddings=True, **WIDE[family])
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
+    config.save_pretrained(tmp_path)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    size, growth, held = loading_memory(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert 190e6 < size and held <= growth <= 1.15 * size
 
 
 # a hub id
@@ -537,6 +569,25 @@ def test_a_hub_id_is_loaded_from_the_folder_that_the_hub_library_gives(folder, t
         with pytest.raises(InputError, match="no such folder"):
             load_model(not_an_id)
     assert len(calls) == 2
+
+
+def test_a_hub_id_without_safetensors_is_refused_with_the_way_out(folder, monkeypatch):
+    remove("model.safetensors")(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(folder))
+    with pytest.raises(InputError, match=r"^org/name@v1: .*no safetensors .*pickled .*`hf download org/name --local"):
+        load_model("org/name@v1")
+    assert load_tokenizer("org/name@v1").get_vocab_size() == 61
+
+
+@pytest.mark.parametrize("name, full", [
+    ("gpt2", "openai-community/gpt2"), ("gpt2-medium", "openai-community/gpt2-medium"),
+    ("t5-small", "google-t5/t5-small"), ("bert-base-uncased", "google-bert/bert-base-uncased"),
+    ("roberta-large", "FacebookAI/roberta-large"), ("xlm-roberta-base", "FacebookAI/xlm-roberta-base"),
+])  # fmt: skip
+def test_an_old_hub_id_without_its_organisation_is_told_the_whole_one(name, full, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"^{name}: no such folder. On the hub it is {full}: give that name.$"):
+        load_model(name)
 
 
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)

@@ -47,7 +47,7 @@ def make_folders(root):
         try:
             config = transformers.AutoConfig.for_model(kind, **SIZES | OWN_SIZES.get(kind, {}))
             heads = transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel
-            if kind in ("bert", "roberta"):
+            if kind in ("bert", "roberta", "xlm-roberta"):
                 heads = (transformers.AutoModel,)
             auto = next(auto for auto in heads if type(config) in auto._model_mapping)
             model = auto.from_config(config)

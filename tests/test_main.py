@@ -151,7 +151,7 @@ def test_many_users_through_stdin_get_what_each_gets_alone(kind, task, bases, st
     assert ask(monkeypatch, stores[kind], bases[kind], lines, "--json") == 0
     *together, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert summary == {"replies": len(lines), "num_cut_texts": 0}
-    assert len({reply["label"] for reply in together}) == 2, "the answers differ, so that order matters"
+    assert len({json.dumps(reply["scores"]) for reply in together}) > len(lines) / 2  # so the order matters
     for line, reply in list(zip(lines, together))[::4]:
         assert run("predict", "--store", stores[kind], "--model", bases[kind], "--user", line["user"], "--text",
                    line["text"], "--json") == 0  # fmt: skip

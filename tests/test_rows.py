@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minipeft.models.attention import Packed, padded_length
 from minipeft.models.rows import Rows
+from minipeft_kernels import reference
 
 LENGTHS = {"one row": [1], "one sequence": [37], "one row each": [1, 1, 1], "ragged": [5, 100, 1, 17, 8, 9, 64, 33, 17]}
 HEADS = {"equal": (4, 4), "grouped": (6, 2), "odd": (3, 1), "single": (1, 1)}
@@ -243,6 +244,77 @@ def test_several_sequences_may_see_one_partner():
     assert (y - expected).abs().max() < 1e-12
     (one,), (other,) = (torch.autograd.grad(x.square().sum(), k) for x in (y, expected))
     assert (one - other).abs().max() < 1e-12
+
+
+# ---- On a GPU: flash attention on the rows where they lie ----------------------------------------------------------
+
+PLANS = {
+    "decoder": lambda: (Rows.pack([[0] * n for n in LENGTHS["ragged"]]).attend, LENGTHS["ragged"]),
+    "encoder": lambda: (Rows.pack([[0] * n for n in LENGTHS["ragged"]], causal=False).attend, LENGTHS["ragged"]),
+    "cross": lambda: (Packed.plan(np.array([5, 1, 40, 3]), False, "cpu", np.array([17, 60, 2, 9])), [17, 60, 2, 9]),
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_flash_attention_is_asked_for_what_the_buckets_compute(plan, heads, window):
+    """By the definition in its place: which rows, heads, window and scale it is given."""
+    plan, k_lengths = plan()
+    (q, _, _, grad_y), (_, k, v, _) = (make_inputs(lengths, heads, torch.float64)
+                                       for lengths in (plan.stretches.q.diff().tolist(), k_lengths))  # fmt: skip
+
+    def varlen(q, k, v, lengths, window):
+        return plan.varlen(q, k, v, window, 0.4, reference.varlen_attention)
+
+    def padded(q, k, v, lengths, window):
+        return plan.padded(q, k, v, window, scale=0.4)
+
+    found = (forward_backward(op, (q, k, v, grad_y), None, window) for op in (varlen, padded))
+    for name, one, other in zip(NAMES, *found):
+        assert (one - other).abs().max() < 1e-12, name
+
+
+CUDA, CPU, BF16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+
+
+@pytest.mark.parametrize("expected, device, dtype, head_dim, plain", [
+    ("varlen", CUDA, BF16, 64, True), ("varlen", CUDA, torch.float16, 256, True), ("padded", CPU, BF16, 64, True),
+    ("padded", CUDA, torch.float32, 64, True), ("padded", CUDA, BF16, 64, False), ("padded", CUDA, BF16, 264, True),
+    ("padded", CUDA, BF16, 36, True),
+])  # fmt: skip
+def test_which_way_is_taken(expected, device, dtype, head_dim, plain, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cu130"))
+    for plan, _ in (make() for make in PLANS.values()):
+        assert plan.way(device, dtype, head_dim, plain) == expected
+    lengths = np.array([4, 2, 3])
+    for gathered in (Packed.plan(lengths, False, "cpu", np.array([5, 2, 1]), sees=np.array([1, 0, 2])),
+                     Packed.plan(lengths, True, "cpu", shared=(np.array([0, 0, 0]), np.array([0, 4, 4])))):
+        assert gathered.way(device, dtype, head_dim, plain) == "padded"
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
+    assert Rows.pack([[1]]).attend.way(device, dtype, head_dim, plain) == "padded"
+
+
+def test_a_call_goes_the_way_that_was_chosen(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Packed, "way", lambda *args, **options: "varlen")
+    monkeypatch.setattr(Packed, "varlen", lambda self, *args: calls.append(args))
+    q, k, v, _ = make_inputs([3, 2], (4, 2))
+    Rows.pack([[0] * 3, [0] * 2]).attend(0, q, k, v, 2, scale=0.5)
+    assert len(calls) == 1 and calls[0][3:] == (2, 0.5) and all(x is y for x, y in zip(calls[0], (q, k, v)))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="before torch 2.13 flash attention is not used")
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_torchs_own_takes_the_call_and_returns_gradients(plan):
+    """Shapes and arguments alone: on the meta device nothing is computed."""
+    plan, k_lengths = plan()
+    q, k = (torch.empty(n, heads, 64, dtype=BF16, device="meta", requires_grad=True)
+            for n, heads in ((int(plan.stretches.q[-1]), 6), (sum(k_lengths), 2)))  # fmt: skip
+    y = plan.varlen(q, k, k, 3, 0.5)
+    assert y.shape == q.shape and y.dtype == BF16
+    y.sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape
 
 
 def test_padded_length_grows_by_at_most_half():

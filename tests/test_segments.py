@@ -74,10 +74,13 @@ def test_groups_are_the_segments_with_rows(lengths):
     assert groups.slot_of_row.tolist() == [int(slot) for slot, n in zip(segments.slots, lengths) for _ in range(n)]
 
 
-def test_whole_tiles_need_no_copy():
-    x, segments = torch.rand(96, 5), build([32, 0, 16, 48])
-    (pieces,) = segments.tiles.pieces
-    assert pieces.of(x).data_ptr() == x.data_ptr() and not segments.tiles.ragged
+@pytest.mark.parametrize("lengths, sizes", [
+    ([32, 0, 16, 48], [16]), ([1024, 512], [512]), ([48, 1040, 16, 528], [512, 512, 16, 16, 16]),
+])  # fmt: skip
+def test_whole_tiles_need_no_copy(lengths, sizes):
+    x, tiles = torch.rand(sum(lengths), 5), build(lengths).tiles
+    assert [pieces.size for pieces in tiles.pieces] == sizes and not tiles.ragged
+    assert all(pieces.of(x).untyped_storage().data_ptr() == x.data_ptr() for pieces in tiles.pieces)
     assert build([32, 1]).tiles.ragged
 
 
@@ -186,8 +189,8 @@ def test_without_triton_everything_imports_and_runs_on_pytorch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_added_to_a_row_does_not_depend_on_whether_the_rows_follow_one_another(dtype):
     draw = torch.Generator().manual_seed(0)
-    y, v, Bt = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((608, 24), (6, 8, 16), (6, 8, 24)))
-    pieces = Segments.build([4, 0, 2], [32, 528, 48]).tiles.pieces[1]
+    y, v, Bt = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((609, 24), (6, 8, 16), (6, 8, 24)))
+    pieces = Segments.build([4, 0, 2], [32, 528, 49]).tiles.pieces[1]  # ragged, so that they are not cut apart
     assert pieces.size == 16 and not isinstance(pieces.rows, slice)
     alone = Segments.build([0], [96]).tiles.pieces[0]
     assert isinstance(alone.rows, slice)

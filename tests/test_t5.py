@@ -26,6 +26,7 @@ SIZES = {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2
 CASES = {  # settings beyond SIZES; tie_word_embeddings false: a head of its own, unscaled
     "1.0": {},
     "1.1 and flan": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "gated by silu": {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False},
     "gated, tied": {"feed_forward_proj": "gated-gelu"},
     "deeper decoder": {"num_decoder_layers": 3, "num_heads": 5, "d_kv": 3},
     "few buckets": {"relative_attention_num_buckets": 5, "relative_attention_max_distance": 20, "d_ff": 17},
@@ -119,7 +120,8 @@ def configurations(draw):
         "d_ff": draw(st.integers(1, 50)), "num_layers": draw(st.integers(1, 3)),
         "num_decoder_layers": draw(st.none() | st.integers(1, 3)), "relative_attention_num_buckets": num_buckets,
         "relative_attention_max_distance": draw(st.integers(num_buckets // 2 + 1, 250)),
-        "feed_forward_proj": draw(st.sampled_from(["relu", "gated-gelu"])), "tie_word_embeddings": draw(st.booleans()),
+        "feed_forward_proj": draw(st.sampled_from(["relu", "gated-gelu", "gated-silu"])),
+        "tie_word_embeddings": draw(st.booleans()),
     }  # fmt: skip
 
 
@@ -366,7 +368,7 @@ def test_config_of_published_models(fields, expected, tmp_path):
 REFUSED = {
     "an encoder alone": ({"is_encoder_decoder": False}, "is_encoder_decoder is false or is_decoder is true"),
     "a decoder": ({"is_decoder": True}, "is_encoder_decoder is false or is_decoder is true"),
-    "another mlp": ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'"),
+    "another mlp": ({"feed_forward_proj": "gated-relu"}, "feed_forward_proj is 'gated-relu'"),
     "another activation": ({"dense_act_fn": "gelu"}, "dense_act_fn is 'gelu'"),
     "half a gate": ({"is_gated_act": True}, "is_gated_act is True but feed_forward_proj is 'relu'"),
     "a scale too many": ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, "only a tied head is scaled"),

@@ -7,7 +7,7 @@ from torch import Tensor
 from minipeft.bank import Bank
 from minipeft.methods.method import Actor, Share, vectors
 from minipeft.models.attention import Packed
-from minipeft.models.layers import gelu_tanh, rms_norm
+from minipeft.models.layers import SwiGLU, gelu_tanh, rms_norm
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5
 from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
@@ -58,6 +58,10 @@ class ExtraBlock(Actor):
         biases = attend.scores_bias(self.base.encoder.bias)
         x = x + linear("attn.o", attend(self.last.attn.layer, q, k, v, biases=biases, scale=1.0).flatten(1))
         h = norm("mlp_norm", x)
-        up = linear("mlp.up", h)
-        inner = gelu_tanh(linear("mlp.gate", h)) * up if self.last.mlp.gate is not None else F.relu(up)
+        up, mlp = linear("mlp.up", h), self.last.mlp
+        if mlp.gate is None:
+            inner = F.relu(up)
+        else:
+            gate = linear("mlp.gate", h)
+            inner = SwiGLU.apply(gate, up) if mlp.silu else gelu_tanh(gate) * up
         return x + linear("mlp.down", inner)

@@ -117,12 +117,15 @@ class LoRA(Method):
         return tensors
 
     def tensors(self, row: Tensor, base: Sites) -> dict[str, Tensor]:
-        """A row [P] as files have it: "<site>.A" [rank, K] and "<site>.B" [N, rank]."""
+        """A row [P] as files have it: "<site>.A" [rank, K] and "<site>.B" [N, rank]; vectors as they are."""
         tensors = {}
         for name, tensor in self.layout(base).tensors(row).items():
             site, _, matrix = name.rpartition(".")
-            own = tensor[:, : self.rank_of(site)] if matrix == "At" else tensor[: self.rank_of(site)]
-            tensors[f"{site}.{matrix[0]}"] = own if matrix == "A" else own.T
+            if tensor.ndim == 2:
+                own = tensor[:, : self.rank_of(site)] if matrix == "At" else tensor[: self.rank_of(site)]
+                tensors[f"{site}.{matrix[0]}"] = own if matrix == "A" else own.T
+            else:
+                tensors[name] = tensor
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def row(self, tensors: dict[str, Tensor], base: Sites) -> Tensor:
@@ -130,11 +133,12 @@ class LoRA(Method):
         self.check_tensors(tensors, self.tensors(row, base))
         for name, part in self.layout(base).tensors(row).items():
             site, _, matrix = name.rpartition(".")
-            tensor = tensors[f"{site}.{matrix[0]}"]
-            if matrix == "At":
-                part[:, : self.rank_of(site)] = tensor.T
+            if part.ndim == 1:
+                part.copy_(tensors[name])
+            elif matrix == "At":
+                part[:, : self.rank_of(site)] = tensors[f"{site}.A"].T
             else:
-                part[: self.rank_of(site)] = tensor if matrix == "A" else tensor.T
+                part[: self.rank_of(site)] = tensors[name] if matrix == "A" else tensors[f"{site}.B"].T
         return row
 
     def actor(self, bank: Bank, base: Sites) -> "LoraActor":

@@ -19,6 +19,7 @@ from torch import Tensor
 from minipeft.bank import Bank, Layout
 from minipeft.errors import InputError
 from minipeft.models.hooks import Sites
+from minipeft.models.rows import Rows
 from minipeft.randomness import generator
 from minipeft_kernels.backend import backend
 from minipeft_kernels.bottleneck import BottleneckTensors
@@ -202,6 +203,8 @@ class Actor:
     bottlenecks:  block site.
     prompts:      "embed", or an attention's "<site>.k" and "<site>.v" -> rows of the virtual tokens, [U, V, width].
     embeds:       what is added to embedded tokens: a function of (tokens [T_g], share) -> [T_g, width]; or None.
+    tail:         what a T5's stream becomes after its encoder's last layer: a function of (the share's rows of it
+                  [T_g, width], the pass's rows, share) -> [T_g, width]; or None.
     derived:      parameters that are functions of trained ones.
     """
 
@@ -214,6 +217,7 @@ class Actor:
         self.bottlenecks: dict[str, Bottlenecks] = {}
         self.prompts: dict[str, Vectors] = {}
         self.embeds: Callable[[Tensor, Share], Tensor] | None = None
+        self.tail: Callable[[Tensor, Rows, Share], Tensor] | None = None
         self.derived: list[Derived] = []
         self.loras: dict[tuple[str, ...], dict] = {}  # sites that share an input -> fields of a kernel's `Lora`
 
@@ -239,7 +243,7 @@ class Residents:
         self.virtual = method.virtual(base)
         self.keys = np.zeros(num_slots, dtype=np.uint64)
         self.squares: Tensor | None = None
-        tables = ("input_scales", "scales", "gains", "shifts", "deltas", "bottlenecks", "prompts", "embeds")
+        tables = ("input_scales", "scales", "gains", "shifts", "deltas", "bottlenecks", "prompts", "embeds", "tail")
         if backend(device) == "triton" and not any(getattr(actor, t) for actor in self.actors for t in tables):
             self._make_room_for_squares(num_slots, device)
 

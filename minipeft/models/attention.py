@@ -9,13 +9,14 @@ belong together. `Packed.plan` says it for a batch:
     a shared prefix      each row sees a prefix's rows first, then its own sequence's up to itself: several labels
                          after one prompt
 
-On the CPU attention gathers sequences of similar length into padded buckets, runs `scaled_dot_product_attention` on
-each, and gathers the results back. The padded length of a sequence depends on its own length alone, never on the
-company, so its bits do not either.
+Attention gathers sequences of similar length into padded buckets, runs `scaled_dot_product_attention` on each, and
+gathers the results back. The padded length of a sequence depends on its own length alone, never on the company, so its
+bits do not either. On a GPU flash attention takes the rows where they lie instead, wherever it can: `Packed.way`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.models.layers import stable
+
+
+def flash_attention(*args, **options) -> Tensor:
+    """torch's own, imported where it is needed: its signature is another before torch 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,18 @@ class Bucket:
     real: Tensor | None
 
 
+class Stretches(NamedTuple):
+    """Sequences that see one stretch of rows each, in the same order: what flash attention wants to know.
+
+    q, k: [n + 1] int32, where each sequence, and what it sees, begins, and the end. longest_q, longest_k: most rows.
+    """
+
+    q: Tensor
+    k: Tensor
+    longest_q: int
+    longest_k: int
+
+
 @dataclass(frozen=True)
 class Packed:
     """Who sees whom in a batch. A padding place repeats its sequence's last row, which is finite and never seen.
@@ -49,6 +69,7 @@ class Packed:
     q_places: [T] int64. Row -> its place in the padded layout.
     k_index, k_places: the same of the rows that are seen. k_places is None where a row may be seen by several members.
     square:  each sequence sees itself and nothing else.
+    stretches: None where a sequence sees a prefix too, or sequences see others than in their order.
     """
 
     q_index: Tensor
@@ -58,6 +79,7 @@ class Packed:
     buckets: tuple[Bucket, ...]
     causal: bool
     square: bool
+    stretches: Stretches | None
 
     @staticmethod
     def plan(
@@ -81,6 +103,11 @@ class Packed:
         square = k_lengths is None and not prefix.any()
         k_own_lengths = q_lengths if k_lengths is None else k_lengths
         all_once = not prefix.any() and (sees is None or np.array_equal(np.sort(sees), np.arange(len(k_own_lengths))))
+        in_order = sees is None or np.array_equal(sees, np.arange(len(k_own_lengths)))
+        stretches = None
+        if in_order and not prefix.any():
+            ends = [on(np.append(0, np.cumsum(lengths)).astype(np.int32)) for lengths in (q_lengths, k_own)]
+            stretches = Stretches(*ends, int(q_lengths.max()), int(k_own.max()))
         q_widths = padded_length(q_lengths)
         k_widths = q_widths if square else padded_length(prefix + k_own)
 
@@ -108,7 +135,8 @@ class Packed:
             buckets.append(Bucket(len(members), q_width, k_width, on(ages), None if seen.all() else on(seen)))
         q_index, k_index = np.concatenate(q_index), np.concatenate(k_index)
         q_index, q_places, k_index, k_places = map(on, (q_index, q_places, k_index, k_places))
-        return Packed(q_index, q_places, k_index, k_places if all_once else None, tuple(buckets), causal, square)
+        return Packed(q_index, q_places, k_index, k_places if all_once else None, tuple(buckets), causal, square,
+                      stretches)  # fmt: skip
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
@@ -125,6 +153,38 @@ class Packed:
         Returns:
             [T, H, D], dtype of q.
         """
+        if self.way(q.device, q.dtype, q.shape[2], plain=biases is None and softcap is None) == "varlen":
+            return self.varlen(q, k, v, window, scale)
+        return self.padded(q, k, v, window, biases, scale, softcap)
+
+    def way(self, device: torch.device, dtype: torch.dtype, head_dim: int, plain: bool) -> str:
+        """How a call is computed: "varlen" or "padded".
+
+        "varlen" wherever flash attention can: a GPU, bf16 or fp16, heads of up to 256 features, scores without bias
+        and soft cap (`plain`), sequences that see one stretch of rows each. From torch 2.13 on, whose varlen_attn has
+        windows and grouped queries.
+        """
+        flash = device.type == "cuda" and torch.__version__ >= (2, 13) and dtype in (torch.bfloat16, torch.float16)
+        fits = head_dim <= 256 and head_dim % 8 == 0 and self.stretches is not None
+        return "varlen" if flash and fits and plain else "padded"
+
+    def varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, scale: float | None = None,
+        attention: Callable[..., Tensor] = flash_attention,
+    ) -> Tensor:  # fmt: skip
+        """A call without padding, by torch.nn.attention.varlen.varlen_attn or another `attention` called like it.
+
+        Its backward pass adds up grad_q in no fixed order, unless torch.use_deterministic_algorithms asks for one.
+        """
+        before = -1 if window is None else window - 1  # rows before its own that a row sees; -1: all
+        return attention(q, k, v, *self.stretches, scale=scale, window_size=(before, 0) if self.causal else (-1, -1),
+                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+
+    def padded(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, biases: Sequence[Tensor] | None = None,
+        scale: float | None = None, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A call by scaled_dot_product_attention, bucket by bucket."""
         grouped = q.shape[1] != k.shape[1]
         q = _Regroup.apply(q, self.q_index, self.q_places)  # [M, H, D]
         k, v = (x.index_select(0, self.k_index) if self.k_places is None else

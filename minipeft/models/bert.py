@@ -5,7 +5,8 @@
                       x = n2(x + down(gelu(up(x))))
     pool(x) = one vector per sequence: the mean of its rows, its first row, or tanh(pooler(first row))
 
-RoBERTa is BERT whose table of positions begins with pad_token_id + 1 rows that no token uses; they are not loaded.
+RoBERTa, and XLM-R with it, is BERT whose table of positions begins with pad_token_id + 1 rows that no token uses; they
+are not loaded.
 Packed rows hold no padding, so a padding token in a text is a token like any other.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.causal import check_lengths
-from minipeft.models.checkpoint import Family, Source
+from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
 from minipeft.models.layers import LayerNorm, gelu, gelu_tanh, stable
@@ -194,7 +195,7 @@ OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm
 
 def read(fields: dict) -> BertConfig:
     """Our config from config.json's fields."""
-    family = choice(fields, "model_type", ("bert", "roberta"))
+    family = choice(fields, "model_type", ("bert", "roberta", "xlm-roberta"))
     choice(fields, "position_embedding_type", ("absolute",), default="absolute")
     for name in ("is_decoder", "add_cross_attention"):
         if flag(fields, name):
@@ -205,7 +206,7 @@ def read(fields: dict) -> BertConfig:
     if width % num_heads:
         raise InputError(f"hidden_size {width} is not a multiple of num_attention_heads {num_heads}.")
     positions = whole(fields, "max_position_embeddings", default=512)
-    offset = whole(fields, "pad_token_id", default=1, least=0) + 1 if family == "roberta" else 0
+    offset = whole(fields, "pad_token_id", default=1, least=0) + 1 if family != "bert" else 0
     if positions <= offset:
         raise InputError(f"max_position_embeddings is {positions}; needed more than pad_token_id + 1 = {offset}.")
     return BertConfig(
@@ -233,10 +234,10 @@ def _family(prefix: str) -> Family:
         return replace(config, pooler=any(key.startswith(f"{prefix}pooler.") for key in keys))
 
     def sources(model: Bert) -> dict[str, Source]:
-        table, offset = (model.config.max_positions, model.config.width), model.config.position_offset
         found = {name: Source(prefix + key_of(name)) for name, _ in model.named_parameters()}
-        key = found["positions.weight"].key
-        return found | {"positions.weight": Source(key, (table[0] + offset, table[1]), lambda whole: whole[offset:])}
+        rows, K, before = model.config.max_positions, model.config.width, model.config.position_offset
+        part = Part(before * K, rows * K, (before + rows) * K)
+        return found | {"positions.weight": Source(found["positions.weight"].key, (before + rows, K), part)}
 
     return Family(
         config=read,
@@ -244,7 +245,8 @@ def _family(prefix: str) -> Family:
         complete=complete,
         sources=sources,
         prefix=prefix,
-        unused=rf"(cls|lm_head|classifier|qa_outputs)\..*|{re.escape(prefix)}embeddings\.position_ids",
+        unused=rf"{re.escape(prefix)}embeddings\.position_ids",
+        heads=r"(cls|lm_head|classifier|qa_outputs)\..*",
         rename=lambda key: re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: OLD_NAMES[found[0]], key),
     )
 

@@ -1,7 +1,7 @@
 """A model folder's weights: safetensors files, one or several with an index, and which parameter lies where in them.
 
 Every key is accounted for: one that is missing, left over or of another shape is an InputError that names it. Pickled
-weights (.bin) are never opened: they can run code.
+weights (PICKLED) are never opened: they can run code.
 """
 
 import json
@@ -22,23 +22,35 @@ from minipeft.errors import InputError
 
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 PIECE = 2**18  # numbers read and converted at a time
-CONVERT = (  # a command to run in the folder
+PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")  # where weights usually are first
+CONVERT = (  # a command to run in the folder, PATTERN replaced
     "python -c \"import glob, torch; from safetensors.torch import save_file; "
-    "save_file({k: v.contiguous().clone() for f in glob.glob('pytorch_model*.bin') "
-    "for k, v in torch.load(f, weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\""
+    "save_file({k: v.contiguous().clone() for f in glob.glob('PATTERN') "
+    "for w in [torch.load(f, weights_only=True)] for k, v in w.get('state_dict', w).items()}, "  # Lightning nests them
+    "'model.safetensors', {'format': 'pt'})\""
 )
+
+
+class Part(NamedTuple):
+    """Some of a tensor's numbers, in the order of the file: of every `every` numbers, `length` from `first` on."""
+
+    first: int
+    length: int
+    every: int
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a parameter lies in a checkpoint: a part of the tensor `key`.
 
-    shape: of that whole tensor; None: the parameter's own. part: from the whole tensor to the parameter; None: all.
+    shape: of that whole tensor; None: the parameter's own. part: which of its numbers; None: all.
+    transposed: whether the file has them column by column of the parameter, as GPT-2's [in, out].
     """
 
     key: str
     shape: tuple[int, ...] | None = None
-    part: Callable[[Tensor], Tensor] | None = None
+    part: Part | None = None
+    transposed: bool = False
 
 
 class Family(NamedTuple):
@@ -49,7 +61,8 @@ class Family(NamedTuple):
     sources: module -> for each of its parameters, by name, where it lies. A parameter of two names is listed once.
     aliases: module -> key -> the key whose numbers it may repeat: a tied head that was saved all the same.
     prefix:  what all keys but the heads' begin with. Checkpoints of the headless model lack it.
-    unused:  keys that may be there and are not read: heads for other purposes, tables that can be computed.
+    unused:  keys that may be there and are not read: tables that can be computed.
+    heads:   keys that may be there and are not read either: heads for other purposes. load_model says so.
     rename:  a key of an old file -> as it is spelled today. Other keys stay as they are.
     complete: our config and the checkpoint's keys -> our config with what only keys say: which optional weights exist.
     """
@@ -60,6 +73,7 @@ class Family(NamedTuple):
     aliases: Callable[[nn.Module], dict[str, str]] = lambda model: {}
     prefix: str = ""
     unused: str = r"(?!)"  # matches nothing
+    heads: str = r"(?!)"
     rename: Callable[[str], str] = lambda key: key
     complete: Callable[[object, Collection[str]], object] = lambda config, keys: config
 
@@ -87,12 +101,19 @@ class Checkpoint:
         self.folder = folder
         self._stored = _find(folder)  # key -> Stored
 
-    def prepare(self, family: Family) -> None:
-        """Forget unused keys, spell old ones as today, and give all the prefix they lack in a headless checkpoint."""
+    def prepare(self, family: Family) -> list[str]:
+        """Forget unused keys, spell old ones as today, and give all the prefix they lack in a headless checkpoint.
+
+        Returns:
+            the keys of heads, which are forgotten too.
+        """
         names = {key if (today := family.rename(key)) in self._stored else today: key for key in self._stored}
         prefix = "" if any(key.startswith(family.prefix) for key in names) else family.prefix
-        self._stored = {prefix + key: self._stored[name] for key, name in names.items()
-                        if not re.fullmatch(family.unused, prefix + key)}  # fmt: skip
+        found = {prefix + key: self._stored[name] for key, name in names.items()
+                 if not re.fullmatch(family.unused, prefix + key)}  # fmt: skip
+        heads = [key for key in found if re.fullmatch(family.heads, key)]
+        self._stored = {key: stored for key, stored in found.items() if key not in heads}
+        return heads
 
     @property
     def keys(self) -> Collection[str]:
@@ -102,30 +123,40 @@ class Checkpoint:
     def num_numbers(self) -> int:
         return sum(math.prod(stored.shape) for stored in self._stored.values())
 
-    def shape(self, key: str) -> list[int]:
-        return self._stored[key].shape
-
-    def read_(self, key: str, weight: Tensor) -> int:
-        """weight = the numbers of key, in weight's dtype and on its device. Returns how many are NaN or infinite there.
+    def read_(self, source: Source, weight: Tensor) -> int:
+        """weight = what is at source, in weight's dtype and on its device. Returns how many are NaN or infinite then.
 
         Memory: one piece.
         """
-        flat, bad = weight.view(-1), 0
-        for start, piece in zip(range(0, flat.numel(), PIECE), self._pieces(key)):
-            place = flat[start : start + PIECE].copy_(piece)
+        rows = weight.t() if source.transposed else weight.view(-1)  # in the order of the file
+        numbers, filled, bad = rows[:1].numel(), 0, 0  # in a row
+        for piece in self._pieces(source.key, source.part, numbers):
+            piece = piece.view(-1, *rows.shape[1:])
+            place = rows[filled : filled + len(piece)].copy_(piece)
+            filled += len(piece)
             if not place.sum().isfinite():  # or the sum alone passes the dtype's range
                 bad += int((~place.isfinite()).sum())
+        assert filled == len(rows), f"{source}: {filled} of {len(rows)} rows"
         return bad
 
-    def _pieces(self, key: str) -> Iterator[Tensor]:
-        """A tensor's numbers in order, PIECE at a time, as the file has them."""
+    def _pieces(self, key: str, part: Part | None = None, row: int = 1) -> Iterator[Tensor]:
+        """A tensor's numbers or a part of them, in the order of the file: about PIECE at a time, in whole rows."""
         path, start, dtype, shape = self._stored[key]
+        total, size = math.prod(shape), FILE_DTYPES[dtype].itemsize
+        first, length, every = part or (0, total, total)
+        wanted = total // every * length if total else 0
+        step = max(PIECE // row, 1) * row
         with path.open("rb") as file:
-            file.seek(start)
-            for begin in range(0, math.prod(shape), PIECE):
-                piece = torch.empty(min(PIECE, math.prod(shape) - begin), dtype=FILE_DTYPES[dtype])
-                if file.readinto(piece.view(torch.uint8).numpy()) < piece.nbytes:
-                    raise InputError(f"{path}: became shorter while it was read. Load it again when it is whole.")
+            for begin in range(0, wanted, step):
+                piece = torch.empty(min(step, wanted - begin), dtype=FILE_DTYPES[dtype])
+                bytes_of_piece, filled = memoryview(piece.view(torch.uint8).numpy()), 0
+                while filled < len(piece):  # a stretch of neighbours at a time
+                    nth, skipped = divmod(begin + filled, length)
+                    end = min(filled + length - skipped, len(piece))
+                    file.seek(start + size * (nth * every + first + skipped))
+                    if file.readinto(bytes_of_piece[size * filled : size * end]) < size * (end - filled):
+                        raise InputError(f"{path}: became shorter while it was read. Load it again when it is whole.")
+                    filled = end
                 yield piece
 
     def check(self, needed: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> None:
@@ -164,9 +195,10 @@ def _find(folder: Path) -> dict[str, Stored]:
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise InputError(f"{index}: weight_map must say which file holds each key. Download it again.")
         names = sorted(set(where.values()))
-    elif list(folder.glob("*.bin")):
-        raise InputError(f"{folder}: only pickled weights (.bin), which can run code. Write them as safetensors: "
-                         f"cd {shlex.quote(str(folder))} && {CONVERT}")  # fmt: skip
+    elif pickled := [pattern for pattern in PICKLED if list(folder.glob(pattern))]:
+        suffix, convert = Path(pickled[0]).suffix, CONVERT.replace("PATTERN", pickled[0])
+        raise InputError(f"{folder}: only pickled weights ({suffix}), which can run code. Write them as safetensors: "
+                         f"cd {shlex.quote(str(folder))} && {convert}")  # fmt: skip
     else:
         raise InputError(f"{folder}: no weights, neither {single.name} nor {index.name}. Download them.")
 

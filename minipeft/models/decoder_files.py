@@ -3,12 +3,12 @@
 Phi-3 is a Llama whose file keeps q, k, v in one tensor, and gate, up in one. Saved, it is a Llama or a Mistral.
 """
 
-from functools import partial
+import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from minipeft.errors import InputError
-from minipeft.models.checkpoint import Family, Source
+from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.fields import choice, flag, num_layers, real, rope, shown, whole
 
@@ -163,15 +163,12 @@ def phi3_sources(model: Decoder) -> dict[str, Source]:
     for i, layer in enumerate(model.layers):
         attn, mlp = layer.attn, layer.mlp
         for key, maps in (("self_attn.qkv_proj", (attn.q, attn.k, attn.v)), ("mlp.gate_up_proj", (mlp.gate, mlp.up))):
-            sizes = [linear.weight.shape[0] for linear in maps]
-            for number, linear in enumerate(maps):
-                sources[f"{linear.site}.weight"] = Source(f"model.layers.{i}.{key}.weight",
-                    (sum(sizes), model.config.width), partial(_piece, sizes=sizes, number=number))  # fmt: skip
+            shape, first = (sum(linear.weight.shape[0] for linear in maps), model.config.width), 0
+            for linear in maps:
+                part = Part(first, linear.weight.numel(), math.prod(shape))
+                sources[f"{linear.site}.weight"] = Source(f"model.layers.{i}.{key}.weight", shape, part)
+                first += part.length
     return sources
-
-
-def _piece(fused: Tensor, sizes: list[int], number: int) -> Tensor:
-    return fused.split(sizes)[number]
 
 
 FAMILY = Family(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.causal import Causal, check_lengths
-from minipeft.models.checkpoint import Family, Source
+from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.hooks import BASE, Hooks, Linear, together
 from minipeft.models.layers import LayerNorm, gelu, gelu_tanh
@@ -150,15 +150,15 @@ def read(fields: dict) -> GPT2Config:
 def sources(model: GPT2) -> dict[str, Source]:
     """Where each parameter lies: linear maps transposed, q, k and v as the thirds of c_attn's columns."""
     K, found = model.config.width, {}
-    columns = {"q": slice(0, K), "k": slice(K, 2 * K), "v": slice(2 * K, 3 * K)}
+    thirds = {"q": Part(0, K, 3 * K), "k": Part(K, K, 3 * K), "v": Part(2 * K, K, 3 * K)}  # of each row
     for name, weight in model.named_parameters():
         parts = name.split(".")
         key = "transformer." + ".".join(KEY_PARTS.get(part, part) for part in parts)
-        if parts[-2] in columns:
+        if parts[-2] in thirds:
             shape = (K, 3 * K) if weight.ndim == 2 else (3 * K,)
-            found[name] = Source(key, shape, lambda w, mine=columns[parts[-2]]: w[..., mine].t())
+            found[name] = Source(key, shape, thirds[parts[-2]], transposed=weight.ndim == 2)
         elif parts[-2] in ("o", "up", "down"):
-            found[name] = Source(key, tuple(weight.shape)[::-1], Tensor.t)
+            found[name] = Source(key, tuple(weight.shape)[::-1], transposed=weight.ndim == 2)
         else:
             found[name] = Source("lm_head.weight" if name == "head_linear.weight" else key)
     return found

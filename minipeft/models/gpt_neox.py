@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minipeft.errors import InputError
 from minipeft.models.causal import Causal, check_lengths
-from minipeft.models.checkpoint import Family, Source
+from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.fields import choice, flag, num_layers, real, rope, whole
 from minipeft.models.gpt2 import ACTIVATIONS, MLP
 from minipeft.models.hooks import BASE, Hooks, Linear, together
@@ -158,8 +158,8 @@ def sources(model: GPTNeoX) -> dict[str, Source]:
         parts = name.split(".")
         key = "gpt_neox." + ".".join(KEY_PARTS.get(part, part) for part in parts)
         if parts[-2] in number:
-            mine = lambda w, i=number[parts[-2]]: w.unflatten(0, (heads, 3, -1))[:, i].flatten(0, 1)  # noqa: E731
-            found[name] = Source(key, (3 * K, *weight.shape[1:]), mine)
+            head = weight.numel() // heads  # numbers
+            found[name] = Source(key, (3 * K, *weight.shape[1:]), Part(number[parts[-2]] * head, head, 3 * head))
         else:
             found[name] = Source("embed_out.weight" if name == "head_linear.weight" else key)
     return found

@@ -3,7 +3,7 @@
     load_model(folder) = the architecture that config.json names, with every weight of the folder, and none left over
 
 Nothing is guessed. A setting the base does not have, a key that is missing, left over or of another shape, a damaged
-file: an InputError of one line that names it. Pickled weights (.bin) are never opened: they can run code.
+file: an InputError of one line that names it. Pickled weights (.bin, .pt, ...) are never opened: they can run code.
 """
 
 import hashlib
@@ -35,11 +35,16 @@ FAMILIES: dict[str, Family] = {  # model_type of config.json -> how it is read
     "gemma2": gemma2.FAMILY,
     "bert": bert.BERT,
     "roberta": bert.ROBERTA,
+    "xlm-roberta": bert.ROBERTA,
     "gpt2": gpt2.FAMILY,
     "gpt_neox": gpt_neox.FAMILY,
     "t5": t5.FAMILY,
 }
 HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*")
+SHORT_IDS = {  # whose the hub's ids without an organisation are: gpt2-medium is openai-community/gpt2-medium
+    "gpt2": "openai-community", "bert": "google-bert", "roberta": "FacebookAI", "xlm-roberta": "FacebookAI",
+    "t5": "google-t5",
+}  # fmt: skip
 NOT_SIZES = ("max_positions", "max_distance")  # settings that may be larger than all weights
 QUICK_LAYERS = 100  # built before their keys are looked at; more must be in the file first: each takes milliseconds
 TENSORS_PER_LAYER = 6  # at the least, of any family
@@ -51,9 +56,9 @@ def load_model(
 ) -> nn.Module:
     """The frozen base of a Hugging Face folder or hub id, all keys and shapes checked before the first weight is read.
 
-    Weights are read and converted piece by piece into their final place, so memory holds each once. A tensor that is
-    cut into several weights, or transposed, is held as a whole meanwhile. A file changed later cannot move the base.
-    NaN and infinite weights are kept, with a warning that counts them.
+    Weights are read and converted piece by piece into their final place, so memory holds each once, also one that is
+    cut out of a larger tensor or transposed. A file changed later cannot move the base. NaN and infinite weights are
+    kept, with a warning that counts them. An encoder's checkpoint may hold heads: they are left out, with a warning.
 
     Args:
         name: see `find_folder`.
@@ -64,9 +69,14 @@ def load_model(
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}, needed one of {', '.join(map(str, COMPUTE_DTYPES))}.")
     folder, asked_for = find_folder(name), os.path.basename(os.path.abspath(name))
+    if not os.path.isdir(name) and not list(folder.glob("*.safetensors")):
+        repo = str(name).partition("@")[0]
+        raise InputError(f"{name}: the hub has no safetensors weights for it, at the most pickled ones, which can run "
+                         f"code. `hf download {repo} --local-dir FOLDER`, then load FOLDER: the error says how to "
+                         "write them as safetensors.")  # fmt: skip
     family, config = read_config(folder)
     checkpoint = Checkpoint(folder)
-    checkpoint.prepare(family)
+    heads = checkpoint.prepare(family)
     check_sizes(config, checkpoint)
     try:
         with torch.device("meta"), _NoStartValues():
@@ -83,25 +93,21 @@ def load_model(
     places: dict[int, list[str]] = {}  # a tied weight has several names
     for name, weight in meta.items():
         places.setdefault(id(weight), []).append(name)
-    names: dict[str, list[str]] = {}  # key -> the parameters that are cut from it
-    for name, source in sources.items():
-        names.setdefault(source.key, []).append(name)
     bad = {}  # key -> how many NaN or infinite numbers
-    for key, cut in names.items():
-        whole = torch.empty(checkpoint.shape(key), dtype=dtype, device=device)
-        if num_bad := checkpoint.read_(key, whole):
-            bad[key] = num_bad
-        for name in cut:
-            part = sources[name].part
-            weight = whole if part is None else part(whole).clone(memory_format=torch.contiguous_format)
-            assert tuple(weight.shape) == shapes[name], f"{name}: {tuple(weight.shape)}, not {shapes[name]}"
-            weight = nn.Parameter(weight, requires_grad=False)
-            for place in places[id(meta[name])]:
-                module, _, leaf = place.rpartition(".")
-                setattr(model.get_submodule(module), leaf, weight)
+    for name, source in sources.items():
+        weight = nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device), requires_grad=False)
+        if num_bad := checkpoint.read_(source, weight):
+            bad[source.key] = bad.get(source.key, 0) + num_bad
+        for place in places[id(meta[name])]:
+            module, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(module), leaf, weight)
     if bad:
         warnings.warn(f"{folder}: {sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite in {dtype}, "
                       f"the first in {next(iter(bad))}. Download the model again.", stacklevel=2)  # fmt: skip
+    if heads:
+        kinds = ", ".join(sorted({key.partition(".")[0] for key in heads}))
+        warnings.warn(f"{folder}: {len(heads)} tensors of heads are not used ({one_line(kinds)}): the base is the "
+                      "encoder alone.", stacklevel=2)  # fmt: skip
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
     model.origin = Origin(folder.absolute(), asked_for, model)
@@ -153,6 +159,9 @@ def find_folder(name: str | Path) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
+    for start, org in SHORT_IDS.items():
+        if re.fullmatch(rf"{start}(-[\w.-]+)?", str(name)):
+            raise InputError(f"{name}: no such folder. On the hub it is {org}/{name}: give that name.")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(name)):
         raise InputError(f"{name}: no such folder. Download the model: `hf download NAME --local-dir {name}`; "
                          "or give a hub id as org/name.")  # fmt: skip

@@ -9,7 +9,7 @@
                                     y = y + o(attention(q(n2 y), k(memory), v(memory)))    all rows of its input
                                     y = y + mlp(n3 y)
     logits = head(norm(y))
-    mlp(x) = down(relu(up(x)))  in T5 1.0;   down(gelu(gate(x)) * up(x))  in 1.1 and Flan
+    mlp(x) = down(relu(up(x)))  in T5 1.0;   down(gelu(gate(x)) * up(x))  in 1.1 and Flan; or with silu
 
 Attention is softmax(q k^T + bias) v, unscaled. Positions are nowhere but in bias, a number per head and distance that
 all layers of a stack share; cross-attention has none. Inputs and targets are packed rows of their own (rows.py), so
@@ -29,7 +29,7 @@ from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.generate import Sampling, generate_from
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
-from minipeft.models.layers import RMSNorm, gelu_tanh
+from minipeft.models.layers import RMSNorm, SwiGLU, gelu_tanh
 from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
@@ -54,6 +54,7 @@ class T5Config:
     mlp_width: int
     start_token: int  # what a target begins with, unwritten
     gated: bool = False  # T5 1.1's MLP
+    gate_activation: str = "gelu_new"  # or "silu"
     norm_eps: float = 1e-6
     num_buckets: int = 32  # of distances
     max_distance: int = 128  # from here on all distances are one
@@ -140,12 +141,13 @@ class MLP(nn.Module):
         self.gate = Linear(f"{site}.gate", config.width, config.mlp_width, bias=False) if config.gated else None
         self.up = Linear(f"{site}.up", config.width, config.mlp_width, bias=False)
         self.down = Linear(f"{site}.down", config.mlp_width, config.width, bias=False)
+        self.silu = config.gate_activation == "silu"
 
     def forward(self, x: Tensor, hooks: Hooks) -> Tensor:
         if self.gate is None:
             return self.down(torch.relu(self.up(x, hooks)), hooks)
         gate, up = together((self.gate, self.up), x, hooks)
-        return self.down(gelu_tanh(gate) * up, hooks)
+        return self.down(SwiGLU.apply(gate, up) if self.silu else gelu_tanh(gate) * up, hooks)
 
 
 class EncoderLayer(nn.Module):
@@ -324,8 +326,9 @@ def read(fields: dict) -> T5Config:
     """
     if not flag(fields, "is_encoder_decoder", default=True) or flag(fields, "is_decoder"):
         raise InputError("is_encoder_decoder is false or is_decoder is true; supported is T5 as a whole, both stacks.")
-    kind = choice(fields, "feed_forward_proj", ("relu", "gated-gelu"), default="relu")
-    gated, activation = kind == "gated-gelu", {"relu": "relu", "gated-gelu": "gelu_new"}[kind]
+    activations = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
+    kind = choice(fields, "feed_forward_proj", tuple(activations), default="relu")
+    gated, activation = kind != "relu", activations[kind]
     choice(fields, "dense_act_fn", (activation,), default=activation)
     if flag(fields, "is_gated_act", default=gated) != gated:
         raise InputError(f"is_gated_act is {fields['is_gated_act']!r} but feed_forward_proj is {kind!r}.")
@@ -345,6 +348,7 @@ def read(fields: dict) -> T5Config:
         mlp_width=whole(fields, "d_ff"),
         start_token=whole(fields, "decoder_start_token_id", least=0, most=vocab_size - 1),
         gated=gated,
+        gate_activation=activation if gated else "gelu_new",
         norm_eps=real(fields, "layer_norm_epsilon", default=1e-6),
         num_buckets=num_buckets,
         max_distance=whole(fields, "relative_attention_max_distance", default=128, least=num_buckets // 2 + 1,
