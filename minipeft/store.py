@@ -69,7 +69,7 @@ def save_adapter(folder: Path, adapter: Adapter, base: Sites) -> Path:
 def _save_shared(folder: Path, adapter: Adapter, base: Sites) -> str:
     """Write an adapter that lies under others, if it is not there. Returns its digest, which is its name."""
     metadata = _metadata(adapter)
-    digest = hashlib.sha256(json.dumps(metadata).encode() + adapter.row.numpy().tobytes()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(metadata).encode() + adapter.row.cpu().numpy().tobytes()).hexdigest()[:32]
     if not _shared_path(folder, digest).exists():
         write_file(_shared_path(folder, digest), save(adapter.method.tensors(adapter.row, base), metadata))
     return digest
