@@ -11,6 +11,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,13 +34,15 @@ FORMATS = ("peft", "adapterhub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 141 if whoever
+    read the output went away."""
     args, finished = None, []
     try:
         args = parse(argv)
         result = COMMANDS[args.command](args, finished)
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
+        sys.stdout.flush()
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2
@@ -47,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f" {len(finished)} users had finished; their adapters are in {args.store}" if finished else ""
         print(f"\nminipeft: interrupted.{kept}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush again, and fail
+        return 141
     return 0
 
 
@@ -161,13 +167,17 @@ def run_predict(args: argparse.Namespace, _) -> dict:
     if args.user is None:
         if args.text is not None:
             raise InputError("--text needs --user: whose answer?")
-        replies = predict(load(args), store, read_lines(sys.stdin, store))
+        replies = predict(load(args), store, read_lines(sys.stdin.buffer, store))
         for reply in replies:
             print(json.dumps(reply.described(), ensure_ascii=False))
         return {"replies": len(replies), "num_cut_texts": sum(reply.was_cut for reply in replies)}
     if args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")
-    text = sys.stdin.read().rstrip("\n") if args.text is None else args.text
+    try:
+        text = sys.stdin.buffer.read().decode().rstrip("\n") if args.text is None else args.text
+        text.encode()
+    except UnicodeError:
+        raise InputError("the text is not UTF-8") from None
     if not text.strip():
         raise InputError("the text is empty; give one with --text or on standard input")
     (reply,) = predict(load(args), store, [(args.user, text)])
@@ -177,14 +187,15 @@ def run_predict(args: argparse.Namespace, _) -> dict:
     return reply.described()
 
 
-def read_lines(lines: Iterable[str], store: Store) -> list[tuple[str, str]]:
+def read_lines(lines: Iterable[bytes], store: Store) -> list[tuple[str, str]]:
     """(user, text) of lines of JSON. Raises InputError that names the line; no text is ever quoted."""
     asked = []
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
+            json.dumps(fields, ensure_ascii=False).encode()  # half a character is no text
         except (ValueError, RecursionError):
-            raise InputError(f'line {number} is not JSON; needed {{"user": ..., "text": ...}}') from None
+            raise InputError(f'line {number} is not JSON in UTF-8; needed {{"user": ..., "text": ...}}') from None
         for name in ("user", "text"):
             if not isinstance(fields, dict) or not isinstance(fields.get(name), str) or not fields[name].strip():
                 raise InputError(f'line {number} has no "{name}" with at least one visible character')

@@ -72,9 +72,12 @@ def printed(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def say(monkeypatch, text: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+
+
 def ask(monkeypatch, store, base, lines, *more) -> int:
-    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    say(monkeypatch, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return run("predict", "--store", store, "--model", base, *more)
 
 
@@ -166,7 +169,7 @@ def test_one_users_text_may_come_from_stdin(task, bases, stores, capsys, monkeyp
     one = ["predict", "--store", stores["decoder"], "--model", bases["decoder"], "--user", "ann", "--json"]
     assert run(*one, "--text", text) == 0
     expected = printed(capsys)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n"))
+    say(monkeypatch, f"{text}\n".encode())
     assert run(*one) == 0 and printed(capsys) == expected
 
 
@@ -450,20 +453,33 @@ def bad_predict_empty_text(s):
 
 
 def bad_predict_unknown_user_in_a_line(s):
-    lines = ['{"user": "ann", "text": "a"}', '{"user": "zoe", "text": "a"}']
-    return ["predict", "--store", s.store, "--model", s.base], "line 2: no adapter of user 'zoe'", lines
+    lines = b'{"user": "ann", "text": "a"}', b'{"user": "zoe", "text": "a"}'
+    return ["predict", "--store", s.store, "--model", s.base], "line 2: no adapter of user 'zoe'", *lines
 
 
 def bad_predict_line_is_no_json(s):
-    return ["predict", "--store", s.store, "--model", s.base], "line 1 is not JSON", ["hello"]
+    return ["predict", "--store", s.store, "--model", s.base], "line 1 is not JSON", b"hello"
 
 
 def bad_predict_line_without_text(s):
-    return ["predict", "--store", s.store, "--model", s.base], 'line 1 has no "text"', ['{"user": "ann"}']
+    return ["predict", "--store", s.store, "--model", s.base], 'line 1 has no "text"', b'{"user": "ann"}'
 
 
 def bad_predict_line_is_a_list(s):
-    return ["predict", "--store", s.store, "--model", s.base], 'line 1 has no "user"', ["[1]"]
+    return ["predict", "--store", s.store, "--model", s.base], 'line 1 has no "user"', b"[1]"
+
+
+def bad_predict_line_is_not_utf8(s):
+    return ["predict", "--store", s.store, "--model", s.base], "line 1 is not JSON in UTF-8", b'{"user": "\xff"}'
+
+
+def bad_predict_line_with_half_a_character(s):
+    line = b'{"user": "ann", "text": "\\ud800"}'
+    return ["predict", "--store", s.store, "--model", s.base], "line 1 is not JSON in UTF-8", line
+
+
+def bad_predict_text_is_not_utf8(s):
+    return ["predict", "--store", s.store, "--model", s.base, "--user", "ann"], "the text is not UTF-8", b"\xff"
 
 
 def bad_eval_with_another_base(s):
@@ -514,7 +530,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(make, task, bases, stores, 
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     argv, named, *lines = make(SimpleNamespace(task=task, base=base, other=bases["gpt2"], store=store, tmp=tmp_path,
                                                new=tmp_path / "new"))  # fmt: skip
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines[0]) if lines else ""))
+    say(monkeypatch, b"\n".join(lines))
     assert run(*argv) == 2
     streams = capsys.readouterr()
     assert streams.err.count("\n") == 1 and streams.err.startswith("minipeft: ") and named in streams.err, streams.err
@@ -527,6 +543,13 @@ def test_the_command_itself_exits_with_2_and_no_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-m", "minipeft", "users", "--store", str(tmp_path)], capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("minipeft: ")
+
+
+def test_a_reader_that_goes_away_is_no_error(stores):
+    command = [sys.executable, "-m", "minipeft", "users", "--store", str(stores["decoder"])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_help_has_a_line_for_each_method(capsys):
@@ -633,6 +656,7 @@ def test_the_readmes_commands_and_python_run(task, bases, tmp_path, capsys, monk
     shutil.copytree(task, "task")
     Path("questions.jsonl").write_text('{"user": "bob", "text": "a"}\n{"user": "ann", "text": "b"}\n')
     readme = (Path(__file__).parent.parent / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
+    assert f"# {len(NAMES)} methods" in readme
     shell, python, _ = re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL)
     commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
     assert {words[3] for words in commands} == {"methods", "train", "users", "eval", "predict", "export", "import"}
