@@ -40,9 +40,16 @@ def expand_rows_(y: Tensor, pieces: Pieces, v: Tensor, Bt: Tensor, beta: int) ->
     """
     part = pieces.of(y)  # [n, size, N], of y itself if the rows follow one another
     part.baddbmm_(v.transpose(1, 2), Bt, beta=beta)
+    if not isinstance(pieces.rows, slice):
+        put_rows_(y, pieces, part)
+
+
+def put_rows_(y: Tensor, pieces: Pieces, part: Tensor) -> None:
+    """The pieces' rows of y [T, N] = part [n, size, N]."""
     if isinstance(pieces.rows, slice):
+        pieces.of(y).copy_(part)
         return
-    rows, part = pieces.rows, part.view(-1, y.shape[1])
+    rows, part = pieces.rows, part.reshape(-1, y.shape[1])
     if pieces.filled is not None:
         places, rows, _ = pieces.filled
         part = part.index_select(0, places)

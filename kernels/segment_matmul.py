@@ -14,6 +14,8 @@ from torch import Tensor
 from minipeft_kernels import cpu
 from minipeft_kernels.segments import Segments, take
 
+NARROW = 16  # columns: on a CPU the last bits of narrower products change with their number; transposed they do not
+
 
 def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
     """[T, K], [U, K, N] -> [T, N]."""
@@ -22,7 +24,11 @@ def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
         return F.grouped_mm(x, W.index_select(0, slots), offs=ends)
     y = x.new_empty(len(x), W.shape[2])
     for pieces in segments.tiles.pieces:
-        cpu.expand_rows_(y, pieces, pieces.of(x).transpose(1, 2), take(W, pieces.slots), beta=0)
+        own, part = take(W, pieces.slots), pieces.of(x)
+        if y.shape[1] >= NARROW:
+            cpu.expand_rows_(y, pieces, part.transpose(1, 2), own, beta=0)
+        else:
+            cpu.put_rows_(y, pieces, torch.bmm(own.transpose(1, 2), part.transpose(1, 2)).transpose(1, 2))
     return y
 
 

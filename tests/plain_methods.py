@@ -62,7 +62,8 @@ class PlainHooks(Hooks):
             return y
         down, down_bias, up, up_bias = (self.t[f"{site}.{name}"] for name in ("down", "down_bias", "up", "up_bias"))
         h = {"output": y, "sum": x + y if norm is None else norm(x + y), "input": read}[self.method.reads]
-        return y + self.method.scale * (ACTIVATIONS[self.method.activation](F.linear(h, down, down_bias)) @ up + up_bias)
+        inner = ACTIVATIONS[self.method.activation](F.linear(h, down, down_bias))
+        return y + self.method.scale * (inner @ up + up_bias)
 
     def keys(self, site, k, v):
         return tuple(self._begun(f"{site}.{name}", x.flatten(1)).view_as(x) for name, x in (("k", k), ("v", v)))

@@ -1,6 +1,10 @@
 """Does the engine train the same adapters through the kernels as through plain PyTorch?"""
 
+import copy
+
 import numpy as np
+import pytest
+import test_methods
 import torch
 from test_engine import LABELS, make_model, make_questions
 
@@ -8,7 +12,7 @@ import minipeft_kernels.backend
 from minipeft.engine import Engine, predict
 from minipeft.methods.lora import LoRA
 from minipeft.models.decoder import DecoderConfig
-from minipeft.schedule import Job, PassConfig, TrainConfig
+from minipeft.schedule import Job, PassConfig, Run, TrainConfig
 from minipeft_kernels import lora_linear as lora_linear_file
 from minipeft_kernels import wgrad as wgrad_file
 
@@ -52,3 +56,28 @@ def test_adapters_and_answers_are_those_of_plain_pytorch(kernels, monkeypatch):
             assert float((one - other).norm() / other.norm()) < 1e-5, job.user
             torch.testing.assert_close(*(torch.from_numpy(s[job.user]) for s in (kernel_scores, plain_scores)),
                                        rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, kind", [("gpt2", kind) for kind in test_methods.METHODS if kind != "head"] +
+                         [("t5", "head"), ("t5", "prefix"), ("bert", "head"), ("decoder", "layernorm")])
+def test_every_method_does_through_the_kernels_what_it_does_in_plain_pytorch(name, kind, kernels, monkeypatch):
+    """The gradients of one step of two users."""
+    rows, grads = {}, []
+    for interpret in (False, minipeft_kernels.backend.INTERPRET):
+        monkeypatch.setattr(minipeft_kernels.backend, "INTERPRET", interpret)
+        base = copy.deepcopy(test_methods.BASES[name]).to(kernels if interpret else "cpu")
+        method = test_methods.of_base(test_methods.METHODS[kind], base)
+        engine, runs, rng = Engine(base, test_methods.labels_of(base)), [], np.random.default_rng(0)
+        for seed, user in enumerate(("ann", "bob")):
+            if user not in rows:
+                rows[user] = method.row(test_methods.drawn(method, base, seed), base)
+            mine = test_methods.questions(rng, 2)
+            place = engine.admit(user, method, rows[user])
+            runs.append(Run(Job(user, mine, mine, TrainConfig(method)), *place, engine.virtual(place[0])))
+        engine.train_step(runs)
+        grads.append([method.tensors(engine._banks[0].bank.grads[slot].cpu(), base) for slot in (0, 1)])
+    for plain, kernel in zip(*grads):
+        largest = max(tensor.norm() for tensor in plain.values())
+        for site, tensor in plain.items():
+            error = (kernel[site] - tensor).norm() / max(tensor.norm(), 1e-3 * largest)
+            assert error < 1e-4, f"{site}: {error:.1e}"

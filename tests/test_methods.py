@@ -9,6 +9,7 @@ import torch
 from plain_methods import plain_log_probs
 from test_recompute import fill
 
+from minipeft.batch import Read
 from minipeft.engine import Engine, predict
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
@@ -111,7 +112,7 @@ def test_what_does_not_apply_says_so():
     refused = {(name, kind) for name in BASES for kind in METHODS} - set(CASES)
     assert refused == {("t5", "embedding"), ("t5", "bitfit"), ("decoder", "head"), ("gpt2", "head")}
     for name, kind in refused:
-        with pytest.raises(InputError, match="no site of this base is called 'embed'|no biases|no place for a head"):
+        with pytest.raises(InputError, match=r"no site of this base is called 'embed'|no biases|no place for a head"):
             METHODS[kind].check(BASES[name])
 
 
@@ -233,3 +234,130 @@ def test_deterministic_adapters_are_the_same_bits_in_any_company(name):
     for job in jobs:
         alone = Engine(base, labels_of(base), PassConfig(1, deterministic=True)).train([job])[job.user]
         assert torch.equal(together[job.user].row, alone.row), f"{job.user} by {job.config.method}"
+
+
+COUNTS = {  # PEFT-U's configurations on Flan-T5-base, and its ablation of about 110,000 numbers each
+    LoRA(8, sites=("q", "v")): 884_736,
+    Houlsby(): 3_578_112,
+    PrefixTuning(20, hf_compat=True): 368_640,
+    PTuning(20): 1_593_344,
+    PromptTuning(20): 15_360,
+    IA3(("k", "v", "up"), inputs=()): 104_448,
+    Head(): 7_079_424,
+    LoRA(1, sites=("q", "v")): 110_592,
+    Houlsby(reduction=512): 110_640,
+    PrefixTuning(6, hf_compat=True): 110_592,
+    PromptTuning(144): 110_592,
+    PTuning(20, hidden=12, layers=1): 110_232,
+}
+
+
+@pytest.mark.parametrize("method", COUNTS, ids=lambda method: f"{method.name} {COUNTS[method]}")
+def test_counts_are_the_benchmarks_to_the_number(method):
+    with torch.device("meta"):
+        flan_t5_base = T5(T5Config(32128, 768, 12, 12, 12, 64, 2048, start_token=0, gated=True))
+    method.check(flan_t5_base)
+    assert method.count(flan_t5_base) == COUNTS[method]
+
+
+def plain_continuation(base, method, tensors, prompt, number):
+    """Greedy, one token at a time, everything computed again for each."""
+    tokens = []
+    for _ in range(number):
+        if isinstance(base, T5):
+            read = Read((0, *tokens), 1, inputs=tuple(prompt))
+        else:
+            read = Read((*prompt, *tokens), 1)
+        tokens.append(int(plain_log_probs(base, method, tensors, read)[-1].argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["decoder", "gpt2", "t5"])
+def test_users_under_all_methods_write_in_one_batch_what_they_write_alone(name):
+    base, rng = BASES[name], np.random.default_rng(3)
+    engine, asked, expected = Engine(base, labels_of(base), PassConfig(slots=4)), [], []
+    for u, method in enumerate(method for method in METHODS.values() if applies(method, base)):
+        tensors, prompts = drawn(method, base, u), [q.prompt for q in questions(rng, 1 + u % 2)]
+        asked.append((*engine.admit(f"user {u}", method, method.row(tensors, base)), prompts))
+        exact = {key: tensor.double() for key, tensor in tensors.items()}
+        with torch.no_grad():
+            expected.append([plain_continuation(EXACT[name], method, exact, prompt, 6) for prompt in prompts])
+    assert engine.generate(asked, 6, stop=()) == expected
+    assert len({tuple(tokens) for answers in expected for tokens in answers}) > 5
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_personal_adapter_on_a_shared_one(name):
+    """Shared + personal: the shared one acts and stays as it is; the personal one alone is trained."""
+    base, rng = BASES[name], np.random.default_rng(4)
+    labels, mine = labels_of(base), questions(rng, 6)
+    shared_method, method = LoRA(4, sites=("q", "v", "down")), of_base(IA3(), base)
+    row = shared_method.row(drawn(shared_method, base), base)
+    shared = Adapter("everyone", shared_method, row)
+    config = TrainConfig(method, learning_rate=1e-2, epochs=2, batch_size=3)
+    jobs = [Job("ann", mine, mine, config, under=shared), Job("bob", mine, mine, config)]
+    trained = Engine(base, labels).train(jobs)
+    assert torch.equal(shared.row, row) and not torch.equal(trained["ann"].row, trained["bob"].row)
+    merged = copy.deepcopy(base)
+    tensors = shared_method.tensors(row, base)
+    with torch.no_grad():
+        for site in shared_method.chosen(base):
+            merged.linears[site].weight += shared_method.scale_of(site) * tensors[f"{site}.B"] @ tensors[f"{site}.A"]
+    on_merged = Engine(merged, labels).train([Job("ann", mine, mine, config)])["ann"]
+    assert (trained["ann"].row - on_merged.row).norm() < 1e-4 * on_merged.row.norm()
+    asked = {"ann": mine}
+    scores = predict(base, labels, {"ann": trained["ann"]}, asked)["ann"]
+    np.testing.assert_allclose(scores, predict(merged, labels, {"ann": on_merged}, asked)["ann"], atol=1e-3)
+    job = Job("ann", mine, mine, replace(config, method=shared_method), start=row)
+    begun = Engine(base, labels).train([job])["ann"]
+    assert begun.row.shape == row.shape and (begun.row - row).norm() < row.norm()
+
+
+def test_one_user_under_several_methods_at_once():
+    base, rng = BASES["decoder"], np.random.default_rng(5)
+    mine = questions(rng, 6)
+    configs = {name: TrainConfig(METHODS[name], epochs=1) for name in ("lora", "ia3", "prompt")}
+    configs |= {"rank 7": TrainConfig(LoRA(7)), "rank 8": TrainConfig(LoRA(8))}  # one bank
+    jobs = [Job("ann", mine, mine, config, name=name) for name, config in configs.items()]
+    together = Engine(base, labels_of(base)).train(jobs)
+    for job in jobs:
+        alone = Engine(base, labels_of(base)).train([job])[job.name].row
+        assert (together[job.name].row - alone).norm() < 1e-5 * alone.norm()
+    with pytest.raises(InputError, match="'ann' is listed twice"):
+        Engine(base, labels_of(base)).train([replace(job, name="") for job in jobs])
+
+
+def test_dropout_is_the_users_own_and_gone_in_evaluation():
+    base, rng = BASES["decoder"], np.random.default_rng(6)
+    mine = questions(rng, 8)
+    config = TrainConfig(LoRA(4, dropout=0.5), learning_rate=1e-2, epochs=1, batch_size=8)
+    jobs = [Job("ann", mine, mine, replace(config, method=method, seed=seed))
+            for seed, method in ((0, config.method), (0, config.method), (1, config.method), (0, LoRA(4)))]
+    rows = [Engine(base, labels_of(base)).train([job])["ann"].row for job in jobs]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[3])
+    scores = [predict(base, labels_of(base), {"ann": Adapter("ann", method, rows[0])}, {"ann": mine})["ann"]
+              for method in (config.method, LoRA(4))]  # fmt: skip
+    np.testing.assert_array_equal(*scores)
+
+
+@pytest.mark.parametrize("method, message", [
+    (Houlsby(reduction=100), "reduction 100 makes 0 features of 32 at layers.0.attn; needed 1 to 256"),
+    (Houlsby(activation="tanh"), "activation 'tanh' is unknown; choose one of relu, gelu"),
+    (Pfeiffer(blocks=("ffn",)), "no site of this base is called 'ffn'; it has attn, mlp"),
+    (IA3(inputs=("up",)), "'up' among inputs is none of its sites k, v, down; add it there"),
+    (VeRA(0), "VeRA rank must be at least 1, got 0"),
+    (LoRA(4, scaling="rs"), "LoRA scaling 'rs' is unknown; choose one of lora, rslora"),
+    (LoRA(4, dropout=1.0), "LoRA dropout must be at least 0 and below 1, got 1.0"),
+    (LoRA(4, ranks=(("q", 0),)), "LoRA rank must be at least 1, got 0"),
+    (DoRA(4, sites=("embed",)), "DoRA acts at linear maps, not at the embedding"),
+    (PromptTuning(0), "prompt: 0 virtual tokens; needed at least 1 and fewer than the base's positions, 2048"),
+    (PromptTuning(5, start_from="text"), "prompt: start from 'text' with 0 tokens of text"),
+    (PrefixTuning(2048), "prefix: 2048 virtual tokens"),
+    (PTuning(encoder="gru"), "encoder 'gru' is unknown; choose one of lstm, mlp"),
+    (PTuning(hidden=0), "hidden is 0 and layers 2; both must be at least 1"),
+    (LayerNormTuning(("ln",)), "no site of this base is called 'ln'; it has attn_norm, mlp_norm, norm"),
+    (Stack((PromptTuning(3), PTuning(3))), "two methods of one user have virtual tokens"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(method, message):
+    with pytest.raises(InputError, match=message):
+        method.check(BASES["decoder"])

