@@ -24,7 +24,7 @@ from minipeft.methods import METHODS
 from minipeft.models.classifier import Classifier
 from minipeft.models.loading import load_model
 from minipeft.options import NAMES, add_options, described_methods, method_of, settings_of, sites_of
-from minipeft.running import SHARED, Training, evaluate, first_users, for_base, open_base, predict
+from minipeft.running import SHARED, Training, evaluate, first_users, for_base, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.task import load_task
@@ -243,9 +243,11 @@ def run_export(args: argparse.Namespace, _) -> dict:
     if args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")
     base = open_base(args.model or store.base.folder, len(store.task.labels) if store.task else MIN_LABELS)
-    adapter = store.get(args.user, base)
+    whole = store.get(args.user, base)
+    adapter = without_head(whole, base)
     {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format](adapter, base, args.to)
-    print(f"{args.user}'s adapter is in {args.to}")
+    left = "" if adapter is whole else " without the head, for which these files have no place"
+    print(f"{args.user}'s adapter is in {args.to}{left}")
     return {"user": args.user, "to": str(args.to), "format": args.format, "method": adapter.method.described()}
 
 
@@ -262,7 +264,8 @@ def run_import(args: argparse.Namespace, _) -> dict:
     adapter = {"peft": interop.import_peft, "adapterhub": interop.import_adapterhub}[args.format](
         args.folder, base, args.user)  # fmt: skip
     store.add(adapter, base)
-    print(f"{args.user}'s adapter is in {args.store}")
+    silent = "; it has no head, so every label is as likely" if isinstance(base, Classifier) else ""
+    print(f"{args.user}'s adapter is in {args.store}{silent}")
     return {"user": args.user, "store": str(args.store), "method": adapter.method.described(),
             "adapter_numbers": adapter.method.count(base)}  # fmt: skip
 

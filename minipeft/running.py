@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from minipeft import engine
 from minipeft.engine import Engine
 from minipeft.errors import InputError
@@ -69,6 +71,16 @@ def for_base(method: Method, base: Base) -> Method:
     if default is not None and method.sites == default:
         method = replace(method, sites=tuple(name for name in default if any(picks(name, site) for site in base.sites)))
     return Stack((method, Head())) if isinstance(base, Classifier) and not isinstance(method, (Head, Stack)) else method
+
+
+def without_head(adapter: Adapter, base: Base) -> Adapter:
+    """The adapter without the head that lies beside it on an encoder: other libraries' files have no place for one."""
+    if not isinstance(adapter.method, Stack):
+        return adapter
+    (method,) = (part for part in adapter.method.members if not isinstance(part, Head))
+    tensors = adapter.method.tensors(adapter.row, base)
+    own = method.tensors(torch.zeros(method.layout(base).row_size), base)  # for their names
+    return replace(adapter, method=method, row=method.row({name: tensors[name] for name in own}, base))
 
 
 def check_splits(task: Task, splits: Sequence[str]) -> None:

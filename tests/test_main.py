@@ -578,7 +578,7 @@ def fake(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("kind", ["decoder", "bert"])
+@pytest.mark.parametrize("kind", ["decoder", "t5"])
 def test_export_and_import_pass_on_the_adapter(kind, task, bases, stores, tmp_path, capsys, fake):
     store, base = stores[kind], open_base(bases[kind], 2)
     there = ["--to", tmp_path / "ann", "--format", "peft", "--json"]
@@ -587,7 +587,7 @@ def test_export_and_import_pass_on_the_adapter(kind, task, bases, stores, tmp_pa
     assert torch.equal(adapter.row, Store(store).get("ann", base).row) and base_kind == type(base).__name__
     assert method_from(printed(capsys)["method"]) == adapter.method
     assert run("export", "--store", store, "--user", "ann", *there, "--model", bases[kind]) == 0
-    assert run("export", "--store", store, "--user", "ann", *there, "--model", bases["t5"]) == 2
+    assert run("export", "--store", store, "--user", "ann", *there, "--model", bases["gpt2"]) == 2
     assert "belongs to base" in capsys.readouterr().err
 
     take = ["import", "--from", tmp_path / "ann", "--user", "zoe", "--store", tmp_path / "new", "--model", bases[kind]]
@@ -602,6 +602,21 @@ def test_export_and_import_pass_on_the_adapter(kind, task, bases, stores, tmp_pa
     imported = printed(capsys)
     assert run("predict", "--store", store, "--model", bases[kind], "--user", "ann", "--text", "a", "--json") == 0
     assert imported == printed(capsys) | {"user": "zoe"}
+
+
+def test_an_encoders_adapter_is_exported_without_its_head_and_says_so(bases, stores, tmp_path, capsys, fake):
+    base = open_base(bases["bert"], 2)
+    assert run("export", "--store", stores["bert"], "--user", "ann", "--to", tmp_path / "x", "--format", "peft") == 0
+    assert "without the head" in capsys.readouterr().out
+    whole, (exported, _) = Store(stores["bert"]).get("ann", base), fake.kept[str(tmp_path / "x")]
+    assert exported.method == whole.method.members[0] == for_base(LoRA(rank=2), base).members[0]
+    tensors = whole.method.tensors(whole.row, base)
+    own = exported.method.tensors(exported.row, base)
+    assert tensors.keys() - own.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in own.items())
+    assert run("import", "--from", tmp_path / "x", "--user", "zoe", "--store", tmp_path / "new", "--model",
+               bases["bert"]) == 0  # fmt: skip
+    assert "it has no head, so every label is as likely" in capsys.readouterr().out
 
 
 # ---- From Python, and as the README has it --------------------------------------------------------------------------
