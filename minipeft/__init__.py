@@ -22,10 +22,9 @@ if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os
 # A name's module is imported when the name is first asked for, so that minipeft.kernel_ops, say, needs no safetensors,
 # tokenizers or tqdm: benchmarks/gpu.sh runs with what a GPU machine has.
 _MODULES = {
-    "Adapter": "engine", "Engine": "engine", "InputError": "errors", "Job": "schedule", "LoRA": "methods.lora",
-    "PassConfig": "schedule", "TrainConfig": "schedule", "load_model": "models.loading",
-    "load_tokenizer": "models.loading", "predict": "engine",
-    **dict.fromkeys(("export_adapterhub", "export_peft", "import_adapterhub", "import_peft"), "interop"),
+    "Engine": "engine", "Job": "schedule", "LoRA": "methods.lora", "Store": "store", "TrainConfig": "schedule",
+    "evaluate": "running", "load_model": "models.loading", "load_task": "tasks.task", "predict": "running",
+    "train": "running",
 }
 __all__ = list(_MODULES)
 

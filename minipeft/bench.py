@@ -14,29 +14,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minipeft.bench_kernels import run_kernels
+from minipeft.console import OneLineParser, check_device, progress
 from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError
 from minipeft.labels import Question
-from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
-from minipeft.methods.stack import Stack
-from minipeft.models.bert import Bert
-from minipeft.models.causal import Causal
-from minipeft.models.classifier import Base, Classifier
-from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
+from minipeft.models.classifier import Base
+from minipeft.models.loading import load_model
 from minipeft.profiling import profiled, region
-from minipeft.prompts import Encoded, encode_task
+from minipeft.prompts import Encoded
 from minipeft.report import plot_gains, table
+from minipeft.running import EVERYONE, SHARED, check_splits, first_users, for_base, open_base, pooled, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
 from minipeft.store import adapter_path, save_adapter
@@ -49,17 +45,14 @@ from minipeft.tasks.synthetic import (
     make_synthetic,
 )
 from minipeft.tasks.task import Task, load_task, majority_answers, nominal_alpha, user_accuracy
-from minipeft_kernels.backend import backend
 
 PERSONAL = TrainConfig(
     method=LoRA(rank=8, alpha=16, sites=("v", "o", "down")), learning_rate=5e-3, batch_size=4, epochs=3
 )
-SHARED = {"epochs": 1, "batch_size": 64}  # what is different for the one adapter of everybody
 TRIAL_STEPS = 320  # steps of all users together in the speed trial
 NUM_ALONE = 2  # users whose whole training is repeated alone
 PASSES = PassConfig()
 ALONE = PassConfig(slots=1)
-EVERYONE = "(everyone)"  # the one "user" of the shared adapter
 PROFILED = 8  # with --profile, every so-many-th user of the speed trial trains once more
 ACTIVE = 100  # training examples from which a user counts as active in the table
 
@@ -81,13 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nminipeft.bench: interrupted. {len(finished)} {done} {args.out / where}", file=sys.stderr)
         return 130
     return 0
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Bad options are one line, like all bad input."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; --help lists the options")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -190,13 +176,6 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
 # ---- Inputs --------------------------------------------------------------------------------------------------------
 
 
-def check_device(device: str) -> None:
-    try:
-        backend(device)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"--device {device}: {error}") from None
-
-
 def check_out(out: Path, suite: str) -> None:
     """Make the folder and see that all that will be written can be. Results of an earlier run in it stay."""
     folders, names = {"quick": ((out, out / "adapters"), ("result.json", "gains.png")),
@@ -220,16 +199,8 @@ def get_task(args: argparse.Namespace) -> tuple[Task, Truth | None]:
     if args.task is None:
         return make_synthetic(SyntheticConfig(seed=args.seed, users=args.users or SyntheticConfig.users))
     task = load_task(args.task)
-    for split in ("val", "test"):
-        without = [user for user in task.users if not task.split(split)[user]]
-        if without:
-            raise InputError(f"task {args.task}: {len(without)} users have no {split} example, e.g. {without[0]!r}; "
-                             "leave them out or split again")
-    if args.users is not None:
-        if args.users > len(task.users):
-            raise InputError(f"--users {args.users}: task {args.task} has {len(task.users)} users")
-        task = task.subset(task.users[: args.users])
-    return task, None
+    check_splits(task, ("val", "test"))
+    return (task if args.users is None else first_users(task, args.users)), None
 
 
 def get_base(args: argparse.Namespace, task: Task) -> tuple[Base, Encoded, str]:
@@ -240,21 +211,13 @@ def get_base(args: argparse.Namespace, task: Task) -> tuple[Base, Encoded, str]:
         name = "default"
     else:
         folder, name = args.model, args.model.name
-    model = load_model(folder, device=args.device)
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, model)
-    if isinstance(model, Bert):
-        model = Classifier(model, len(task.labels))
-    elif not isinstance(model, Causal):
-        raise InputError(f"--model {folder}: this suite trains decoders and encoders; it does not train "
-                         f"{type(model).__name__} yet")  # fmt: skip
-    return model, encode_task(task, tokenizer, model.config.max_positions, model.causal), name
+    model = open_base(load_model(folder, device=args.device), len(task.labels))
+    return model, prompts_of(model, task.header).encode(task), name
 
 
 def plan_for(model: Base, seed: int) -> TrainConfig:
     """How each user trains; on an encoder with a head of their own."""
-    method = PERSONAL.method if model.causal else Stack((PERSONAL.method, Head()))
-    return replace(PERSONAL, seed=seed, method=method)
+    return replace(PERSONAL, seed=seed, method=for_base(PERSONAL.method, model))
 
 
 # ---- The measurements ----------------------------------------------------------------------------------------------
@@ -379,10 +342,6 @@ def known_truth(task: Task, truth: Truth | None) -> dict:
     return {name: None if truth is None else figure(task, truth) for name, figure in figures.items()}
 
 
-def pooled(split: dict[str, list[Question]]) -> list[Question]:
-    return [question for questions in split.values() for question in questions]
-
-
 def interval(values: np.ndarray) -> list[float]:
     """[low, high] of the 95 % bootstrap interval over users."""
     bounds: Interval = bootstrap_mean(values)
@@ -390,21 +349,6 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 # ---- What is shown on the way ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(title: str):
-    """A progress bar on a terminal, one line when done elsewhere. Yields a function of (done, total)."""
-    began = time.perf_counter()
-    form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
-    with tqdm(desc=title, disable=None, leave=False, bar_format=form) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update
-    print(f"{title}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def describe(args: argparse.Namespace, task: Task, model: Base, base_name: str, encoded: Encoded) -> str:

@@ -1,7 +1,7 @@
 """From a task's texts to questions in a base's tokens.
 
-Two forms of prompt. A base of our own (default_base.py) knows one task and has a token of its own for "now answer" and
-for each label:
+Three forms of prompt. A base of our own (default_base.py) knows one task and has a token of its own for "now answer"
+and for each label:
 
     {text tokens}<|answer|>          ->  <|label:yes|>
 
@@ -9,17 +9,19 @@ Any other base gets the instruction, as PEFT-U's prompts do (arXiv:2407.18078):
 
     {instruction} Text: {text} Label:  ->  " yes"          after the tokenizer's own first token, if it has one (BOS)
 
-An encoder reads the text alone, between its own special tokens, and its head knows the classes by their number.
+A T5 reads the same as its input, and both that and the label it writes end with the tokenizer's last token. An encoder
+reads the text alone, between its own special tokens, and its head knows the classes by their number.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tokenizers import Tokenizer
 
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
-from minipeft.tasks.task import SPLITS, Example, Task
+from minipeft.tasks.task import SPLITS, Example, Header, Task
 
 ANSWER = "<|answer|>"
 
@@ -45,55 +47,84 @@ class Encoded:
     num_cut: int
 
 
-def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int, speaks: bool = True) -> Encoded:
-    """The task's questions in this tokenizer's tokens.
+class Prompts:
+    """How one base is asked one task's question: what stands around a text, and the labels in tokens.
 
     Args:
-        max_tokens: the most tokens a prompt with its longest label may have: the base's positions.
+        task:       its name, instruction and labels.
+        max_tokens: the most tokens a prompt with its longest label may have: the base's positions; None: any number.
         speaks:     whether the base answers in tokens; an encoder does not.
+        start:      an encoder-decoder's start token; None for other bases.
     Raises:
-        InputError: a multi-label task (scored label by label in a later version), labels that begin alike, or an
-            instruction that leaves no room for text.
+        InputError: a multi-label task (scored label by label in a later version), or labels that begin alike.
     """
-    if task.multi_label:
-        raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
-    framed = tokenizer.encode("a")
-    text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
-    opening, closing = (framed.ids[: text[0]], framed.ids[text[-1] + 1 :]) if text else ([], [])
-    if not speaks:
-        before, after = opening, closing
-        labels = Classes(len(task.labels))
-    elif tokenizer.token_to_id(ANSWER) is not None:
-        before, after = [], [tokenizer.token_to_id(ANSWER)]
-        unknown = [label for label in task.labels if tokenizer.token_to_id(label_token(label)) is None]
-        if unknown:
-            raise InputError(f"this base was made for another task: it has no token for label {unknown[0]!r}")
-        labels = LabelSet([[tokenizer.token_to_id(label_token(label))] for label in task.labels])
-    else:
-        before = [*opening, *_ids(tokenizer, f"{task.instruction} Text: ")]  # what closes a text would end the prompt
-        after = _ids(tokenizer, " Label:")
-        labels = LabelSet([_ids(tokenizer, f" {label}") for label in task.labels])
-    room = max_tokens - len(before) - len(after) - (int(labels.lengths.max()) if speaks else 0)
-    if room < 1:
-        raise InputError(f"the instruction of task {task.name!r} leaves no room for text in {max_tokens} positions")
 
-    cut = 0
-    text_ids: dict[str, tuple[list[int], bool]] = {}
+    def __init__(
+        self, task: Header, tokenizer: Tokenizer, max_tokens: int | None, speaks: bool = True, start: int | None = None
+    ):
+        if task.multi_label:
+            raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
+        self.task, self.tokenizer, self.max_tokens = task, tokenizer, max_tokens
+        framed = tokenizer.encode("a")
+        text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
+        opening, closing = (framed.ids[: text[0]], framed.ids[text[-1] + 1 :]) if text else ([], [])
+        if not speaks:
+            self.before, self.after = opening, closing
+            self.labels = Classes(len(task.labels))
+        elif tokenizer.token_to_id(ANSWER) is not None:
+            self.before, self.after = [], [tokenizer.token_to_id(ANSWER)]
+            unknown = [label for label in task.labels if tokenizer.token_to_id(label_token(label)) is None]
+            if unknown:
+                raise InputError(f"this base was made for another task: it has no token for label {unknown[0]!r}")
+            self.labels = LabelSet([[tokenizer.token_to_id(label_token(label))] for label in task.labels], start)
+        else:
+            self.before = [*opening, *_ids(tokenizer, f"{task.instruction} Text: ")]
+            self.after = _ids(tokenizer, " Label:")
+            if start is None:  # what closes a text would end the prompt
+                self.labels = LabelSet([_ids(tokenizer, f" {label}") for label in task.labels])
+            else:
+                self.after = [*self.after, *closing]
+                self.labels = LabelSet([[*_ids(tokenizer, label), *closing] for label in task.labels], start)
 
-    def question(example: Example) -> Question:
-        nonlocal cut
-        if example.text not in text_ids:
-            ids = _ids(tokenizer, example.text)
-            text_ids[example.text] = (ids[:room], len(ids) > room)
-        ids, was_cut = text_ids[example.text]
-        cut += was_cut
-        return Question((*before, *ids, *after), task.labels.index(example.label[0]))
+    def question(self, text: str, label: int = 0, virtual: int = 0) -> tuple[Question, bool]:
+        """The question about a text, and whether the text was cut.
 
-    splits = {
-        name: {user: [question(example) for example in examples] for user, examples in task.split(name).items()}
-        for name in SPLITS
-    }
-    return Encoded(labels, splits["train"], splits["val"], splits["test"], cut)
+        Args:
+            label:   number of the right label, where it is known: scoring does not read it.
+            virtual: virtual tokens that the user's method puts before the prompt: they need positions too.
+        Raises:
+            InputError: the instruction leaves no room for text.
+        """
+        ids, room = _ids(self.tokenizer, text), None
+        if self.max_tokens is not None:
+            spoken = int(self.labels.lengths.max()) if isinstance(self.labels, LabelSet) else 0
+            room = self.max_tokens - virtual - len(self.before) - len(self.after) - spoken
+            if room < 1:
+                beside = f" beside {virtual} virtual tokens" if virtual else ""
+                raise InputError(f"the instruction of task {self.task.name!r} leaves no room for text in "
+                                 f"{self.max_tokens} positions{beside}")  # fmt: skip
+        return Question((*self.before, *ids[:room], *self.after), label), len(ids) > len(ids[:room])
+
+    def encode(self, task: Task, virtual: int = 0) -> Encoded:
+        """All questions of a task with these labels. virtual: see `question`."""
+        num_cut, ask = 0, cache(self.question)  # users share texts
+
+        def question(example: Example) -> Question:
+            nonlocal num_cut
+            asked, was_cut = ask(example.text, self.task.labels.index(example.label[0]), virtual)
+            num_cut += was_cut
+            return asked
+
+        splits = [
+            {user: [question(example) for example in examples] for user, examples in task.split(name).items()}
+            for name in SPLITS
+        ]
+        return Encoded(self.labels, *splits, num_cut)
+
+
+def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int | None, speaks: bool = True) -> Encoded:
+    """The task's questions in the tokens of a decoder or, if it does not speak, an encoder; see `Prompts`."""
+    return Prompts(task.header, tokenizer, max_tokens, speaks).encode(task)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> Sequence[int]:

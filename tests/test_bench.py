@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from small_bases import MAKERS
 
 from minipeft import bench, default_base
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import load_model, save_model
 from minipeft.store import load_adapter
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
-from minipeft.tasks.task import save_task
+from minipeft.tasks.task import load_task, save_task
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +116,15 @@ def test_a_model_folder_serves_as_the_base(task_folder, tmp_path, capsys):
     folder = model_folder(tmp_path)
     assert run("--task", task_folder, "--model", folder, "--users", 2, "--out", tmp_path / "out") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["base"] == "model"
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_other_kinds_of_base_serve_too(kind, task_folder, tmp_path, capsys):
+    folder = MAKERS[kind](load_task(task_folder), tmp_path / kind)
+    assert run("--task", task_folder, "--model", folder, "--users", 2, "--out", tmp_path / "out") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["base"] == kind and (result["accuracy"]["base"] is None) == (kind == "bert")
+    assert result["independence"] == {"max_relative_difference": pytest.approx(0, abs=1e-5), "bitwise_isolated": True}
 
 
 def bad_missing_model(tmp_path, task):

@@ -594,7 +594,8 @@ def test_an_old_hub_id_without_its_organisation_is_told_the_whole_one(name, full
 def test_a_hub_id_without_network_is_refused_with_one_clear_line(setting, tmp_path):
     """In a process of its own: the library reads the environment when it is imported."""
     program = """
-from minipeft import InputError, load_model, load_tokenizer
+from minipeft.errors import InputError
+from minipeft.models.loading import load_model, load_tokenizer
 for load in (load_model, load_tokenizer):
     try:
         load("org/name@main")

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from minipeft.default_base import train_tokenizer
 from minipeft.errors import InputError
-from minipeft.prompts import ANSWER, encode_task, label_token
+from minipeft.prompts import ANSWER, Prompts, encode_task, label_token
 from minipeft.tasks.task import Example, Task
 
 LONG = "so many words that they do not all fit into the base, one after another, until the end"
@@ -123,3 +123,34 @@ def test_a_users_text_cannot_speak_in_special_tokens():
     special = {tokenizer.token_to_id(token) for token in (ANSWER, label_token("yes"), label_token("no"))}
     prompt = encoded.train["ann"][0].prompt
     assert special.isdisjoint(prompt[:-1]) and prompt[-1] == tokenizer.token_to_id(ANSWER)
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_virtual_tokens_take_positions_from_the_text(speaks):
+    task, tokenizer = make_task(), foreign_tokenizer()
+    prompts = Prompts(task.header, tokenizer, 64, speaks)
+    spoken = int(prompts.labels.lengths.max()) if speaks else 0
+    whole, was_cut = prompts.question(LONG)
+    free = 64 - len(whole.prompt) - spoken
+    assert not was_cut and prompts.question(LONG, virtual=free) == (whole, False)
+    question, was_cut = prompts.question(LONG, virtual=free + 3)
+    assert was_cut and len(question.prompt) == len(whole.prompt) - 3
+    assert question.prompt[: len(question.prompt) - len(prompts.after)] == whole.prompt[: len(question.prompt) - len(
+        prompts.after)]  # fmt: skip
+    assert prompts.encode(task, free + 3).num_cut == 2 and prompts.encode(task, free).num_cut == 0
+    with pytest.raises(InputError, match="leaves no room for text in 64 positions beside 64 virtual tokens"):
+        prompts.question(LONG, virtual=64)
+
+
+def test_a_t5_reads_the_frame_closed_and_writes_closed_labels_of_any_beginning():
+    """What closes a text also closes a label, so none can be the beginning of another."""
+    task, tokenizer = make_task(("yes", "no", "no no")), foreign_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    last = tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", last)])
+    prompts = Prompts(task.header, tokenizer, None, start=7)
+    assert prompts.labels.start == 7 and [label[-1] for label in prompts.labels.labels] == [last] * 3
+    assert [tokenizer.decode(label[:-1]) for label in prompts.labels.labels] == ["yes", "no", "no no"]
+    question, was_cut = prompts.question(LONG * 50, label=2)
+    assert not was_cut and question.label == 2 and question.prompt[-1] == last and question.prompt.count(last) == 1
+    assert tokenizer.decode(question.prompt[:-1]) == f"Do they like it? Text: {LONG * 50} Label:"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,9 @@ from minipeft.engine import Adapter
 from minipeft.errors import InputError
 from minipeft.methods.lora import LoRA
 from minipeft.models.decoder import Decoder, DecoderConfig
-from minipeft.store import adapter_path, load_adapter, save_adapter
+from minipeft.models.loading import Origin
+from minipeft.store import Store, adapter_path, load_adapter, save_adapter, user_of
+from minipeft.tasks.task import Header
 
 CONFIG = DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=75)
 BASE = Decoder(CONFIG)
@@ -91,6 +94,7 @@ def test_any_text_is_a_safe_user_id(tmp_path):
 def test_ids_and_paths_are_one_to_one(users):
     paths = {str(adapter_path("store", user)) for user in users}
     assert len(paths) == len(users)
+    assert [user_of(adapter_path("store", user)) for user in users] == users
     for path in paths:
         assert os.path.dirname(os.path.normpath(path)) == "store" and "\0" not in path
 
@@ -163,3 +167,110 @@ def test_a_file_of_somebody_elses_making_is_an_error(tmp_path):
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"ann\.safetensors is no adapter of minipeft"):
         load_adapter(tmp_path, "ann", BASE)
+
+
+# ---- A folder of them ----------------------------------------------------------------------------------------------
+
+TASK = Header("moods", "Do they like it?", ("yes", "no"))
+
+
+def loaded(seed=0, name="base"):
+    """A base that says it came from a folder."""
+    base = Decoder(CONFIG)
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+    base.origin = Origin(f"/models/{name}", name, base)
+    return base
+
+
+def test_a_store_gives_back_what_was_added_and_says_whose_it_is(tmp_path):
+    base = loaded()
+    store = Store.make(tmp_path / "new" / "store", base, TASK)
+    everyone = make_adapter("(everyone)", seed=9)
+    adapters = [replace(make_adapter(user, seed=i), under=everyone if i % 2 else None)
+                for i, user in enumerate(DANGEROUS.values())]  # fmt: skip
+    for adapter in adapters:
+        store.add(adapter, base)
+    again = Store(store.folder)
+    assert again.task == TASK and again.base == store.base and again.base.name == "base"
+    assert again.users() == sorted(DANGEROUS.values())
+    assert len(list((store.folder / "shared").iterdir())) == 1
+    for adapter in adapters:
+        found = again.get(adapter.user, base)
+        assert found.user == adapter.user and torch.equal(bits(found.row), bits(adapter.row))
+        assert (found.under is None) == (adapter.under is None)
+        if found.under:
+            assert torch.equal(bits(found.under.row), bits(everyone.row)) and found.under.user == "(everyone)"
+            assert torch.equal(bits(load_adapter(store.folder, adapter.user, base).under.row), bits(everyone.row))
+        assert again.about(adapter.user)[0] == adapter.method
+    assert len({id(again.get(a.user, base).under) for a in adapters if a.under}) == 1
+
+
+def test_adapters_over_different_shared_ones_keep_their_own(tmp_path):
+    base = loaded()
+    store = Store.make(tmp_path, base, TASK)
+    for seed in (1, 2):
+        store.add(replace(make_adapter(f"user {seed}"), under=make_adapter("(everyone)", seed=seed)), base)
+    for seed in (1, 2):
+        expected = make_adapter("(everyone)", seed=seed).row
+        assert torch.equal(bits(store.get(f"user {seed}", base).under.row), bits(expected))
+
+
+def test_another_base_is_an_error_that_names_both(tmp_path):
+    base, other = loaded(), loaded(seed=1, name="other")
+    store = Store.make(tmp_path, base, TASK)
+    store.add(make_adapter(), base)
+    calls = (lambda: store.get("ann", other), lambda: store.add(make_adapter(), other),
+             lambda: Store.make(tmp_path, other, TASK))  # fmt: skip
+    for call in calls:
+        with pytest.raises(InputError, match=r"belongs to base 'base' \(\w{12}\), not to 'other' \(\w{12}\); name the "
+                                             "one that was in /models/base"):
+            call()
+    moved = loaded(name="renamed")  # the same numbers in another folder
+    assert torch.equal(store.get("ann", moved).row, store.get("ann", base).row)
+    with pytest.raises(InputError, match="came from no folder"):
+        store.get("ann", BASE)
+
+
+def test_another_task_is_an_error_and_no_task_takes_the_first(tmp_path):
+    base = loaded()
+    store = Store.make(tmp_path, base)
+    with pytest.raises(InputError, match="does not say for which task its adapters are; import one with --task"):
+        store.known_task()
+    assert Store.make(tmp_path, base, TASK).task == TASK == Store.make(tmp_path, base).known_task()
+    for changed, what in ((replace(TASK, labels=("no", "yes")), "labels"), (replace(TASK, instruction="?"), "instruc")):
+        with pytest.raises(InputError, match=f"belongs to task 'moods'; 'moods' has other {what}"):
+            Store.make(tmp_path, base, changed)
+    assert Store.make(tmp_path, base, replace(TASK, name="renamed")).task == TASK
+
+
+def test_deleting_forgets_one_user(tmp_path):
+    base = loaded()
+    store = Store.make(tmp_path, base, TASK)
+    for user in ("ann", "bob"):
+        store.add(make_adapter(user), base)
+    assert "ann" in store
+    store.delete("ann")
+    assert "ann" not in store and store.users() == ["bob"]
+    for call in (lambda: store.delete("ann"), lambda: store.get("ann", base), lambda: store.about("ann")):
+        with pytest.raises(InputError, match="no adapter of user 'ann' in "):
+            call()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"base": 3, "task": null}', '{"base": {"name": "x"}}',
+                                     '{"base": {"name": "x", "folder": "y", "fingerprint": "z"}, "task": {"name": 1}}'])
+def test_a_broken_store_json_is_an_error(content, tmp_path):
+    (tmp_path / "store.json").write_text(content)
+    with pytest.raises(InputError, match=r"store\.json: "):
+        Store(tmp_path)
+
+
+def test_a_shared_adapter_that_is_gone_is_an_error(tmp_path):
+    base = loaded()
+    store = Store.make(tmp_path, base, TASK)
+    store.add(replace(make_adapter(), under=make_adapter("(everyone)")), base)
+    (shared,) = (tmp_path / "shared").iterdir()
+    shared.unlink()
+    with pytest.raises(InputError, match=f"{shared.name} is damaged: No such file"):
+        store.get("ann", base)

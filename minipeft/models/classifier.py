@@ -32,6 +32,7 @@ class Classifier(Sites, nn.Module):
         self.sites, self.shared_inputs, self.linears = encoder.sites, encoder.shared_inputs, encoder.linears
         self.norms, self.blocks, self.attentions = encoder.norms, encoder.blocks, encoder.attentions
         self.embeddings, self.head_size = encoder.embeddings, (encoder.config.width + 1, num_classes)
+        self.origin = encoder.origin
         self.requires_grad_(False)
 
     @property

@@ -22,6 +22,7 @@ from minipeft.models.rows import Rows
 
 if TYPE_CHECKING:
     from minipeft.models.checkpoint import Family
+    from minipeft.models.loading import Origin
 
 
 class Hooks:
@@ -90,6 +91,7 @@ class Sites:
     embeddings:    "embed" -> (vocabulary, width), where a method may act on embedded tokens.
     head_size:     (K, classes) of the head of one's own that an encoder with classes takes at "head"; None for others.
     family:        how load_model read it, which says what Hugging Face calls its parameters; None: it was not loaded.
+    origin:        the folder it was loaded from (loading.py); None: it was made in memory.
     """
 
     sites: dict[str, tuple[int, int]]
@@ -101,6 +103,7 @@ class Sites:
     embeddings: dict[str, tuple[int, int]]
     head_size: tuple[int, int] | None = None
     family: "Family | None" = None
+    origin: "Origin | None" = None
 
     def name_sites(self, groups: Iterable[Sequence[Linear]]) -> None:
         """Fill in the tables. groups: the linear maps that share their input, in forward order."""

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
@@ -66,7 +68,7 @@ def load_model(
     """
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"load_model: dtype is {dtype}, needed one of {', '.join(map(str, COMPUTE_DTYPES))}.")
-    folder = find_folder(name)
+    folder, asked_for = find_folder(name), os.path.basename(os.path.abspath(name))
     if not os.path.isdir(name) and not list(folder.glob("*.safetensors")):
         repo = str(name).partition("@")[0]
         raise InputError(f"{name}: the hub has no safetensors weights for it, at the most pickled ones, which can run "
@@ -109,7 +111,25 @@ def load_model(
     model.family = family
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
+    model.origin = Origin(folder.absolute(), asked_for, model)
     return model.to(device)  # buffers
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a base came from, and who it is.
+
+    name: the last part of the folder or hub id that was asked for.
+    """
+
+    folder: Path
+    name: str
+    model: nn.Module
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`fingerprint` of the base, which never moves: taken once."""
+        return fingerprint(self.model)
 
 
 def _stop_tokens(folder: Path) -> tuple[int, ...]:

@@ -31,6 +31,16 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Header:
+    """What task.json says: all that asking and answering need to know of a task."""
+
+    name: str
+    instruction: str
+    labels: tuple[str, ...]
+    multi_label: bool = False
+
+
+@dataclass(frozen=True)
 class Task:
     """Every split maps every user to that user's examples, in file order; only `train` is never empty for a user."""
 
@@ -46,6 +56,10 @@ class Task:
     def users(self) -> tuple[str, ...]:
         """All users, in order of first appearance in the training file."""
         return tuple(self.train)
+
+    @property
+    def header(self) -> Header:
+        return Header(self.name, self.instruction, self.labels, self.multi_label)
 
     def split(self, name: str) -> dict[str, list[Example]]:
         """The split of that name: `train`, `val` or `test`."""

@@ -1,0 +1,40 @@
+"""What the commands share: options and errors of one line, a progress bar."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from minipeft.errors import InputError
+from minipeft_kernels.backend import backend
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Bad options are one line, like all bad input."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the options")
+
+
+def check_device(device: str) -> None:
+    try:
+        backend(device)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--device {device}: {error}") from None
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, one line when done elsewhere. Yields a function of (done, total)."""
+    began = time.perf_counter()
+    form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
+    with tqdm(desc=title, disable=None, leave=False, bar_format=form) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+    print(f"{title}: {time.perf_counter() - began:.1f} s", flush=True)

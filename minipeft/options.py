@@ -1,0 +1,122 @@
+"""Methods and training settings as command-line options: one flag for each field, so that a default exists once."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any, get_args, get_origin
+
+from minipeft.errors import InputError
+from minipeft.methods import METHODS
+from minipeft.methods.method import Method
+from minipeft.models.hooks import Sites
+from minipeft.schedule import TrainConfig
+
+NAMES = [name for name in METHODS if name != "stack"]  # what people choose from
+SETTINGS = [field for field in fields(TrainConfig) if field.name != "method"]
+SHAPES = {int: "N", float: "X", str: "NAME"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--method, every setting of TrainConfig and every method's own options.
+
+    What is not given stays out of the namespace: `method_of` and `settings_of` read what is there.
+    """
+    parser.add_argument("--method", required=True, choices=NAMES, metavar="NAME", help="one of those listed below")
+    training = parser.add_argument_group("how each user trains")
+    for field in SETTINGS:
+        training.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS,
+                              help=f"default {field.default}", **_reading(field.type))  # fmt: skip
+    own = parser.add_argument_group("options of methods", "with the methods that have them and their defaults")
+    for name, by_method in options().items():
+        defaults: dict[str, list[str]] = {}
+        for method, field in by_method.items():
+            defaults.setdefault(_shown(field.default), []).append(method)
+        own.add_argument(flag(name), dest=_dest(name), default=argparse.SUPPRESS,
+                         help="; ".join(f"{', '.join(methods)}: {value}" for value, methods in defaults.items()),
+                         **_reading(next(iter(by_method.values())).type))  # fmt: skip
+
+
+def options() -> dict[str, dict[str, Field]]:
+    """Option -> method -> that method's field. One that TrainConfig has too has the method's name before it."""
+    taken, found = {field.name for field in SETTINGS}, {}
+    for method in NAMES:
+        for field in fields(METHODS[method]):
+            name = f"{method}_{field.name}" if field.name in taken else field.name
+            found.setdefault(name, {})[method] = field
+    return found
+
+
+def method_of(args: argparse.Namespace) -> Method:
+    """The method that the options ask for. Raises InputError for an option that it has not."""
+    known, values = options(), {}
+    for name, by_method in known.items():
+        if _dest(name) not in args:
+            continue
+        if args.method not in by_method:
+            own = ", ".join(flag(other) for other, methods in known.items() if args.method in methods) or "none"
+            raise InputError(f"{flag(name)} is not an option of method {args.method}; it has {own}")
+        values[by_method[args.method].name] = getattr(args, _dest(name))
+    return METHODS[args.method](**values)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig that were given."""
+    return {field.name: getattr(args, field.name) for field in SETTINGS if field.name in args}
+
+
+def described_methods() -> str:
+    """One line for each method."""
+    return "\n".join(f"  {name:<10} {METHODS[name].summary}" for name in NAMES)
+
+
+def sites_of(method: Method, base: Sites) -> list[str]:
+    """Where a method acts, by the last words of the sites' names, in forward order."""
+    sites = base.sites | base.norms | base.blocks | base.embeddings
+    places = [name.rpartition(".")[0] for name in method.shapes(base)]
+    kinds = dict.fromkeys(place.rpartition(".")[2] for place in places if place in sites)
+    return list(kinds) or ["embed" if any(method.virtual(base)) else "head"]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _dest(name: str) -> str:
+    return f"option_{name}"
+
+
+def _reading(kind: Any) -> dict:
+    """How argparse reads a value of this type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is not tuple:
+        return {"type": kind, "metavar": SHAPES[kind]}
+    item = get_args(kind)[0]
+    if get_origin(item) is not tuple:
+        return _several(item, f"{SHAPES[item]},...")
+    number = get_args(item)[1]
+    return _several(_pair(number), f"SITE={SHAPES[number]},...")
+
+
+def _several(item: Callable[[str], Any], shape: str) -> dict:
+    def values(text: str) -> tuple:
+        try:
+            return tuple(item(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"needed {shape}, got {text!r}") from None
+
+    return {"type": values, "metavar": shape}
+
+
+def _pair(number: Callable[[str], Any]) -> Callable[[str], tuple]:
+    def pair(text: str) -> tuple:
+        site, _, value = text.partition("=")
+        return site.strip(), number(value)
+
+    return pair
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(default) or "-"
+    return str(default)
