@@ -1,7 +1,7 @@
 """What does each PEFT method cost, and how much faster is it for many users at once?
 
-    python benchmarks/methods.py counts                       numbers of a user, by method and base
-    python benchmarks/methods.py speed [--base minilm]        one step of 64 users, together and one by one
+    python benchmarks/methods.py counts                                       numbers of a user, by method and base
+    python benchmarks/methods.py speed [--base minilm] [--method NAME ...]    one step of 64 users, together and alone
 
 `speed` trains random users on random texts: what they learn is not asked. Together and one by one run the
 same engine, the same minibatches and the same number of steps, taking turns. Beside them is the base's own time:
@@ -100,14 +100,14 @@ class ToEmbedded(Hooks):
         return x.detach().requires_grad_()
 
 
-def speed(base_name: str, num_users: int) -> None:
+def speed(base_name: str, num_users: int, names: list[str]) -> None:
     base, labels = base_of(base_name)
     everybody = {u: questions(u, base.config.vocab_size, 4) for u in range(num_users)}
     versions = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32"
     print(f"{base_name}, {num_users} users, 4 texts of 12 to 48 tokens each a step; {versions}")
     print(f"{'method':<12}{'numbers':>12}{'together':>12}{'one by one':>12}{'faster':>9}{'base alone':>12}{'added':>9}")
     rows = []
-    for name, method in methods_of(base).items():
+    for name, method in ((n, m) for n, m in methods_of(base).items() if n in names):
         own = Stack((method, Head())) if isinstance(base, Classifier) and name != "head" else method
         config = TrainConfig(own, epochs=10**6, batch_size=4)
         engine, runs = Engine(base, labels, PassConfig(slots=num_users)), []
@@ -153,5 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["counts", "speed"])
     parser.add_argument("--base", choices=["default", "minilm"], default="default")
     parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     args = parser.parse_args()
-    counts() if args.what == "counts" else speed(args.base, args.users)
+    counts() if args.what == "counts" else speed(args.base, args.users, args.method)
