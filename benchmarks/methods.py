@@ -12,7 +12,6 @@ import argparse
 import importlib.resources
 import json
 import platform
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from minipeft.default_base import SHAPE, VOCAB_SIZE, initialise
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
-from minipeft.methods import METHODS, Head, LoRA, Method, Stack
+from minipeft.methods import METHODS, Method
 from minipeft.models.bert import Bert
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
@@ -30,6 +29,7 @@ from minipeft.models.gpt2 import GPT2, GPT2Config
 from minipeft.models.hooks import Hooks
 from minipeft.models.loading import load_model
 from minipeft.models.t5 import T5, T5Config
+from minipeft.running import for_base
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig, choose
 from minipeft.timing import cpu_clock, side_by_side
 
@@ -52,10 +52,7 @@ def methods_of(base: Base) -> dict[str, Method]:
     for name, kind in METHODS.items():
         if name == "stack":
             continue
-        method = kind()
-        if isinstance(method, LoRA):
-            method = replace(method, sites=tuple(site for site in method.sites
-                                                 if any(place.endswith("." + site) for place in base.sites)))
+        method = for_base(kind(), base)
         try:
             method.check(base)
         except InputError:
@@ -108,11 +105,10 @@ def speed(base_name: str, num_users: int, names: list[str]) -> None:
     print(f"{'method':<12}{'numbers':>12}{'together':>12}{'one by one':>12}{'faster':>9}{'base alone':>12}{'added':>9}")
     rows = []
     for name, method in ((n, m) for n, m in methods_of(base).items() if n in names):
-        own = Stack((method, Head())) if isinstance(base, Classifier) and name != "head" else method
-        config = TrainConfig(own, epochs=10**6, batch_size=4)
+        config = TrainConfig(method, epochs=10**6, batch_size=4)
         engine, runs = Engine(base, labels, PassConfig(slots=num_users)), []
         for user, asked in everybody.items():
-            place = engine.admit(f"user {user}", own, seed=user)
+            place = engine.admit(f"user {user}", method, seed=user)
             runs.append(Run(Job(f"user {user}", asked, asked, config), *place, engine.virtual(place[0])))
 
         def passes(runs=runs):
@@ -142,9 +138,9 @@ def speed(base_name: str, num_users: int, names: list[str]) -> None:
             call()
         ms = side_by_side(calls, cpu_clock, TURNS_S)
         faster, added = ms["one_by_one"] / ms["together"], ms["together"] / ms["base_alone"] - 1
-        print(f"{name:<12}{own.count(base):>12,}{ms['together']:>9.0f} ms{ms['one_by_one']:>9.0f} ms{faster:>8.1f}x"
+        print(f"{name:<12}{method.count(base):>12,}{ms['together']:>9.0f} ms{ms['one_by_one']:>9.0f} ms{faster:>8.1f}x"
               f"{ms['base_alone']:>9.0f} ms{100 * added:>7.0f} %", flush=True)  # fmt: skip
-        rows.append({"method": name, "numbers": own.count(base), **ms, "faster": faster, "added": added})
+        rows.append({"method": name, "numbers": method.count(base), **ms, "faster": faster, "added": added})
     print(json.dumps({"base": base_name, "users": num_users, "runs": rows}))
 
 

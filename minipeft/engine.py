@@ -322,9 +322,23 @@ class Engine:
                                          f"this task's labels are 0 to {len(self.labels.labels) - 1}")
             job.config.check()
             job.config.method.check(self.model)
-            if job.under is not None and any(job.under.method.virtual(self.model)):
-                raise InputError(f"user {job.key!r}: {job.under.method.name} cannot lie under another adapter: it "
-                                 "has virtual tokens; take a method without")
+            if job.under is not None:
+                self._check_under(job)
+
+
+    def _check_under(self, job: Job) -> None:
+        """A shared adapter acts first, the personal one on what it makes: some methods cannot be put so."""
+        shared, own = ({part.name for part in method.parts} for method in (job.under.method, job.config.method))
+        if any(job.under.method.virtual(self.model)):
+            reason = "it has virtual tokens"
+        elif shared & {"dora", "ia3"} and own & {"lora", "dora", "vera"}:
+            reason = f"it would rescale what {', '.join(sorted(own))} adds"
+        elif "layernorm" in shared & own:
+            reason = "the upper one replaces the same weights"
+        else:
+            return
+        under, upper = ", ".join(sorted(shared)), ", ".join(sorted(own))
+        raise InputError(f"user {job.key!r}: {under} cannot lie under {upper}: {reason}; share a LoRA, say")
 
 
 def predict(

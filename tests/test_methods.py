@@ -375,3 +375,16 @@ def test_all_methods_train_on_a_bf16_base_in_fp32_numbers(name):
         assert row.dtype == torch.float32 and row.isfinite().all() and not torch.equal(row, start)
         moved, expected = row - start, others[job.user].row - method.initial_row(exact, job.config.seed, job.user)
         assert torch.cosine_similarity(moved, expected, 0) > 0.5, f"{job.user} by {method}"
+
+
+@pytest.mark.parametrize("under, own, message", [
+    (PromptTuning(3), LoRA(2), "prompt cannot lie under lora: it has virtual tokens; share a LoRA, say"),
+    (IA3(), LoRA(2), "ia3 cannot lie under lora: it would rescale what lora adds"),
+    (DoRA(2), DoRA(2), "dora cannot lie under dora: it would rescale what dora adds"),
+    (LayerNormTuning(), LayerNormTuning(), "layernorm cannot lie under layernorm: the upper one replaces the same"),
+])  # fmt: skip
+def test_what_cannot_lie_under_another_is_refused(under, own, message):
+    base, rng = BASES["decoder"], np.random.default_rng(7)
+    shared, mine = Adapter("everyone", under, under.initial_row(base, 0, "everyone")), questions(rng, 3)
+    with pytest.raises(InputError, match=message):
+        Engine(base, labels_of(base)).train([Job("ann", mine, mine, TrainConfig(own), under=shared)])
