@@ -5,13 +5,14 @@ fast is training? Run by gpu.sh, one part per process:
             both ways of attention
     soak    thousands of runs over block configurations and ranks, looking for NaN and for bits that change
     sweep   time over block configurations at three shapes: which is best, and how far is ours from it?
-    train   what LoRA adds to a Llama-3.1-8B layer; then `python -m minipeft.bench quick` on the GPU
+    train   what LoRA adds to a Llama-3.1-8B layer; every method's gradients in the engine against the CPU's; then
+            `python -m minipeft.bench quick` on the GPU
 
 Each part writes <out>/<part>.json after every item, so a part that is stopped leaves what it has. No item starts later
 than LIMIT_S. The exit code says how it went: 0 all of it, and well; 1 an item failed; 3 something was left out.
 --rehearse runs the same lines on a CPU in Triton's interpreter (gpu.sh sets TRITON_INTERPRET=1), tiny.
 
-It needs torch, NumPy and Triton; only `quick` needs the rest of what minipeft needs, and is left out without it.
+It needs torch, NumPy and Triton; only the engine needs the rest of what minipeft needs, and is left out without it.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from minipeft.kernel_cases import (
 from minipeft.kernel_ops import LORA_LINEAR, OPS, SEGMENT_MATMUL, SHRINK_EXPAND, VARIANTS, WGRAD
 from minipeft.models.attention import Packed
 from minipeft.timing import ceilings, clock_of, floor_ms, side_by_side
+from minipeft_kernels import backend as backends
 from minipeft_kernels import reference, shrink_expand, wgrad
 from minipeft_kernels.backend import backend
 
@@ -87,6 +89,7 @@ class Sizes:
     sweep_ranks: tuple[int, ...]
     sweep_configurations: int
     layer: tuple[Point, ...]
+    method_users: int
 
 
 RAGGED = tuple(max(1, 1500 // n) for n in range(1, 65))  # 7,090 rows
@@ -107,6 +110,7 @@ REAL = Sizes(
     sweep_ranks=(16, 64), sweep_configurations=100,
     layer=tuple(Point(LLAMA, K, widths, 16, 16384, 64) for K, widths in
                 ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))),
+    method_users=32,
 )  # fmt: skip
 TINY = Sizes(
     device="cpu",
@@ -115,7 +119,7 @@ TINY = Sizes(
                      Attention("encoder", 2, 2, 16, (3, 9), causal=False)),
     soak=Point("tiny", 32, (32,), 4, 40, 2), soak_iterations=8, soak_ranks=(4,), soak_configurations=2,
     sweep=(Point("tiny", 32, (32,), 4, 40, 2),), sweep_ranks=(4,), sweep_configurations=2,
-    layer=(Point("tiny", 32, (128, 128), 4, 32, 2), Point("tiny", 64, (32,), 4, 32, 2)),
+    layer=(Point("tiny", 32, (128, 128), 4, 32, 2), Point("tiny", 64, (32,), 4, 32, 2)), method_users=1,
 )  # fmt: skip
 
 
@@ -453,21 +457,46 @@ def train(sizes: Sizes, report: Report, out: Path) -> None:
     report.note(layer_ms=totals, added_percent=added)
     print(f"all-linear LoRA adds {added:.1f} % to the layer's frozen products, forward+backward")
 
-    quick(sizes, report, out)
-
-
-def quick(sizes: Sizes, report: Report, out: Path) -> None:
-    """The quick suite, which reads and writes models and tasks, where the packages for that are installed."""
     try:
-        from minipeft import bench
+        from minipeft import bench  # it reads and writes models and tasks
     except ImportError as error:
-        report.leave_out(f"quick: {error}; it needs safetensors, tokenizers and tqdm")
+        report.leave_out(f"methods and quick: {error}; it needs safetensors, tokenizers and tqdm")
         return
     options = rehearsal(out) if sizes is TINY else []
+    every_method(sizes, report)
     code = bench.main(["quick", "--device", sizes.device, "--out", str(out / "quick"), *options])
     result = json.loads((out / "quick" / "result.json").read_text()) if code == 0 else {}
     report.add(code == 0, f"quick: exit code {code}, {result.get('speedup', 0):.2f}x one by one", code=code,
                quick=result)  # fmt: skip
+
+
+def every_method(sizes: Sizes, report: Report) -> None:
+    """One step of some users by each method on the default base: their gradients on the device and on a CPU, fp32."""
+    from methods import base_of, methods_of, runs_of
+
+    base, labels = base_of("default")
+    for name, method in methods_of(base).items():
+        if report.time_is_up():
+            continue
+        rows = []
+        for device, interpret in (("cpu", False), (sizes.device, backends.INTERPRET)):
+            with patched(backends, "INTERPRET", interpret):
+                engine, runs = runs_of(base.to(device), labels, method, sizes.method_users)
+                engine.train_step(runs)
+                rows.append(engine.gradients(runs).cpu())
+        error = float((rows[1] - rows[0]).norm() / rows[0].norm())
+        text = f"{name}: gradients of {sizes.method_users} users differ from the CPU's by {error:.1e}"
+        report.add(error < 1e-4, text, method=name, error=error)
+
+
+@contextmanager
+def patched(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def rehearsal(out: Path) -> list[str]:

@@ -90,6 +90,17 @@ def questions(user: int, vocab_size: int, number: int) -> list[Question]:
             for _ in range(number)]  # fmt: skip
 
 
+def runs_of(base: Base, labels: LabelSet | Classes, method: Method, num_users: int) -> tuple[Engine, list[Run]]:
+    """Users at their start values, ready for a step on four texts each."""
+    engine, runs = Engine(base, labels, PassConfig(slots=num_users)), []
+    for u in range(num_users):
+        asked = questions(u, base.config.vocab_size, 4)
+        place = engine.admit(f"user {u}", method, seed=u)
+        job = Job(f"user {u}", asked, asked, TrainConfig(method, epochs=10**6, batch_size=4))
+        runs.append(Run(job, *place, engine.virtual(place[0])))
+    return engine, runs
+
+
 class ToEmbedded(Hooks):
     """The base alone, but its gradients are wanted down to the embedded tokens."""
 
@@ -99,17 +110,12 @@ class ToEmbedded(Hooks):
 
 def speed(base_name: str, num_users: int, names: list[str]) -> None:
     base, labels = base_of(base_name)
-    everybody = {u: questions(u, base.config.vocab_size, 4) for u in range(num_users)}
     versions = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32"
     print(f"{base_name}, {num_users} users, 4 texts of 12 to 48 tokens each a step; {versions}")
     print(f"{'method':<12}{'numbers':>12}{'together':>12}{'one by one':>12}{'faster':>9}{'base alone':>12}{'added':>9}")
     rows = []
     for name, method in ((n, m) for n, m in methods_of(base).items() if n in names):
-        config = TrainConfig(method, epochs=10**6, batch_size=4)
-        engine, runs = Engine(base, labels, PassConfig(slots=num_users)), []
-        for user, asked in everybody.items():
-            place = engine.admit(f"user {user}", method, seed=user)
-            runs.append(Run(Job(f"user {user}", asked, asked, config), *place, engine.virtual(place[0])))
+        engine, runs = runs_of(base, labels, method, num_users)
 
         def passes(runs=runs):
             """As the engine would put them into passes."""

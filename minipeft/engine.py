@@ -98,6 +98,11 @@ class Engine:
     def evict(self, bank: int, slot: int) -> None:
         self._banks[bank].bank.evict(slot)
 
+    def gradients(self, runs: Sequence[Run]) -> Tensor:
+        """What the last step left of these residents of one bank: [runs, P] fp32, before clipping."""
+        (bank,) = {run.bank for run in runs}
+        return self._banks[bank].bank.grads[[run.slot for run in runs]]
+
     def virtual(self, bank: int) -> tuple[int, int]:
         """Virtual tokens of this bank's users (Method.virtual)."""
         return self._banks[bank].virtual
