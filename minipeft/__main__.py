@@ -14,15 +14,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.errors import InputError
-from minipeft.methods import METHODS
+from minipeft.methods import METHODS, PromptTuning
 from minipeft.models.classifier import Classifier
-from minipeft.models.loading import load_model
+from minipeft.models.loading import load_model, load_tokenizer
 from minipeft.options import NAMES, add_options, described_methods, method_of, settings_of, sites_of
 from minipeft.running import SHARED, Training, evaluate, first_users, for_base, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
@@ -80,6 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         f"{described_methods()}")  # fmt: skip
     own.add_argument("--users", type=int, metavar="N", help="the task's first N users only")
     own.add_argument("--again", action="store_true", help="replace the adapters of users who are in the store already")
+    own.add_argument("--start-text", metavar="TEXT", help="prompt: start from this text's tokens, as the base reads it")
     both = own.add_mutually_exclusive_group()
     both.add_argument("--on-shared", dest="shared", action="store_const", const="on", default="",
                       help="train one adapter for all users first ({epochs} epoch, {batch_size} examples per step), "
@@ -119,7 +121,13 @@ def load(args: argparse.Namespace) -> nn.Module:
 
 def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
     """Appends to `finished` each user whose adapter is on disk."""
-    config = TrainConfig(method=method_of(args), **settings_of(args))
+    method = method_of(args)
+    if args.start_text is not None:
+        if not isinstance(method, PromptTuning):
+            raise InputError(f"--start-text is an option of --method prompt, not of {method.name}")
+        tokens = load_tokenizer(args.model).encode(args.start_text, add_special_tokens=False).ids
+        method = replace(method, start_from="text", text=tuple(tokens))
+    config = TrainConfig(method=method, **settings_of(args))
     config.check()
     task = load_task(args.task)
     task = task if args.users is None else first_users(task, args.users)
@@ -256,13 +264,14 @@ def run_import(args: argparse.Namespace, _) -> dict:
 
     task = load_task(args.task).header if args.task else None
     model = load(args)
+    known = task or (Store(args.store).task if (Path(args.store) / "store.json").exists() else None)
+    base = open_base(model, len(known.labels) if known else MIN_LABELS)
+    adapter = {"peft": interop.import_peft, "adapterhub": interop.import_adapterhub}[args.format](
+        args.folder, base, args.user)  # read first: a folder that is refused leaves no store behind  # fmt: skip
     store = Store.make(args.store, model, task)
     if args.user in store and not args.again:
         raise InputError(f"{args.store} has an adapter of user {args.user!r} already; name another user, or import it "
                          "--again")  # fmt: skip
-    base = open_base(model, len(store.task.labels) if store.task else MIN_LABELS)
-    adapter = {"peft": interop.import_peft, "adapterhub": interop.import_adapterhub}[args.format](
-        args.folder, base, args.user)  # fmt: skip
     store.add(adapter, base)
     silent = "; it has no head, so every label is as likely" if isinstance(base, Classifier) else ""
     print(f"{args.user}'s adapter is in {args.store}{silent}")

@@ -117,7 +117,7 @@ class Acting(Hooks):
         for found in self._found("bottlenecks", site):
             for reads in ("output", "sum", "input"):
                 groups = [BottleneckRows(share.first_row, Bottleneck(b.weights, b.grads, b.activation, share.segments,
-                                                                     b.scale))
+                                                                     b.scale, b.widths))
                           for share, b in found if b.reads == reads]  # fmt: skip
                 if not groups:
                     continue
@@ -147,10 +147,16 @@ class Acting(Hooks):
         return x
 
     def _found(self, table: str, site: str) -> list[Found]:
-        """What acts here, level by level; levels where nothing does are left out."""
-        found = [[(share, getattr(actor, table)[site]) for share, actor in level if site in getattr(actor, table)]
-                 for level in self.levels]  # fmt: skip
-        return [acting for acting in found if acting]
+        """What acts here, level by level; a share whose users stack methods may act several times, one by one."""
+        rounds = []
+        for level in self.levels:
+            of_share: dict[int, list] = {}
+            for share, actor in level:
+                if site in getattr(actor, table):
+                    of_share.setdefault(id(share), []).append((share, getattr(actor, table)[site]))
+            rounds += [[acts[i] for acts in of_share.values() if i < len(acts)]
+                       for i in range(max(map(len, of_share.values()), default=0))]  # fmt: skip
+        return rounds
 
     def _scale(self, x: Tensor, found: Found) -> Tensor:
         return ia3_rows(x, self.anchor, [Ia3Rows(s.first_row, v.values, s.segments, v.grads) for s, v in found])

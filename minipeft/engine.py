@@ -327,12 +327,20 @@ class Engine:
                                          f"this task's labels are 0 to {len(self.labels.labels) - 1}")
             job.config.check()
             job.config.method.check(self.model)
+            if job.start is not None and len(job.start) != (size := job.config.method.layout(self.model).row_size):
+                raise InputError(f"user {job.key!r}: start has {len(job.start)} numbers, a row by this method has "
+                                 f"{size}; start from a row of the same method and base")
             if job.under is not None:
                 self._check_under(job)
 
 
     def _check_under(self, job: Job) -> None:
         """A shared adapter acts first, the personal one on what it makes: some methods cannot be put so."""
+        if job.under.under is not None:
+            raise InputError(f"user {job.key!r}: the adapter under theirs has one under itself; only one can lie there")
+        if (came := len(job.under.row)) != (size := job.under.method.layout(self.model).row_size):
+            raise InputError(f"user {job.key!r}: the adapter under theirs has {came} numbers, this base needs {size}; "
+                             "was it trained on another base?")
         shared, own = ({part.name for part in method.parts} for method in (job.under.method, job.config.method))
         if any(job.under.method.virtual(self.model)):
             reason = "it has virtual tokens"

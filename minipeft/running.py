@@ -267,7 +267,7 @@ def evaluate(
         raise InputError(f"no user of task {task.name!r} has both an adapter in {store.folder} and a test example; "
                          "train some first")  # fmt: skip
     asked = [(user, example.text) for user in some.users for example in some.test[user]]
-    said = iter(predict(model, store, asked, passes))
+    said = iter(predict(model, store, asked, passes, task.header))
     replies = {user: [next(said) for _ in some.test[user]] for user in some.users}
     return Evaluation(
         user_accuracy(some, {user: [(reply.label,) for reply in own] for user, own in replies.items()}),
@@ -296,15 +296,17 @@ class Reply:
 
 def predict(
     model: str | Path | Base, store: str | Path | Store, asked: Iterable[tuple[str, str]],
-    passes: PassConfig | None = None,
+    passes: PassConfig | None = None, task: Header | None = None,
 ) -> list[Reply]:
     """One reply to each (user, text), in order: what that user would say, many users in one pass.
+
+    task: what is asked; None: what the store says.
 
     Raises:
         InputError: the store belongs to another base, or has no adapter of a user.
     """
     store, asked = store if isinstance(store, Store) else Store(store), list(asked)
-    task = store.known_task()
+    task = task or store.known_task()
     base = open_base(model, len(task.labels))
     adapters = {user: store.get(user, base) for user in dict.fromkeys(user for user, _ in asked)}
     prompts = prompts_of(base, task)

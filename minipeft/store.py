@@ -145,10 +145,12 @@ def _described(path: Path, metadata: dict[str, str] | None) -> tuple[str, Method
     if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
         raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
     try:
-        method = method_from(json.loads(metadata["method"]))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return metadata["user"], method, json.loads(metadata["metrics"]), metadata.get("under", "")
+        method, metrics = method_from(json.loads(metadata["method"])), json.loads(metadata["metrics"])
+    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: its method and metrics cannot be read ({error})") from None
+    if not isinstance(metrics, dict):
+        raise InputError(f"{path} is damaged: its metrics are {type(metrics).__name__}, needed an object")
+    return metadata["user"], method, metrics, metadata.get("under", "")
 
 
 # ---- A folder of them ----------------------------------------------------------------------------------------------
@@ -229,8 +231,11 @@ class Store:
                              f"{self.base.folder}, or another store")
 
     def check_task(self, task: Header) -> None:
-        """Raises InputError unless users are asked the store's question and answer with its labels."""
-        own = self.known_task()
+        """Raises InputError unless users are asked the store's question and answer with its labels.
+
+        A store of imported adapters may know no task: it takes any.
+        """
+        own = self.task or task
         for name in ("labels", "instruction"):
             if getattr(own, name) != getattr(task, name):
                 raise InputError(f"{self.folder} belongs to task {own.name!r}; {task.name!r} has other {name}: name "

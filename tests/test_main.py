@@ -25,7 +25,7 @@ from minipeft.methods import METHODS
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import method_from
 from minipeft.methods.prompt import PromptTuning
-from minipeft.models.loading import fingerprint, load_model
+from minipeft.models.loading import fingerprint, load_model, load_tokenizer
 from minipeft.options import NAMES
 from minipeft.running import Training, for_base, open_base, prompts_of, silent
 from minipeft.schedule import Job, PassConfig, TrainConfig
@@ -683,3 +683,50 @@ def test_the_readmes_commands_and_python_run(task, bases, tmp_path, capsys, monk
         assert run(*words[3:]) == 0, capsys.readouterr().err
     exec(python, {})
     assert {path.name for path in tmp_path.iterdir()} >= {"store", "python-store"}
+
+
+def test_prompts_start_from_a_text(bases, task, tmp_path, capsys):
+    argv = ("train", "--model", bases["decoder"], "--task", task, "--users", 1, "--epochs", 1, "--learning-rate", 1e-9,
+            "--weight-decay", 0)  # fmt: skip
+    assert run(*argv, "--method", "prompt", "--tokens", 9, "--start-text", "so be it", "--store", tmp_path / "a") == 0
+    base, tokenizer = open_base(bases["decoder"], 2), load_tokenizer(bases["decoder"])
+    ids = tokenizer.encode("so be it", add_special_tokens=False).ids
+    ((user, row),) = rows(tmp_path / "a", base).items()
+    method = Store(tmp_path / "a").get(user, base).method
+    expected = base.embed.weight[torch.tensor((ids * 9)[:9])]
+    torch.testing.assert_close(method.tensors(row, base)["prompt"], expected, atol=1e-6, rtol=0)
+    capsys.readouterr()
+    prompt = ("--method", "prompt")
+    for options, message in ((("--method", "lora", "--start-text", "so"), "is an option of --method prompt"),
+                             ((*prompt, "--tokens", 1, "--start-text", "so be it, said they"), "raise tokens"),
+                             ((*prompt, "--start-from", "text", "--text", 10**6), "token ids 1000000"),
+                             (("--method", "lora", "--ranks", "zzz=4"), "'zzz' has a rank or alpha of its own"),
+                             (("--method", "houlsby", "--reduction", 0), "reduction is 0"),
+                             (("--method", "houlsby", "--reduction", "nan"), "reduction is nan"),
+                             (("--method", "lora", "--dropout", 0.001), "in steps of 1/256"),
+                             (("--method", "lora", "--learning-rate", "inf"), "learning_rate must be a finite number")):
+        assert run(*argv[:9], *options, "--store", tmp_path / "b") == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_an_imported_adapter_is_evaluated_on_the_task_given(bases, task, tmp_path, capsys):
+    """And a folder that is refused leaves no store behind."""
+    base, store, new = bases["decoder"], tmp_path / "store", tmp_path / "new"
+    argv = ("train", "--model", base, "--task", task, "--method", "lora", "--users", 1, "--epochs", 1)
+    assert run(*argv, "--store", store) == 0
+    (user,) = Store(store).users()
+    folder = tmp_path / "exported"
+    assert run("export", "--store", store, "--user", user, "--to", folder, "--format", "peft") == 0
+    assert run("import", "--from", folder, "--user", user, "--store", new, "--model", bases["t5"]) == 2
+    assert run("import", "--from", tmp_path / "nowhere", "--user", user, "--store", new, "--model", base) == 2
+    assert not new.exists()
+    assert run("import", "--from", folder, "--user", user, "--store", new, "--model", base) == 0
+    capsys.readouterr()
+    results = []
+    for one in (store, new):
+        assert run("eval", "--store", one, "--model", base, "--task", task, "--json") == 0
+        results.append(printed(capsys))
+    assert results[0] == results[1]
+    (tmp_path / "file").write_text("")
+    assert run("export", "--store", store, "--user", user, "--to", tmp_path / "file" / "x", "--format", "peft") == 2
+    assert "cannot be made" in capsys.readouterr().err

@@ -347,7 +347,7 @@ def test_dropout_is_the_users_own_and_gone_in_evaluation():
     (IA3(inputs=("up",)), "'up' among inputs is none of its sites k, v, down; add it there"),
     (VeRA(0), "VeRA rank must be at least 1, got 0"),
     (LoRA(4, scaling="rs"), "LoRA scaling 'rs' is unknown; choose one of lora, rslora"),
-    (LoRA(4, dropout=1.0), "LoRA dropout must be at least 0 and below 1, got 1.0"),
+    (LoRA(4, dropout=1.0), "LoRA dropout must be at least 0 and below 1, in steps of 1.256, got 1.0"),
     (LoRA(4, ranks=(("q", 0),)), "LoRA rank must be at least 1, got 0"),
     (DoRA(4, sites=("embed",)), "DoRA acts at linear maps, not at the embedding"),
     (PromptTuning(0), "prompt: 0 virtual tokens; needed at least 1 and fewer than the base's positions, 2048"),
@@ -357,6 +357,15 @@ def test_dropout_is_the_users_own_and_gone_in_evaluation():
     (PTuning(hidden=0), "hidden is 0 and layers 2; both must be at least 1"),
     (LayerNormTuning(("ln",)), "no site of this base is called 'ln'; it has attn_norm, mlp_norm, norm"),
     (Stack((PromptTuning(3), PTuning(3))), "two methods of one user have virtual tokens"),
+    (Stack(()), "a stack holds one or more methods, and no stack"),
+    (LoRA(4, sites=("q",), alphas=(("k", 2.0),)), "'k' has a rank or alpha of its own but is none of the sites q"),
+    (LoRA(4, alpha=float("nan")), "LoRA alpha must be a finite number"),
+    (Houlsby(reduction=0), "reduction is 0 and scale 1.0; needed at least 1"),
+    (VeRA(seed=10**30), "needed 0 to 2.63 - 1 and a number"),
+    (PromptTuning(5, start_from="text", text=(60,)), "text has token ids 60 to 60; this base's are 0 to 59"),
+    (PromptTuning(1, start_from="text", text=(1, 2)), "text has 2 tokens but there are 1 virtual ones"),
+    (PrefixTuning(3, hf_compat=True), "hf_compat is for a T5"),
+    (PTuning(encoder="mlp", layers=3), "layers is 3, but those are of the LSTM"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(method, message):
     with pytest.raises(InputError, match=message):
@@ -381,10 +390,37 @@ def test_all_methods_train_on_a_bf16_base_in_fp32_numbers(name):
     (PromptTuning(3), LoRA(2), "prompt cannot lie under lora: it has virtual tokens; share a LoRA, say"),
     (IA3(), LoRA(2), "ia3 cannot lie under lora: it would rescale what lora adds"),
     (DoRA(2), DoRA(2), "dora cannot lie under dora: it would rescale what dora adds"),
+    (None, LoRA(2), "the adapter under theirs has one under itself"),
     (LayerNormTuning(), LayerNormTuning(), "layernorm cannot lie under layernorm: the upper one replaces the same"),
 ])  # fmt: skip
 def test_what_cannot_lie_under_another_is_refused(under, own, message):
     base, rng = BASES["decoder"], np.random.default_rng(7)
+    nested = under is None
+    under = under or own
     shared, mine = Adapter("everyone", under, under.initial_row(base, 0, "everyone")), questions(rng, 3)
+    shared = replace(shared, under=shared) if nested else shared
     with pytest.raises(InputError, match=message):
         Engine(base, labels_of(base)).train([Job("ann", mine, mine, TrainConfig(own), under=shared)])
+
+
+@pytest.mark.parametrize("method", [PTuning(7, hidden=48), PrefixTuning(6, hidden=40), Parallel(), Houlsby()])
+def test_deterministic_bits_at_a_width_where_a_single_product_goes_another_way(method):
+    base = fill(Decoder(DecoderConfig(200, 160, 2, 4, 2, 40, 320, qkv_bias=True)))
+    jobs = [Job(f"user {u}", questions(np.random.default_rng(u), 3), questions(np.random.default_rng(u), 2),
+                TrainConfig(method, epochs=1, batch_size=1)) for u in range(3)]  # fmt: skip
+    together = Engine(base, labels_of(base), PassConfig(3, deterministic=True)).train(jobs)["user 0"]
+    alone = Engine(base, labels_of(base), PassConfig(1, deterministic=True)).train(jobs[:1])["user 0"]
+    assert torch.equal(together.row, alone.row)
+
+
+@pytest.mark.parametrize("stack", [Stack((DoRA(2, sites=("k",)), IA3())), Stack((DoRA(2, sites=("q",)), BitFit()))])
+def test_methods_of_one_user_at_one_site_act_one_after_another(stack):
+    base, rng = BASES["decoder"], np.random.default_rng(8)
+    mine = questions(rng, 4)
+    trained = Engine(base, labels_of(base)).train([Job("ann", mine, mine, TrainConfig(stack, 1e-2, epochs=1))])["ann"]
+    start = stack.tensors(stack.initial_row(base, 0, "ann"), base)
+    moved = stack.tensors(trained.row, base)
+    assert [name for name in start if torch.equal(start[name], moved[name])] == []
+    silent = Adapter("ann", stack, stack.initial_row(base, 0, "ann"))
+    scores = predict(base, labels_of(base), {"ann": silent}, {"ann": mine})
+    np.testing.assert_allclose(scores["ann"], base_scores(base, mine), atol=2e-5)

@@ -69,7 +69,10 @@ class Options:
 
 def write_folder(folder: Path, options: dict, weights: str, tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each whole or not at all. The options come last: a folder that has them is complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
     (folder / CONFIG).unlink(missing_ok=True)
     write_file(folder / weights, save(dict(tensors), {"format": "pt"}))
     write_file(folder / CONFIG, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())

@@ -11,6 +11,7 @@
     cost          4 * F * width FLOPs per row and adapter forward, three times that with backward
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,8 +45,11 @@ class BottleneckMethod(Method):
         if self.activation not in ACTIVATIONS:
             raise InputError(f"{self.name}: activation {self.activation!r} is unknown; choose one of "
                              f"{', '.join(ACTIVATIONS)}")  # fmt: skip
+        if not (math.isfinite(self.reduction) and self.reduction >= 1 and math.isfinite(self.scale)):
+            raise InputError(f"{self.name}: reduction is {self.reduction} and scale {self.scale}; needed at least 1 "
+                             "and a number")  # fmt: skip
         for site, width in self.chosen(base).items():
-            if not self.reduction >= 1 or not 1 <= self.width(width) <= MAX_F:
+            if not 1 <= self.width(width) <= MAX_F:
                 raise InputError(f"{self.name}: reduction {self.reduction} makes {self.width(width)} features of "
                                  f"{width} at {site}; needed 1 to {MAX_F}")  # fmt: skip
 
@@ -57,7 +61,15 @@ class BottleneckMethod(Method):
         return int(width // self.reduction)
 
     def shapes(self, base: Sites) -> dict[str, tuple[int, ...]]:
-        """For every block "<site>.down" [F, width], "<site>.up" [F, width], which is Wu transposed, and the biases."""
+        """For every block "<site>.down" [F', width], "<site>.up" [F', width], which is Wu transposed, and the biases.
+
+        F' is F as a multiple of 8: on a CPU the last bits of narrower products depend on the company. Ops leave rows
+        past F out, whatever they hold.
+        """
+        return {name: self._padded(name, shape) for name, shape in self.trained(base).items()}
+
+    def trained(self, base: Sites) -> dict[str, tuple[int, ...]]:
+        """The same without the padding."""
         shapes = {}
         for site, width in self.chosen(base).items():
             F = self.width(width)
@@ -65,8 +77,25 @@ class BottleneckMethod(Method):
                        f"{site}.up": (F, width), f"{site}.up_bias": (width,)}  # fmt: skip
         return shapes
 
+    def _padded(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if name.endswith("up_bias") else (-(-shape[0] // 8) * 8, *shape[1:])
+
+    def count(self, base: Sites) -> int:
+        return sum(math.prod(shape) for shape in self.trained(base).values())
+
+    def tensors(self, row: Tensor, base: Sites) -> dict[str, Tensor]:
+        padded = super().tensors(row, base)
+        return {name: padded[name][: shape[0]].contiguous() for name, shape in self.trained(base).items()}
+
+    def row(self, tensors: dict[str, Tensor], base: Sites) -> Tensor:
+        row = torch.zeros(self.layout(base).row_size)
+        self.check_tensors(tensors, self.tensors(row, base))
+        for name, part in self.layout(base).tensors(row).items():
+            part[: len(tensors[name])] = tensors[name]
+        return row
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
-        tensors = {name: torch.zeros(shape) for name, shape in self.shapes(base).items()}
+        tensors = {name: torch.zeros(shape) for name, shape in self.trained(base).items()}
         for site in self.chosen(base):
             down = tensors[f"{site}.down"]
             down.copy_(torch.from_numpy(0.02 * draw(site).standard_normal(tuple(down.shape))))
@@ -74,11 +103,15 @@ class BottleneckMethod(Method):
 
     def actor(self, bank: Bank, base: Sites) -> Actor:
         actor = Actor()
-        scale = None if self.scale == 1 else torch.full((len(bank.weights),), self.scale, device=bank.weights.device)
-        for site in self.chosen(base):
+        U, device = len(bank.weights), bank.weights.device
+        scale = None if self.scale == 1 else torch.full((U,), self.scale, device=device)
+        for site, width in self.chosen(base).items():
+            F = self.width(width)
+            widths = torch.full((U,), F, dtype=torch.int32, device=device) if F % 8 else None
             parts = [vectors(bank, f"{site}.{name}") for name in ("down", "down_bias", "up", "up_bias")]
             weights, grads = (BottleneckTensors(*tensors) for tensors in zip(*parts))
-            actor.bottlenecks[site] = Bottlenecks(weights, grads, self.activation, self.reads, scale)
+            actor.bottlenecks[site] = Bottlenecks(weights, grads, self.activation, self.reads, scale,
+                                                   widths)  # fmt: skip
         return actor
 
 

@@ -24,7 +24,8 @@ from minipeft.models.hooks import Sites
 class IA3(Method):
     """One user's IA3 configuration.
 
-    sites:  where it acts. inputs: those of them at which it rescales what goes in, not what comes out.
+    sites:  where it acts. inputs: those of them at which it rescales what goes in, not what comes out; the default is
+            for those that are among the sites.
     """
 
     name: ClassVar[str] = "ia3"
@@ -34,7 +35,7 @@ class IA3(Method):
     inputs: tuple[str, ...] = ("down",)
 
     def check(self, base: Sites) -> None:
-        for name in self.inputs:
+        for name in self.inputs if self.inputs != type(self).inputs else ():
             if not any(picks(name, site) for site in self.chosen(base)):
                 raise InputError(f"IA3: {name!r} among inputs is none of its sites {', '.join(self.sites)}; "
                                  "add it there")

@@ -11,6 +11,7 @@
     cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -60,8 +61,14 @@ class LoRA(Method):
         if self.rank < 1 or any(rank < 1 for _, rank in self.ranks):
             raise InputError(f"LoRA rank must be at least 1, got {min(self.rank, *(r for _, r in self.ranks))}"
                              if self.ranks else f"LoRA rank must be at least 1, got {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"LoRA dropout must be at least 0 and below 1, got {self.dropout}")
+        if not 0 <= self.dropout < 1 or (self.dropout and not 1 <= round(256 * self.dropout) <= 255):
+            raise InputError(f"LoRA dropout must be at least 0 and below 1, in steps of 1/256, got {self.dropout}")
+        if not all(math.isfinite(alpha) for alpha in (self.alpha, *(alpha for _, alpha in self.alphas))):
+            raise InputError(f"LoRA alpha must be a finite number, got {self.alpha} and {self.alphas}")
+        for name, _ in (*self.ranks, *self.alphas):
+            if not any(picks(name, site) for site in self.chosen(base)):
+                raise InputError(f"LoRA: {name!r} has a rank or alpha of its own but is none of the sites "
+                                 f"{', '.join(self.sites)}")  # fmt: skip
         if self.scaling not in SCALINGS:
             raise InputError(f"LoRA scaling {self.scaling!r} is unknown; choose one of {', '.join(SCALINGS)}")
         for site, (K, N) in self.chosen(base).items():

@@ -164,6 +164,7 @@ class Bottlenecks(NamedTuple):
     activation: str
     reads: str
     scale: Tensor | None
+    widths: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class Derived:
         return Vectors(self.values[name], self.grads[name])
 
     def begin(self, slots: Tensor, training: bool) -> None:
-        view = self.bank.layout.view
+        view, slots = self.bank.layout.view, self._at_least_two(slots)
         with torch.set_grad_enabled(training):
             self._trained = {name: view(self.bank.weights, name)[slots].requires_grad_(training) for name in self.names}
             self._made = self.f(self._trained, slots)
@@ -322,7 +323,13 @@ class Derived:
             self.values[name][slots] = made.detach().to(self.values[name].dtype)
             self.grads[name][slots] = 0.0
 
+    @staticmethod
+    def _at_least_two(slots: Tensor) -> Tensor:
+        """A user alone is computed twice: products of one matrix go another way than of several, to other last bits."""
+        return slots if len(slots) > 1 else slots.repeat(2)
+
     def end(self, slots: Tensor) -> None:
+        slots = self._at_least_two(slots)
         made, left = list(self._made.values()), [self.grads[name][slots].to(m.dtype) for name, m in self._made.items()]
         grads = torch.autograd.grad(made, list(self._trained.values()), left, allow_unused=True)
         for name, grad in zip(self._trained, grads):

@@ -42,6 +42,9 @@ class PrefixTuning(Method):
 
     def check(self, base: Sites) -> None:
         check_tokens(self.name, self.tokens, base)
+        if self.hf_compat and not isinstance(base, T5):
+            raise InputError("prefix: hf_compat is for a T5, where Hugging Face PEFT reaches the decoder only; leave "
+                             "it out here: both reach every attention of this base")
         if self.hidden < 0:
             raise InputError(f"prefix: hidden is {self.hidden}; needed a width, or 0 for no MLP")
 

@@ -26,7 +26,10 @@ STARTS = ("vocabulary", "text", "normal")
 
 @dataclass(frozen=True)
 class PromptTuning(Method):
-    """One user's prompt tuning. tokens: V. start: one of STARTS. text: for start "text", its token ids."""
+    """One user's prompt tuning.
+
+    tokens: V. start_from: one of STARTS. text: for "text" its token ids, repeated until there are V.
+    """
 
     name: ClassVar[str] = "prompt"
     summary: ClassVar[str] = "virtual tokens before the text"
@@ -42,6 +45,13 @@ class PromptTuning(Method):
         if (self.start_from == "text") != bool(self.text):
             raise InputError(f"prompt: start from {self.start_from!r} with {len(self.text)} tokens of text; \"text\" "
                              "needs a text, and no other start takes one")
+        vocab_size = len(base.embed.weight)
+        if self.text and not 0 <= min(self.text) <= max(self.text) < vocab_size:
+            raise InputError(f"prompt: text has token ids {min(self.text)} to {max(self.text)}; this base's are 0 to "
+                             f"{vocab_size - 1}")  # fmt: skip
+        if len(self.text) > self.tokens:
+            raise InputError(f"prompt: text has {len(self.text)} tokens but there are {self.tokens} virtual ones; "
+                             "raise tokens or shorten the text")
 
     def kind(self, base: Sites) -> tuple:
         return self.name, self.tokens  # not where it started

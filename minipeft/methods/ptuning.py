@@ -45,6 +45,8 @@ class PTuning(Method):
         check_tokens(self.name, self.tokens, base)
         if self.encoder not in ENCODERS:
             raise InputError(f"ptuning: encoder {self.encoder!r} is unknown; choose one of {', '.join(ENCODERS)}")
+        if self.encoder == "mlp" and self.layers != type(self).layers:
+            raise InputError(f"ptuning: layers is {self.layers}, but those are of the LSTM; leave it out with an MLP")
         if self.hidden < 1 or self.layers < 1:
             raise InputError(f"ptuning: hidden is {self.hidden} and layers {self.layers}; both must be at least 1")
 

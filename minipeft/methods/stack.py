@@ -29,6 +29,8 @@ class Stack(Method):
         return self.members
 
     def check(self, base: Sites) -> None:
+        if not self.members or any(isinstance(part, Stack) for part in self.members):
+            raise InputError("a stack holds one or more methods, and no stack")
         for part in self.members:
             part.check(base)
         names = [name for part in self.members for name in part.shapes(base)]

@@ -44,10 +44,15 @@ class VeRA(Method):
     def check(self, base: Sites) -> None:
         if self.rank < 1:
             raise InputError(f"VeRA rank must be at least 1, got {self.rank}")
+        if not 0 <= self.seed < 2**63 or not math.isfinite(self.d_start):
+            raise InputError(f"VeRA: seed is {self.seed} and d_start {self.d_start}; needed 0 to 2^63 - 1 and a number")
         self.chosen(base)
 
     def chosen(self, base: Sites) -> dict[str, tuple[int, int]]:
         return choose("VeRA", self.sites, base.sites)
+
+    def kind(self, base: Sites) -> tuple:
+        return self.name, self.rank, self.sites, self.seed  # not where d starts: projections are a bank's
 
     def shapes(self, base: Sites) -> dict[str, tuple[int, ...]]:
         shapes = {}
