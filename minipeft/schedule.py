@@ -56,8 +56,6 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""
-        if not math.isfinite(self.learning_rate):
-            raise InputError(f"learning_rate must be a finite number, got {self.learning_rate}")
         for name in ("learning_rate", "max_grad_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
