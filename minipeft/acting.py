@@ -71,23 +71,23 @@ class Acting(Hooks):
                     found[id(share)] = LoraRows(share.first_row, lora)
             return list(found.values())
 
-        def launch(sites: tuple[str, ...]) -> tuple[Tensor, ...]:
-            W, b = zip(*((weights[i], biases[i]) for i in (names.index(site) for site in sites)))
-            acting = [lora for lora in at(sites) if lora is not None]
-            if acting:
-                return lora_linear(x, self.anchor, W, b, acting, self.tile)
+        def launch(launched: tuple[str, ...], found: list[LoraRows | None]) -> tuple[Tensor, ...]:
+            W, b = zip(*((weights[i], biases[i]) for i in (sites.index(site) for site in launched)))
+            if loras := [lora for lora in found if lora is not None]:
+                return lora_linear(x, self.anchor, W, b, loras, self.tile)
             return tuple(F.linear(x, w, c) if self.tile is None else tiled_linear(x, w, c, self.tile)
                          for w, c in zip(W, b))  # fmt: skip
 
-        names = list(sites)
+        singly = {(site,): at((site,)) for site in sites}
         # Where every bank acts at the same sites of one input, they go in one launch. In deterministic mode never:
         # whether they do would depend on the company.
-        acting = tuple(site for site in sites if any(at((site,))))
-        if self.tile is not None or not all(at(acting)):
-            acting = ()
+        joint = tuple(site for site in sites if any(singly[site,]))
+        together = at(joint) if self.tile is None and len(joint) > 1 else [None]
+        launches = {joint: together} if all(together) else {}
+        launches |= {one: found for one, found in singly.items() if not (launches and one[0] in joint)}
         ys = {}
-        for launched in [acting] * bool(acting) + [(site,) for site in sites if site not in acting]:
-            ys |= zip(launched, launch(launched))
+        for launched, found in launches.items():
+            ys |= zip(launched, launch(launched, found))
         return tuple(ys[site] for site in sites)
 
     def _finish(self, site: str, x: Tensor, y: Tensor) -> Tensor:

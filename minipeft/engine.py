@@ -333,7 +333,6 @@ class Engine:
             if job.under is not None:
                 self._check_under(job)
 
-
     def _check_under(self, job: Job) -> None:
         """A shared adapter acts first, the personal one on what it makes: some methods cannot be put so."""
         if job.under.under is not None:
