@@ -12,6 +12,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -21,22 +22,36 @@ from torch import nn
 
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.errors import InputError
+from minipeft.log import tensorboard
 from minipeft.methods import METHODS, PromptTuning
 from minipeft.models.classifier import Classifier
 from minipeft.models.loading import load_model, load_tokenizer
-from minipeft.options import NAMES, add_options, described_methods, method_of, settings_of, sites_of
-from minipeft.running import SHARED, Training, evaluate, first_users, for_base, open_base, predict, without_head
+from minipeft.options import (
+    NAMES,
+    add_options,
+    add_pass_options,
+    described_methods,
+    method_of,
+    passes_of,
+    settings_of,
+    sites_of,
+)
+from minipeft.ranks import Ranks, joined
+from minipeft.running import evaluate, for_base, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
 from minipeft.store import Store
+from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.task import load_task
+from minipeft.training import SAVE_MINUTES, SHARED, Interrupted, Summary, Training, silent
 
+SHOWN = 20  # users left out whose reasons are printed
 MIN_LABELS = 2  # what `methods` supposes: no task has fewer
 FORMATS = ("peft", "adapterhub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 141 if whoever
-    read the output went away."""
+    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM,
+    141 if whoever read the output went away. `train` is 0 if anybody has an adapter, whoever was left out."""
     args, finished = None, []
     try:
         args = parse(argv)
@@ -47,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        kept = f" {len(finished)} users had finished; their adapters are in {args.store}" if finished else ""
-        print(f"\nminipeft: interrupted.{kept}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        kept = f" {len(finished)} users had finished; their adapters are in {args.store}." if finished else ""
+        saved = " Go on with --resume." if isinstance(stopped, Interrupted) else ""
+        print(f"\nminipeft: interrupted.{kept}{saved}", file=sys.stderr)
+        return 128 + (stopped.signum if isinstance(stopped, Interrupted) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush again, and fail
         return 141
@@ -81,6 +97,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         f"{described_methods()}")  # fmt: skip
     own.add_argument("--users", type=int, metavar="N", help="the task's first N users only")
     own.add_argument("--again", action="store_true", help="replace the adapters of users who are in the store already")
+    own.add_argument("--resume", action="store_true",
+                     help="go on with the same training where it was interrupted; begin it if there is none")
+    own.add_argument("--save-minutes", type=float, default=SAVE_MINUTES, metavar="X",
+                     help=f"how often what is under way is saved (default: {SAVE_MINUTES:g}; and when interrupted)")
+    own.add_argument("--on-bad", choices=["quarantine", "stop"], default="quarantine",
+                     help="leave users out who cannot be trained (default), or stop")
+    own.add_argument("--tensorboard", type=Path, metavar="DIR", help="write the log's numbers for TensorBoard, too")
+    add_pass_options(own)
     own.add_argument("--start-text", metavar="TEXT", help="prompt: start from this text's tokens, as the base reads it")
     both = own.add_mutually_exclusive_group()
     both.add_argument("--on-shared", dest="shared", action="store_const", const="on", default="",
@@ -129,30 +153,48 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
         method = replace(method, start_from="text", text=tuple(tokens))
     config = TrainConfig(method=method, **settings_of(args))
     config.check()
-    task = load_task(args.task)
-    task = task if args.users is None else first_users(task, args.users)
-    training = Training.plan(load(args), task, config, args.store, args.shared, args.again)
+    scalar = tensorboard(args.tensorboard) if args.tensorboard else None
+    with joined() as ranks:
+        return train_users(args, config, finished, ranks, scalar)
+
+
+def train_users(args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks, scalar) -> dict:
+    task = TaskFolder(args.task, args.users)
+    training = Training.plan(load(args), task, config, args.store, args.shared, args.again, passes_of(args),
+                             resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
+                             save_minutes=args.save_minutes)  # fmt: skip
     method, base = training.method, training.base
     acts = "; ".join(f"{part.name} at {', '.join(sites_of(part, base))}" for part in method.parts)
-    print(f"task {task.name}: {len(task.users)} users, {len(task.pooled('train'))} training examples, labels "
-          f"{', '.join(task.labels)}\nbase {base.origin.name}: {sum(p.numel() for p in base.parameters()):,} frozen "
-          f"numbers; each user trains {method.count(base):,} ({acts})", flush=True)  # fmt: skip
-    if training.num_cut:
-        print(f"{training.num_cut} texts were too long for the base and were cut at their end")
-    skipped = {}
+    if ranks.writes:
+        print(f"task {task.header.name}: {len(task.users)} users, {sum(map(task.num_train, task.users))} training "
+              f"examples, labels {', '.join(task.header.labels)}\nbase {base.origin.name}: "
+              f"{sum(p.numel() for p in base.parameters()):,} frozen numbers; each user trains "
+              f"{method.count(base):,} ({acts})", flush=True)  # fmt: skip
+    summary = training.run(lambda adapter: finished.append(adapter.user), progress if ranks.writes else silent,
+                           scalar=scalar)  # fmt: skip
+    if ranks.writes:
+        show_summary(summary, args.store)
+    quarantined = [{"user": user, "reason": reason} for user, reason in summary.quarantined.items()]
+    return {"store": str(args.store), "base": base.origin.name, "task": task.header.name, "method": method.described(),
+            "num_users": summary.trained, "adapter_numbers": method.count(base), "num_cut_texts": summary.num_cut,
+            "skipped_steps": summary.skipped_steps, "skipped": summary.skipped, "quarantined": quarantined,
+            "stopped_early": summary.stopped_early}  # fmt: skip
 
-    def keep(adapter) -> None:
-        finished.append(adapter.user)
-        if adapter.metrics["skipped_steps"]:
-            skipped[adapter.user] = adapter.metrics["skipped_steps"]
 
-    training.run(keep, progress)
-    if skipped:
-        print(f"{len(skipped)} users skipped steps whose gradient was not finite, e.g. {next(iter(skipped))!r}")
-    print(f"{len(finished)} users' adapters are in {args.store}")
-    return {"store": str(args.store), "base": base.origin.name, "task": task.name, "method": method.described(),
-            "num_users": len(finished), "adapter_numbers": method.count(base), "num_cut_texts": training.num_cut,
-            "skipped_steps": skipped}  # fmt: skip
+def show_summary(summary: Summary, store: str) -> None:
+    if summary.num_cut:
+        print(f"{summary.num_cut} texts were too long for the base and were cut at their end")
+    if summary.splits:
+        print(f"memory did not hold {summary.splits} passes, which went in parts; a smaller --token-budget spares that")
+    if summary.skipped_steps:
+        print(f"{len(summary.skipped_steps)} users skipped steps whose gradient was not finite, e.g. "
+              f"{next(iter(summary.skipped_steps))!r}")  # fmt: skip
+    for user, reason in list(summary.quarantined.items())[:SHOWN]:
+        print(f"left out: {user!r}: {reason}")
+    if len(summary.quarantined) > SHOWN:
+        print(f"and {len(summary.quarantined) - SHOWN} more, see --json or log.jsonl in {store}")
+    print(f"trained {summary.trained} users ({summary.stopped_early} stopped early), left out "
+          f"{len(summary.quarantined)}, {summary.skipped} were done before; their adapters are in {store}")  # fmt: skip
 
 
 def run_eval(args: argparse.Namespace, _) -> dict:

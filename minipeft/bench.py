@@ -32,7 +32,7 @@ from minipeft.models.loading import load_model
 from minipeft.profiling import profiled, region
 from minipeft.prompts import Encoded
 from minipeft.report import plot_gains, table
-from minipeft.running import EVERYONE, SHARED, check_splits, first_users, for_base, open_base, pooled, prompts_of
+from minipeft.running import check_splits, first_users, for_base, open_base, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
 from minipeft.store import adapter_path, save_adapter
@@ -45,6 +45,7 @@ from minipeft.tasks.synthetic import (
     make_synthetic,
 )
 from minipeft.tasks.task import Task, load_task, majority_answers, nominal_alpha, user_accuracy
+from minipeft.training import EVERYONE, SHARED, pooled
 
 PERSONAL = TrainConfig(
     method=LoRA(rank=8, alpha=16, sites=("v", "o", "down")), learning_rate=5e-3, batch_size=4, epochs=3

@@ -9,7 +9,7 @@ from minipeft.errors import InputError
 from minipeft.methods import METHODS
 from minipeft.methods.method import Method
 from minipeft.models.hooks import Sites
-from minipeft.schedule import TrainConfig
+from minipeft.schedule import PassConfig, TrainConfig
 
 NAMES = [name for name in METHODS if name != "stack"]  # what people choose from
 SETTINGS = [field for field in fields(TrainConfig) if field.name != "method"]
@@ -34,6 +34,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         own.add_argument(flag(name), dest=_dest(name), default=argparse.SUPPRESS,
                          help="; ".join(f"{', '.join(methods)}: {value}" for value, methods in defaults.items()),
                          **_reading(next(iter(by_method.values())).type))  # fmt: skip
+
+
+def add_pass_options(parser: argparse.ArgumentParser) -> None:
+    """--slots, --token-budget...: every field of PassConfig."""
+    together = parser.add_argument_group("how users share passes: no user's adapter depends on it, but for rounding")
+    for field in fields(PassConfig):
+        together.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS,
+                              help=f"default {field.default}", **_reading(field.type))  # fmt: skip
+
+
+def passes_of(args: argparse.Namespace) -> PassConfig:
+    """What `add_pass_options` read."""
+    return PassConfig(**{field.name: getattr(args, field.name) for field in fields(PassConfig) if field.name in args})
 
 
 def options() -> dict[str, dict[str, Field]]:

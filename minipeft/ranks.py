@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 3 -m minipeft train ...
 
 Every rank has the whole frozen base, an engine and users of its own; no gradient ever leaves a rank, so they need not
-keep step. Rank 0 alone writes the store: the others send it what is finished, as bytes of safetensors, over gloo. (Ranks
-on GPUs do the same: nothing that is sent lies on a GPU, so NCCL would have nothing to do.) The store's folder need not be
-shared between machines. If a rank dies, torchrun starts all of them again, and with --resume they go on.
+keep step. Rank 0 alone writes the store: the others send it what is finished, as bytes of safetensors, over gloo. Ranks
+on GPUs do the same: nothing that is sent lies on a GPU, so NCCL would have nothing to do. The store's folder need not
+be shared between machines. If a rank dies, torchrun starts all of them again, and with --resume they go on.
 """
 
 import heapq

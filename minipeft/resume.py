@@ -25,66 +25,70 @@ from minipeft.schedule import PLACE, Adapter, Fault, Standing
 from minipeft.store import read_file, write_file
 
 FORMAT = 1  # of these files; another one is refused
-MEANING = {
-    "format": "the files' format", "base": "the base", "task": "what the task's examples are", "shared": "what is shared",
-    "deterministic": "deterministic mode",
-}  # fmt: skip
+MEANING = {"format": "the files' format", "base": "the base", "task": "the task's examples", "shared": "what is shared",
+           "deterministic": "deterministic mode"}  # fmt: skip
 
 
 class State:
-    """A store's folder `training/`."""
+    """A store's folder `training/`.
+
+    begun: what run.json says, None if there is none: `finished`, `again` (whether users who were in the store before
+           are trained again) and `run`, which names all that decides about adapters.
+
+    Raises:
+        InputError: run.json is damaged.
+    """
 
     def __init__(self, store: Path):
-        self.folder = store / "training"
+        self.folder = Path(store) / "training"
         self._run, self._done, self._shared = (self.folder / name for name in
                                                ("run.json", "done.jsonl", "shared.safetensors"))  # fmt: skip
+        try:
+            self.begun = json.loads(self._run.read_bytes()) if self._run.exists() else None
+            if self.begun is not None and self.begun.keys() != {"finished", "again", "run"}:
+                raise ValueError("other fields than were written")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{self._run} is damaged ({error}); delete {self.folder} and start over") from None
 
     @property
     def unfinished(self) -> bool:
         """Whether a training was begun here that has not come to its end."""
-        return self._run.exists() and not self._read_run()["finished"]
+        return self.begun is not None and not self.begun["finished"]
 
-    def begin(self, run: dict) -> None:
+    def check(self, run: dict) -> None:
+        """Raises InputError unless it is this training that was begun here; names the first difference."""
+        for name in {**self.begun["run"], **run}:
+            was, now = (str(values.get(name)) for values in (self.begun["run"], run))
+            if was != now:
+                raise InputError(f"{self.folder.parent}: {MEANING.get(name, name)} was {was[:60]} when its training "
+                                 f"began, now it is {now[:60]}; --resume with what it began with, or start over with "
+                                 "--again")  # fmt: skip
+
+    def begin(self, run: dict, again: bool) -> None:
         """Forget an earlier training and begin this one."""
-        self._clear()
-        write_file(self._run, json.dumps({"finished": False, "run": run}, indent=1).encode())
+        for path in (self._run, self._done, self._shared):
+            path.unlink(missing_ok=True)
+        self.forget_standings()
+        self._write({"finished": False, "again": again, "run": run})
         self._done.write_bytes(b"")
 
-    def go_on(self, run: dict) -> None:
-        """Go on with the training that was begun here, if it is this one; begin it if there is none.
-
-        Raises:
-            InputError: it is another one; names the first difference.
-        """
-        if not self._run.exists():
-            return self.begin(run)
-        begun = self._read_run()["run"]
-        for name in {**begun, **run}:
-            was, now = (str(values.get(name)) for values in (begun, run))
-            if was != now:
-                what = MEANING.get(name, name)
-                raise InputError(f"{self.folder.parent}: {what} was {was[:60]} when this training began, now it is "
-                                 f"{now[:60]}; --resume with what it began with, or start over with --again")
-        whole = self._done.read_bytes().rpartition(b"\n")
-        self._done.write_bytes(whole[0] + whole[1])  # what follows shall not be joined to a torn line
+    def go_on(self) -> None:
+        """With what was begun here. A torn last line goes: what follows shall not be joined to it."""
+        lines = self._done.read_bytes().rpartition(b"\n")
+        self._done.write_bytes(lines[0] + lines[1])
 
     def end(self) -> None:
         """The training came to its end: --resume finds nothing to do."""
-        run = self._read_run()
+        self.forget_standings()
+        self._write(self.begun | {"finished": True})
+
+    def _write(self, begun: dict) -> None:
+        write_file(self._run, json.dumps(begun, indent=1).encode())
+        self.begun = begun
+
+    def forget_standings(self) -> None:
         for path in self.folder.glob("rank-*.safetensors"):
             path.unlink()
-        write_file(self._run, json.dumps(run | {"finished": True}, indent=1).encode())
-
-    def _read_run(self) -> dict:
-        try:
-            run = json.loads(self._run.read_bytes())
-            return {"finished": bool(run["finished"]), "run": dict(run["run"])}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{self._run} is damaged ({error!r}); start over with --again") from None
-
-    def _clear(self) -> None:
-        for path in (self._run, self._done, self._shared, *self.folder.glob("rank-*.safetensors")):
-            path.unlink(missing_ok=True)
 
     # ---- Who is done -----------------------------------------------------------------------------------------------
 
@@ -134,8 +138,8 @@ class State:
                         found[user] = Standing({name: place[name] for name in PLACE},
                                                {name: tensors[f"{i} {name}"] for name in names})  # fmt: skip
             except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{path} is damaged ({error}); delete it and --resume: of its users, those who had not "
-                                 "finished begin again, nobody else does") from None  # fmt: skip
+                raise InputError(f"{path} is damaged ({error}); delete it and --resume: its users begin again, nobody "
+                                 "else does") from None  # fmt: skip
         return found
 
     # ---- The adapter of all ------------------------------------------------------------------------------------------

@@ -108,6 +108,10 @@ class Standing:
     place: dict
     tensors: dict[str, Tensor]
 
+    def examples(self, num_train: int) -> int:
+        """Training examples that are behind the user, who has so many."""
+        return self.place["epoch"] * num_train + self.place["next_example"]
+
 
 PLACE = ("epoch", "step", "next_example", "skipped_steps", "skipped_before", "history", "best_epoch")  # of a Run
 
