@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from linears import site_by_site
 
+from minipeft import engine as engine_module
 from minipeft.batch import filled
 from minipeft.engine import Adapter, Engine, predict
 from minipeft.errors import InputError
@@ -544,6 +545,74 @@ def test_the_head_runs_only_on_rows_that_are_read(model, jobs, monkeypatch):
     assert bodies == [sum(num_rows)] and heads[0] < bodies[0]
     list(engine.score([(run.bank, run.slot, run.job.val) for run in runs]))
     assert heads[1] == sum(filled(len(job.val) * LABELS.rows_per_question) for job in jobs) < bodies[1]
+
+
+# ---- Memory that does not hold a pass -------------------------------------------------------------------------------
+
+
+def short_of_memory(monkeypatch, most_rows, at="hidden"):
+    """No pass of more rows than this from now on: as PyTorch says it on a CPU, in the middle of the forward pass, or
+    after it, in the step of the pass's last bank. Returns the numbers of rows that did not fit."""
+    hidden, step, refused = Decoder.hidden, engine_module.adamw_, []
+
+    def refuse(num_rows):
+        refused.append(num_rows)
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
+
+    def cramped_hidden(model, rows, *hooks):
+        cramped_hidden.rows = len(rows.tokens)
+        if at == "hidden" and len(rows.tokens) > most_rows:
+            refuse(len(rows.tokens))
+        return hidden(model, rows, *hooks)
+
+    def cramped_step(weights, *rest, **more):
+        if at == "step" and cramped_hidden.rows > most_rows and weights.shape[1] == cramped_step.width:
+            refuse(cramped_hidden.rows)
+        return step(weights, *rest, **more)
+
+    method = LoRA(RANKS[3], sites=SITES[0])
+    cramped_step.width = method.layout(make_model()).row_size  # of the last user's bank
+    monkeypatch.setattr(Decoder, "hidden", cramped_hidden)
+    monkeypatch.setattr(engine_module, "adamw_", cramped_step)
+    return refused
+
+
+@pytest.mark.parametrize("at", ["hidden", "step"])
+def test_a_pass_that_memory_does_not_hold_goes_in_parts_and_changes_nobody(model, jobs, exactly_alone, monkeypatch, at):
+    """In the step: some banks' users have stepped by then and must not step twice."""
+    refused = short_of_memory(monkeypatch, 250, at)
+    engine = Engine(model, LABELS, PassConfig(16, 2048, deterministic=True))
+    adapters = engine.train(jobs[:6])
+    assert refused and engine.totals.splits > 0
+    assert len(refused) < engine.totals.passes / 4, "it remembers what did not fit"
+    for user, adapter in adapters.items():
+        assert_same(adapter, exactly_alone[user])
+
+
+def test_whose_share_alone_does_not_fit_leaves_and_nobody_else(model, jobs, exactly_alone, monkeypatch):
+    rng = np.random.default_rng(1)
+    large = replace(jobs[0], train=make_questions(rng, 8, 0, longest=60), config=replace(jobs[0].config, batch_size=8))
+    asks = replace(jobs[1], val=[*jobs[1].val, Question(tuple(range(10, 50)) * 4, 0)])  # beyond training's rows
+    largest = max(Run(job, 0, 0).minibatch(LABELS).num_rows for job in jobs[2:6])
+    short_of_memory(monkeypatch, max(144, largest))
+    faults = []
+    engine = Engine(model, LABELS, PassConfig(16, 2048, deterministic=True))
+    adapters = engine.train([large, asks, *jobs[2:6]], on_fault=faults.append)
+    assert {fault.user for fault in faults} == {"user 0", "user 1"}
+    assert all("alone does not fit into memory" in fault.reason for fault in faults)
+    assert adapters.keys() == {job.user for job in jobs[2:6]}
+    for user, adapter in adapters.items():
+        assert_same(adapter, exactly_alone[user])
+    assert all(bank.bank.users == [None] * 16 for bank in engine._banks)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model, jobs, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Decoder, "hidden", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        train(model, jobs[:3], 3)
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------
