@@ -96,7 +96,8 @@ class Acting(Hooks):
             for share, actor in level:
                 lora = None if level is self.levels[-1] else actor.lora((site,), share)
                 if lora is not None:  # a shared one, under the personal ones
-                    delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks)
+                    delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks,
+                                         by_pieces=True)  # fmt: skip
                     y = _AddRows.apply(y, delta, share.rows)
                 if site in actor.deltas:
                     y = _AddRows.apply(y, actor.deltas[site](x[share.rows], share), share.rows)
