@@ -1,7 +1,7 @@
 """What every prepare script shares: arguments, tasks, statistics, and the two layouts in which a task is written.
 
     python data_scripts/prepare_<dataset>.py --raw DIR --out DIR
-        [--layout jsonl|original] [--users N --seed S] [--skip-bad]
+        [--layout jsonl|original] [--users N --seed S] [--skip-bad] [--download [--mirror URL]]
 
 A prepare script holds only what is particular to its source: its `Source`, a `read_tasks(raw)` that turns raw files
 into `Task`s, and a call of `main`. DIR of `--raw` holds one folder per dataset. `--layout jsonl` writes, under
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from agreement import krippendorff_alpha
+from download import download_source
 from folders import write_folder
 from raw_files import BadInput, RawFiles, Source
 from splits import (
@@ -113,19 +114,33 @@ class Collector:
 
 
 def main(source: Source, read_tasks: Callable[[RawFiles], Iterable[Task]], argv: list[str] | None = None) -> int:
-    """Prepares the tasks of one source as the command line says; returns the exit status.
-
-    Each task's folder is written when all of it is known; one line per task, on stdout, says what it holds.
-    """
-    args = _parse(source, argv)
+    """Prepares the tasks of one source as the command line says; returns the exit status."""
+    dataset = source.dataset
+    args = arguments(f"prepare_{dataset}.py", f"Raw {dataset} files -> tasks with splits.").parse_args(argv)
     try:
-        raw = RawFiles(args.raw, source, args.skip_bad)
-        for task in read_tasks(raw):
-            print(_prepare(task, raw, args))
+        for line in prepare(source, read_tasks, args):
+            print(line)
     except BadInput as error:
-        print(f"prepare_{source.dataset}: {error}", file=sys.stderr)
+        print(f"prepare_{dataset}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def prepare(
+    source: Source, read_tasks: Callable[[RawFiles], Iterable[Task]], args: argparse.Namespace
+) -> Iterator[str]:
+    """Downloads, if asked to, and prepares the tasks of one source; yields a line for each file and task.
+
+    Each task's folder is written when all of it is known.
+
+    Raises:
+        BadInput: what was given cannot be used; Absent: a raw file is not there.
+    """
+    if args.download:
+        yield from download_source(source, args.raw, args.mirror)
+    raw = RawFiles(args.raw, source, args.skip_bad)
+    for task in read_tasks(raw):
+        yield _prepare(task, raw, args)
 
 
 def statistics(task: Task, raw: RawFiles) -> dict[str, Any]:
@@ -252,20 +267,26 @@ def _original_pieces(splits: Splits, task: Task) -> Iterator[str]:
     yield "}"
 
 
-def _parse(source: Source, argv: list[str] | None) -> argparse.Namespace:
-    dataset = source.dataset
-    description = f"Raw {dataset} files -> tasks with splits."
-    parser = argparse.ArgumentParser(prog=f"prepare_{dataset}.py", description=description)
-    parser.add_argument("--raw", type=Path, required=True, metavar="DIR", help=f"the folder that holds '{dataset}'")
+def arguments(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options that every prepare script has."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--raw", type=Path, required=True, metavar="DIR", help="the folder that holds one per dataset")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="tasks are written to DIR/<task>")
     parser.add_argument("--layout", choices=("jsonl", "original"), default="jsonl",
                         help="jsonl (default), or the files of the published PEFT-U code")
-    parser.add_argument("--users", type=int, metavar="N", help="only N users, drawn before splitting (default: all)")
+    parser.add_argument("--users", type=_positive_number, metavar="N",
+                        help="only N users, drawn before splitting (default: all)")
     parser.add_argument("--seed", type=int, default=42, metavar="S",
                         help="of that draw (default: 42); the splits' own seed is fixed")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave out and count rows that cannot be used (default: stop at the first)")
-    args = parser.parse_args(argv)
-    if args.users is not None and args.users < 1:
-        parser.error("--users must be at least 1")
-    return args
+    parser.add_argument("--download", action="store_true",
+                        help="first fetch the raw files that are not there, from their official addresses")
+    parser.add_argument("--mirror", metavar="URL", help="fetch them from URL/<dataset>/<file> instead")
+    return parser
+
+
+def _positive_number(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)

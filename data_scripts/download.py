@@ -11,6 +11,7 @@ HTTP's ranges: RFC 9110, sections 13.1.5 and 14.
 
 import hashlib
 import os
+from collections.abc import Iterator
 from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -18,10 +19,26 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from raw_files import BadInput, RawFile
+from raw_files import BadInput, RawFile, Source
 
 TIMEOUT_S = 60                                           # of silence
 CHUNK = 1 << 20                                          # bytes
+
+
+def download_source(source: Source, raw: Path, mirror: str | None = None) -> Iterator[str]:
+    """Downloads every file of the source that has an address; yields a line for each file. See `download`.
+
+    What is there gzipped, or unpacked from the archive it comes in, is not fetched.
+    """
+    folder = raw / source.dataset
+    for file in source.files:
+        others = [folder / name for name in (f"{file.name}.gz", file.holds) if name and (folder / name).exists()]
+        if others:
+            yield f"{others[0]}: already there"
+        elif file.url or mirror:
+            yield download(file, folder, mirror)
+        else:
+            yield f"{folder / file.name}: no official address to fetch it from. {source.where_to_get(file.name)}"
 
 
 def download(file: RawFile, folder: Path, mirror: str | None = None) -> str:
@@ -88,8 +105,8 @@ def _fetch(url: str, path: Path, size: int | None) -> Path:
             os.fsync(out.fileno())
     num_bytes = part.stat().st_size
     if cause or (total is not None and num_bytes < total):
-        raise BadInput(f"{url}: cut off after {num_bytes:,} bytes ({cause or 'connection closed'}). Run the same command "
-                       "again for the rest.")
+        raise BadInput(f"{url}: cut off after {num_bytes:,} bytes ({cause or 'connection closed'}). Run the same "
+                       "command again for the rest.")
     return part
 
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+from xml.etree.ElementTree import ParseError, XMLPullParser
+from xml.parsers.expat import ErrorString
 
 Names = str | tuple[str, ...]
 
@@ -29,6 +31,10 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")                # what the error handle
 
 class BadInput(ValueError):
     """What was given cannot be used. The message is one line for the person who gave it."""
+
+
+class Absent(BadInput):
+    """A raw file is not there. The message says where to get it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class RawFile:
     sha256: str | None = None
     git_blob: str | None = None                          # as `git hash-object` prints it
     url: str | None = None
+    holds: str | None = None                             # of an archive: the file that is needed of it,
+    unpack: str | None = None                            # and the command that takes it out
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,10 @@ class Source:
 
     def where_to_get(self, name: str) -> str:
         """One sentence for the person who lacks this file."""
-        urls = [file.url for file in self.files if file.name == name and file.url]
-        return f"It comes from {urls[0] if urls else self.homepage} (licence: {self.licence})."
+        files = [file for file in self.files if name in (file.name, file.name.removesuffix(".gz"), file.holds)]
+        place = next((file.url for file in files if file.url), self.homepage)
+        unpack = next((f", to be unpacked with `{file.unpack}`" for file in files if file.unpack), "")
+        return f"It comes from {place}{unpack} (licence: {self.licence})."
 
 
 class RawFiles:
@@ -75,8 +85,8 @@ class RawFiles:
         self.subset = False
         self.bad_rows: Counter[str] = Counter()
         if not self.folder.is_dir():
-            raise BadInput(f"{self.folder}: no such folder. --raw must be the folder that holds '{source.dataset}'. "
-                           f"{source.where_to_get('')}")
+            raise Absent(f"{self.folder}: no such folder. --raw must be the folder that holds '{source.dataset}'. "
+                         f"{source.where_to_get('')}")
 
     def bad(self, where: str, reason: str) -> None:
         """Stops, or with `--skip-bad` counts the row at `where` and returns: the reader goes on to the next row.
@@ -144,6 +154,41 @@ class RawFiles:
         if not num_rows:
             raise BadInput(f"{path}: no line that can be used.")
 
+    def read_xml(self, names: Names, root: str, tag: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """(where, attributes) of every element <tag> in an XML file whose outermost element is <root>."""
+        path = self._find(names)
+        parser = XMLPullParser(("start", "end"))
+        outermost, num_rows = None, 0
+        with self._open(path) as file:
+            while chunk := file.read(1 << 16):
+                if _NOT_UTF8.search(chunk):
+                    raise BadInput(f"{path}: not UTF-8.")
+                try:
+                    parser.feed(chunk)
+                except ParseError as error:
+                    raise BadInput(_not_xml(path, error)) from None
+                for event, element in parser.read_events():
+                    if outermost is None:
+                        outermost = element
+                        if element.tag != root:
+                            raise BadInput(f"{path}: needed <{root}> as the outermost element.")
+                    if event == "end" and element.tag == tag:
+                        num_rows += 1
+                        yield f"{path}, <{tag}> {num_rows}", {
+                            name: value.replace("\r\n", "\n").replace("\r", "\n") for name, value in element.items()
+                        }
+                        outermost.clear()                # what was read, or all of the file would stay in memory
+            try:
+                parser.close()
+            except ParseError as error:
+                raise BadInput(_not_xml(path, error)) from None
+        if not num_rows:
+            raise BadInput(f"{path}: no <{tag}>.")
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there, plain or gzipped."""
+        return any((self.folder / (name + ending)).exists() for ending in ("", ".gz"))
+
     def _find(self, names: Names) -> Path:
         """The first of `names`, plain or gzipped, that is there."""
         names = (names,) if isinstance(names, str) else names
@@ -152,8 +197,8 @@ class RawFiles:
                 self.subset |= ".subset" in path.name
                 return path
         others = "".join(f" nor {name!r}" for name in names[1:])
-        raise BadInput(f"{self.folder / names[0]}: No such file{others}, plain or with .gz. "
-                       f"{self.source.where_to_get(names[0])}")
+        raise Absent(f"{self.folder / names[0]}: No such file{others}, plain or with .gz. "
+                     f"{self.source.where_to_get(names[0])}")
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[TextIO]:
@@ -243,6 +288,10 @@ class _Lines:
         yield from self.file
         self.ended = True
         yield "\n"
+
+
+def _not_xml(path: Path, error: ParseError) -> str:
+    return f"{path}, line {error.position[0]}: not well-formed XML ({ErrorString(error.code)})."
 
 
 class _NotJSON(ValueError):

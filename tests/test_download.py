@@ -158,7 +158,7 @@ def test_another_file_than_the_official_one_is_not_kept(server, tmp_path, what, 
 @pytest.mark.parametrize("what", WRONG)
 def test_another_file_that_is_there_is_left_alone(server, tmp_path, what):
     fetch(server, tmp_path)
-    with pytest.raises(BadInput, match="not the official file .* Move it away"):
+    with pytest.raises(BadInput, match=r"not the official file .* Move it away"):
         fetch(server, tmp_path, **{what: WRONG[what]})
     assert files_of(tmp_path / "travel") == {"posts.7z": CONTENT}
 
@@ -172,10 +172,9 @@ def test_missing_at_the_server(server, tmp_path):
 def test_no_network(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    for url, reason in ((f"http://127.0.0.1:{port}/x", "Connection refused"), ("http://host.invalid/x", "")):
-        with pytest.raises(BadInput, match=f"cannot be reached .*{reason}") as error:
-            download(RawFile("x", url=url), tmp_path)
-        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match=r"cannot be reached .*Connection refused") as error:
+        download(RawFile("x", url=f"http://127.0.0.1:{port}/x"), tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_addresses_other_than_http_are_refused(tmp_path):
