@@ -40,8 +40,8 @@ SOURCE = Source(
     licence="academic use only, no redistribution",
     homepage="https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
     citation="Wan et al. 2019, Fine-Grained Spoiler Detection from Large-Scale Review Corpora",
-    note="Verified on made-up files in the official layout: from the CSV the split is the published code's to the byte; "
-         "for the JSON lines each rule is tested. The official files were not at hand.",
+    note="Verified on made-up files in the official layout: from the CSV the split is the published code's to the "
+         "byte; from the JSON lines the published rules keep the same reviews. The official files were not at hand.",
 )
 INSTRUCTION = "Here is a book, with its authors and what it is about. Write the review that you would give it."
 MIN_USER_REVIEWS = 20

@@ -3,8 +3,8 @@
 Seven sites of Stack Exchange, one generative task each: the text is a question, the target this user's answer to it.
 
 Source: the sites' data dumps, archive.org/details/stackexchange, whose posts are licensed CC BY-SA (2.5, 3.0 or 4.0:
-each row's ContentLicense says which). PEFT-U's published code draws on a dump of an unknown date, so its counts of users
-(57, 99, 88, 145, 93, 435, 926) need not come out of another one.
+each row's ContentLicense says which). PEFT-U's published code draws on a dump of an unknown date, so its counts of
+users (57, 99, 88, 145, 93, 435, 926) need not come out of another one.
 
 Raw, in the folder RAW/<site>, one of
 
@@ -50,8 +50,8 @@ SOURCES = tuple(
         licence="CC BY-SA 4.0 (older posts 3.0 or 2.5)",
         homepage="https://archive.org/details/stackexchange",
         citation=f"Stack Exchange data dump, {site}.stackexchange.com",
-        note="Verified on a made-up dump and CSV in the official layout: filter and split are the published code's to the "
-             "byte. The official files were not at hand.",
+        note="Verified on a made-up dump and CSV in the official layout: filter and split are the published code's to "
+             "the byte. The official files were not at hand.",
     )
     for site in SITES
 )

@@ -159,29 +159,28 @@ class RawFiles:
         path = self._find(names)
         parser = XMLPullParser(("start", "end"))
         outermost, num_rows = None, 0
-        with self._open(path) as file:
-            while chunk := file.read(1 << 16):
-                if _NOT_UTF8.search(chunk):
-                    raise BadInput(f"{path}: not UTF-8.")
-                try:
+        try:
+            with self._open(path) as file:
+                while chunk := file.read(1 << 16):
+                    if _NOT_UTF8.search(chunk):
+                        raise BadInput(f"{path}: not UTF-8.")
                     parser.feed(chunk)
-                except ParseError as error:
-                    raise BadInput(_not_xml(path, error)) from None
-                for event, element in parser.read_events():
-                    if outermost is None:
-                        outermost = element
-                        if element.tag != root:
-                            raise BadInput(f"{path}: needed <{root}> as the outermost element.")
-                    if event == "end" and element.tag == tag:
-                        num_rows += 1
-                        yield f"{path}, <{tag}> {num_rows}", {
-                            name: value.replace("\r\n", "\n").replace("\r", "\n") for name, value in element.items()
-                        }
-                        outermost.clear()                # what was read, or all of the file would stay in memory
-            try:
-                parser.close()
-            except ParseError as error:
-                raise BadInput(_not_xml(path, error)) from None
+                    for event, element in parser.read_events():
+                        if outermost is None:
+                            outermost = element
+                            if element.tag != root:
+                                raise BadInput(f"{path}: needed <{root}> as the outermost element.")
+                        if event == "end" and element.tag == tag:
+                            num_rows += 1
+                            yield f"{path}, <{tag}> {num_rows}", {
+                                name: value.replace("\r\n", "\n").replace("\r", "\n")
+                                for name, value in element.items()
+                            }
+                            outermost.clear()            # what was read, or all of the file would stay in memory
+            parser.close()
+        except ParseError as error:                      # its message may quote the text
+            reason = ErrorString(error.code)
+            raise BadInput(f"{path}, line {error.position[0]}: not well-formed XML ({reason}).") from None
         if not num_rows:
             raise BadInput(f"{path}: no <{tag}>.")
 
@@ -288,10 +287,6 @@ class _Lines:
         yield from self.file
         self.ended = True
         yield "\n"
-
-
-def _not_xml(path: Path, error: ParseError) -> str:
-    return f"{path}, line {error.position[0]}: not well-formed XML ({ErrorString(error.code)})."
 
 
 class _NotJSON(ValueError):

@@ -8,10 +8,11 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from common import Task, arguments, prepare
-from raw_files import Absent, BadInput, RawFiles, Source
+from raw_files import Absent, BadInput, RawFile, RawFiles, Source
 from task_statistics import markdown_table, read_statistics
 
 Job = tuple[Source, Callable[[RawFiles], Iterable[Task]]]
@@ -21,8 +22,8 @@ def main(prog: str, jobs: Iterable[Job], argv: list[str] | None = None) -> int:
     """Prepares the sources that are there as the command line says; returns the exit status.
 
     What happened to each source comes on stderr as it happens; a table of all prepared tasks follows on stdout, or with
-    `--json` one JSON object: {"prepared": [a task's statistics, ...], "absent": {dataset: where to get it}, "failed":
-    {dataset: reason}}. The status is 2 if a source failed, or if nothing was there to prepare.
+    `--json` one JSON object: {"prepared": [a task's statistics, ...], "absent": {dataset: reason and Source, ...},
+    "failed": {dataset: reason, ...}}. The status is 2 if a source failed, or if nothing was there to prepare.
     """
     jobs = list(jobs)
     parser = arguments(prog, "Raw files of several sources -> tasks with splits.")
@@ -48,8 +49,8 @@ def _prepare_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, Any]:
                 print(line, file=sys.stderr)
             report["prepared"] += [read_statistics(args.out / task) for task in source.tasks]
         except Absent as error:
-            report["absent"][dataset] = str(error)
-            print(f"{dataset}: absent. {error}", file=sys.stderr)
+            report["absent"][dataset] = {"reason": str(error), **asdict(source)}
+            print("\n    ".join([f"{dataset}: absent. {error}", *map(_where, source.files)]), file=sys.stderr)
         except BadInput as error:
             report["failed"][dataset] = str(error)
             print(f"{dataset}: failed. {error}", file=sys.stderr)
@@ -57,3 +58,10 @@ def _prepare_all(jobs: list[Job], args: argparse.Namespace) -> dict[str, Any]:
             report["failed"][dataset] = repr(error)
             traceback.print_exc()
     return report
+
+
+def _where(file: RawFile) -> str:
+    """All that is known of a file, in one line."""
+    facts = (f"{file.size:,} bytes" if file.size else "", f"sha256 {file.sha256}" if file.sha256 else "",
+             f"git blob {file.git_blob}" if file.git_blob else "", file.url or "")
+    return ", ".join([file.name, *filter(None, facts)])
