@@ -35,7 +35,7 @@ def download_source(source: Source, raw: Path, mirror: str | None = None) -> Ite
         others = [folder / name for name in (f"{file.name}.gz", file.holds) if name and (folder / name).exists()]
         if others:
             yield f"{others[0]}: already there"
-        elif file.url or mirror:
+        elif file.url:
             yield download(file, folder, mirror)
         else:
             yield f"{folder / file.name}: no official address to fetch it from. {source.where_to_get(file.name)}"

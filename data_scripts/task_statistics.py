@@ -122,7 +122,8 @@ def plot_disagreement(rows: list[dict[str, Any]]) -> "Figure":
     for row, place in zip(shown, places):
         axes.annotate(f"{row['task']}  {row['alpha']:.3f}", (row["users"], row["alpha"]), (1.04, place),
                       textcoords="axes fraction", verticalalignment="center", annotation_clip=False, fontsize=9,
-                      arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4})
+                      arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.8, "shrinkB": 4,
+                                  "relpos": (0, 0.5)})
     figure.legend(loc="outside lower left", ncols=2, frameon=False)
     return figure
 

@@ -3,68 +3,26 @@
 import hashlib
 import random
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from download import download
+from file_server import Handler, serving
 from raw_files import BadInput, RawFile
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 GIT_BLOB = "5a3b3e21a7813bfa843f7b478ec655688eb94aed"     # git hash-object of CONTENT
-
-
-class Server(ThreadingHTTPServer):
-    """Serves CONTENT at /travel/posts.7z, on 127.0.0.1 alone. `asked` holds the Range of every request, or None."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.etag = CONTENT, '"first"'
-        self.ranges, self.says_length = True, True
-        self.cut_after = None                              # bytes after which the connection is closed
-        self.asked = []
-        self.mirror = f"http://127.0.0.1:{self.server_port}/"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, range_ = self.server, self.headers["Range"]
-        server.asked.append(range_)
-        if self.path != "/travel/posts.7z":
-            return self.send_error(404)
-        start = int(range_.removeprefix("bytes=").removesuffix("-")) if range_ and server.ranges else 0
-        if self.headers["If-Range"] not in (None, server.etag):
-            start = 0
-        if start >= len(server.content):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        if server.says_length:
-            self.send_header("Content-Length", str(len(server.content) - start))
-        self.end_headers()
-        self.wfile.write(server.content[start:server.cut_after])
-        self.close_connection = True
-
-    def log_message(self, *args):
-        """Nothing: the test's output is the test's."""
+PATH = "/travel/posts.7z"
 
 
 @pytest.fixture
 def server():
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with serving({PATH: CONTENT}) as server:
         yield server
-        server.shutdown()
 
 
 def fetch(server, tmp_path, **known):
-    return download(RawFile("posts.7z", **known), tmp_path / "travel", mirror=server.mirror)
+    return download(RawFile("posts.7z", **known), tmp_path / "travel", mirror=server.url)
 
 
 def files_of(folder):
@@ -84,11 +42,11 @@ def test_whole_file_and_nothing_else(server, tmp_path, known):
     assert "300,000 bytes from http://127.0.0.1" in fetch(server, tmp_path, **known)
     assert files_of(tmp_path / "travel") == {"posts.7z": CONTENT}
     assert "already there" in fetch(server, tmp_path, **known)
-    assert server.asked == [None]                          # what is there is not asked for again
+    assert server.asked == [(PATH, None)]                          # what is there is not asked for again
 
 
 def test_official_address(server, tmp_path):
-    download(RawFile("posts.7z", url=f"{server.mirror}travel/posts.7z"), tmp_path)
+    download(RawFile("posts.7z", url=f"{server.url}travel/posts.7z"), tmp_path)
     assert files_of(tmp_path) == {"posts.7z": CONTENT}
 
 
@@ -97,7 +55,7 @@ def test_cut_connection_is_resumed_where_it_ended(server, tmp_path):
     assert not (tmp_path / "travel/posts.7z").exists()
     fetch(server, tmp_path, sha256=SHA256)
     assert files_of(tmp_path / "travel") == {"posts.7z": CONTENT}
-    assert server.asked == [None, "bytes=100000-"]
+    assert server.asked == [(PATH, None), (PATH, "bytes=100000-")]
 
 
 def test_cut_twice(server, tmp_path):
@@ -105,7 +63,7 @@ def test_cut_twice(server, tmp_path):
     cut(server, tmp_path, 200_000)
     fetch(server, tmp_path)
     assert files_of(tmp_path / "travel") == {"posts.7z": CONTENT}
-    assert server.asked == [None, "bytes=100000-", "bytes=200000-"]
+    assert server.asked == [(PATH, None), (PATH, "bytes=100000-"), (PATH, "bytes=200000-")]
 
 
 def test_server_without_ranges_sends_all_again(server, tmp_path):
@@ -121,7 +79,7 @@ def test_parts_of_two_versions_are_never_joined(server, tmp_path, etag):
     if etag != '"second"':
         server.etag = etag
     cut(server, tmp_path)
-    server.content, server.etag = CONTENT[::-1], etag
+    server.files[PATH], server.etag = CONTENT[::-1], etag
     fetch(server, tmp_path)
     assert files_of(tmp_path / "travel") == {"posts.7z": CONTENT[::-1]}
 
@@ -137,7 +95,7 @@ def test_part_that_was_whole_already(server, tmp_path):
 def test_server_that_sends_another_range(server, tmp_path, monkeypatch):
     cut(server, tmp_path)
     monkeypatch.setattr(Handler, "send_header",
-                        lambda self, name, value, send=BaseHTTPRequestHandler.send_header:
+                        lambda self, name, value, send=Handler.send_header:
                         send(self, name, "bytes 7-9/10" if name == "Content-Range" else value))
     with pytest.raises(BadInput, match="another range than bytes 100000"):
         fetch(server, tmp_path)
@@ -165,7 +123,7 @@ def test_another_file_that_is_there_is_left_alone(server, tmp_path, what):
 
 def test_missing_at_the_server(server, tmp_path):
     with pytest.raises(BadInput, match="404 Not Found"):
-        download(RawFile("users.7z"), tmp_path / "travel", mirror=server.mirror)
+        download(RawFile("users.7z"), tmp_path / "travel", mirror=server.url)
     assert files_of(tmp_path / "travel") == {}
 
 
