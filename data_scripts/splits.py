@@ -39,7 +39,9 @@ def split_leaked(examples: Examples) -> Splits:
     An example of several labels comes up once for each of them and stays where the first one put it, so that a rare
     label may be missing from a split after all. Within a split, examples stand in the order in which they came.
 
-    Users without an example do not appear. Cost: O(examples x labels).
+    The examples of a generative task count as of one label.
+
+    Users without an example do not appear. Cost: linear in the examples and their labels.
     """
     splits = {}
     for user, own in examples.items():
@@ -47,8 +49,12 @@ def split_leaked(examples: Examples) -> Splits:
             continue
         splits[user] = {name: {} for name in SPLIT_NAMES}
         placed = set()
-        for label in sorted({label for example in own.values() for label in example["label"]}):
-            cut = _cut([text_id for text_id, example in own.items() if label in example["label"]])
+        by_label: dict[str, list] = {}
+        for text_id, example in own.items():
+            for label in example.get("label", ("",)):
+                by_label.setdefault(label, []).append(text_id)
+        for label in sorted(by_label):
+            cut = _cut(by_label[label])
             for name, text_ids in zip(SPLIT_NAMES, cut):
                 splits[user][name].update({text_id: own[text_id] for text_id in text_ids if text_id not in placed})
                 placed.update(text_ids)
@@ -106,3 +112,8 @@ def _cut(items: list[Item]) -> tuple[list[Item], list[Item], list[Item]]:
     num_val = round(0.5 * held_out)
     train, rest = shuffled[:-held_out], shuffled[-held_out:]
     return train, rest[:num_val], rest[num_val:]
+
+
+# How to make each kind of split that a task is written with, and those that the published code writes as well.
+KINDS = {"leaked": split_leaked, "no_leak": split_no_leak}
+PUBLISHED_KINDS = ("leaked", "no_leak")
