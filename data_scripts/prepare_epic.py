@@ -4,13 +4,14 @@ Content warning: posts from Reddit and Twitter, some of them vulgar.
 
 Source: Frenda et al. 2023, "EPIC: Multi-Perspective Annotation of a Corpus of Irony" (ACL 2023).
 
-Raw: epic/EPICorpus.csv with columns user, id_original, label (iro or not), text (the reply), parent_text (the post that
-it replies to), and more. As published, a text is both, each in double quotes after its role. The published code reads
-with pandas, which takes cells such as "NA", "null" and the empty one for missing, so that they appear as nan; so do they
-here.
+Raw: epic/EPICorpus.csv with columns user, id_original, label (iro or not), text (the reply), parent_text (the post it
+replies to), and more. As published, a text is both, each in double quotes after its role. The published code reads with
+pandas, which takes cells such as "NA", "null" and the empty one for missing, so that they appear as nan; so they do
+here. Of two labels of a reply by one person the last counts.
 """
 
-from common import Collector, RawFile, RawFiles, Source, Task, main
+from common import Collector, Task, main
+from raw_files import RawFile, RawFiles, Source
 
 SOURCE = Source(
     dataset="epic",
@@ -21,7 +22,7 @@ SOURCE = Source(
     homepage="https://huggingface.co/datasets/Multilingual-Perspectivist-NLU/EPIC",
     citation="Frenda, Pedrani, Basile, Lo, Cignarella, Panizzon, Marco, Scarlini, Patti, Bosco, Bernardi 2023, ACL",
     note="Verified on 1,079 of about 3,000 texts, all 74 users: both splits are the published code's to the byte. The "
-         "official file has further columns, which are not read.",
+         "official file has other columns beside those read; its users are Prolific ids, and handles are not masked.",
 )
 LABEL_OF = {"iro": "Ironic", "not": "Non-ironic"}
 INSTRUCTION = (
@@ -29,7 +30,7 @@ INSTRUCTION = (
     "'Non-ironic' if you do not."
 )
 
-# What pandas.read_csv takes for missing unless told otherwise.
+# What pandas.read_csv, version 2 or later, takes for missing unless told otherwise.
 MISSING = frozenset((
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
@@ -49,7 +50,8 @@ def read_tasks(raw: RawFiles) -> list[Task]:
         else:
             post, reply = ("nan" if row[column] in MISSING else row[column] for column in ("parent_text", "text"))
             collect.add(user, text_id, f'message: "{post}"\n\nreply: "{reply}"', [label])
-    return [Task("epic", INSTRUCTION, tuple(LABEL_OF.values()), multi_label=False, collected=collect)]
+    return [Task("epic", INSTRUCTION, tuple(LABEL_OF.values()), multi_label=False, examples=collect.examples,
+                 replaced=collect.replaced)]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ cell with a tab, a quote or a line end in double quotes. As published, of two an
 last counts.
 """
 
-from common import Collector, RawFile, RawFiles, Source, Task, main
+from common import Collector, Task, main
+from raw_files import RawFile, RawFiles, Source
 
 FILE = "GabHateCorpus_annotations.tsv"
 SOURCE = Source(
@@ -34,11 +35,12 @@ def read_tasks(raw: RawFiles) -> list[Task]:
         label = LABEL_OF.get(row["Hate"])
         if label is None:
             raw.bad(where, "column 'Hate' is neither 0 nor 1")
-        elif not row["Text"]:
-            raw.bad(where, "an empty text")
+        elif not row["Text"].strip():
+            raw.bad(where, "no text")
         else:
             collect.add(row["Annotator"], row["ID"], row["Text"], [label])
-    return [Task("gabhate", INSTRUCTION, tuple(LABEL_OF.values()), multi_label=False, collected=collect)]
+    return [Task("gabhate", INSTRUCTION, tuple(LABEL_OF.values()), multi_label=False, examples=collect.examples,
+                 replaced=collect.replaced)]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ comment by one person the first counts. The published code leaves the order of a
 which differs from run to run; here they are sorted. The splits do not depend on it.
 """
 
-from common import Collector, RawFile, RawFiles, Source, Task, main
+from common import Collector, Task, main
+from raw_files import RawFile, RawFiles, Source
 
 ADDRESS = "https://storage.googleapis.com/gresearch/goemotions/data/full_dataset/"
 SOURCE = Source(
@@ -28,9 +29,9 @@ SOURCE = Source(
     licence="Apache-2.0 (its card on Hugging Face)",
     homepage="https://github.com/google-research/google-research/tree/master/goemotions",
     citation="Demszky, Movshovitz-Attias, Ko, Cowen, Nemade, Ravi 2020, arXiv:2005.00547",
-    note="Verified on made-up files in the official layout: both splits are the published code's to the byte, but for the "
-         "order of an example's labels. The map to Ekman's emotions is the official one. The official files were not at "
-         "hand.",
+    note="Verified on made-up files in the official layout: both splits are the published code's to the byte, but for "
+         "the order of an example's labels. The map to Ekman's emotions is the official one. The official files were "
+         "not at hand.",
 )
 EKMAN = {
     "anger": ("anger", "annoyance", "disapproval"),
@@ -51,8 +52,8 @@ INSTRUCTION = (
 
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task from three files; a row is one example."""
-    collect = Collector(keep="first")
-    skipped = {"neutral": 0, "no emotion": 0}
+    collect = Collector()
+    skipped = {"neutral": 0, "no emotion": 0, "labelled before by this user": 0}
     columns = (*LABEL_OF, "neutral")
     for file in SOURCE.files:
         for where, row in raw.read_csv(file.name, ("text", "id", "rater_id", *columns)):
@@ -63,11 +64,13 @@ def read_tasks(raw: RawFiles) -> list[Task]:
                 skipped["neutral"] += 1
             elif not labels:
                 skipped["no emotion"] += 1
-            elif not row["text"]:
-                raw.bad(where, "an empty text")
+            elif not row["text"].strip():
+                raw.bad(where, "no text")
+            elif (row["rater_id"], row["id"]) in collect:
+                skipped["labelled before by this user"] += 1
             else:
                 collect.add(row["rater_id"], row["id"], row["text"], labels)
-    return [Task("goemotion", INSTRUCTION, LABELS, multi_label=True, collected=collect, skipped=skipped)]
+    return [Task("goemotion", INSTRUCTION, LABELS, multi_label=True, examples=collect.examples, skipped=skipped)]
 
 
 if __name__ == "__main__":

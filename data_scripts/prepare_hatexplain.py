@@ -14,7 +14,8 @@ code also reads post_id_divisions.json; nothing in a user's examples depends on 
 from collections import Counter
 from itertools import groupby
 
-from common import Collector, RawFile, RawFiles, Source, Task, main
+from common import Collector, Task, main
+from raw_files import BadInput, RawFile, RawFiles, Source
 
 SOURCE = Source(
     dataset="hatexplain",
@@ -24,37 +25,37 @@ SOURCE = Source(
     licence="MIT (repository); CC-BY-4.0 (its card on Hugging Face)",
     homepage="https://github.com/hate-alert/HateXplain",
     citation="Mathew, Saha, Yimam, Biemann, Goyal, Mukherjee 2021, arXiv:2012.10289",
-    note="Verified on 3,846 of the 20,148 posts: both splits are the published code's to the byte. In those, no post has "
-         "three different labels; for such a post the published code stops if anyone marked tokens, ours goes on.",
+    note="Verified on 3,846 of the 20,148 posts: both splits are the published code's to the byte. None of those posts "
+         "has three different labels; at such a post the published code stops if anyone marked tokens, ours goes on.",
 )
 LABELS = ("hatespeech", "normal", "offensive")
 INSTRUCTION = (
-    "How do you judge the following post? Answer 'hatespeech' if it attacks people for what they are, 'offensive' if it "
-    "insults without doing so, and 'normal' if it does neither."
+    "How do you judge the following post? Answer 'hatespeech' if it attacks people for what they are, 'offensive' if "
+    "it insults without doing so, and 'normal' if it does neither."
 )
 
 
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; an annotator's label of a post is one example. A post with anything amiss is left out as a whole."""
     collect = Collector()
-    where, posts = raw.read_json(("dataset.json", "dataset.subset.json"))
+    path, posts = raw.read_json(("dataset.json", "dataset.subset.json"))
     if not isinstance(posts, dict):
-        raw.bad(where, "not an object of posts by their ids")
-        posts = {}
+        raise BadInput(f"{path}: needed an object of posts by their ids.")
     for key in sorted(posts):
-        place = f"{where}, post {key!r}"
+        where = f"{path}, post {key!r}"
         try:
             annotations = list(_annotations(posts[key]))
         except (KeyError, TypeError, AttributeError):
-            raw.bad(place, "not a post: needed post_id, post_tokens, rationales, and annotators with label, "
+            raw.bad(where, "not a post: needed post_id, post_tokens, rationales, and annotators with label, "
                            "annotator_id and target")
             continue
         except ValueError as error:
-            raw.bad(place, str(error))
+            raw.bad(where, str(error))
             continue
         for user, example in annotations:
             collect.add_example(user, posts[key]["post_id"], example)
-    return [Task("hatexplain", INSTRUCTION, LABELS, multi_label=False, collected=collect)]
+    return [Task("hatexplain", INSTRUCTION, LABELS, multi_label=False, examples=collect.examples,
+                 replaced=collect.replaced)]
 
 
 def _annotations(post: dict):
@@ -67,7 +68,7 @@ def _annotations(post: dict):
         raise ValueError("a rationale is shorter than the post")
     text = " ".join(tokens)
     if not text:
-        raise ValueError("an empty text")
+        raise ValueError("no text")
     groups = Counter(group for annotator in annotators for group in annotator["target"])
     majority = {
         "majority_label": [_majority(labels)],

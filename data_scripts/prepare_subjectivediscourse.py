@@ -14,7 +14,8 @@ asks, the question, who answers and the answer, joined by " \\n ".
 
 import ast
 
-from common import Collector, RawFile, RawFiles, Source, Task, main
+from common import Collector, Task, main
+from raw_files import RawFile, RawFiles, Source
 
 FILE = "with_features_annotated_questions_responses_gold.tsv"
 SOURCE = Source(
@@ -27,7 +28,8 @@ SOURCE = Source(
     citation="Ferracane, Durrett, Li, Erk 2021, arXiv:2104.04470",
     note="Verified on the official file: the splits of all three tasks are the published code's to the byte.",
 )
-RESPONSES = ("answer", "answer_overans-sway", "cant-answer-lying", "cant-answer-sincere", "shift-correct", "shift-dodge")
+RESPONSES = ("answer", "answer_overans-sway", "cant-answer-lying", "cant-answer-sincere", "shift-correct",
+             "shift-dodge")
 SENTIMENTS = ("very-negative", "negative", "somewhat-negative", "neutral", "somewhat-positive", "positive",
               "very-positive")
 TEXT_COLUMNS = ("q_speaker_detail", "q_text", "r_speaker_detail", "r_text")
@@ -43,9 +45,9 @@ SENTIMENT_OF = {label: label for label in SENTIMENTS} | {
 # (task, column of its labels, spellings, labels, instruction)
 TASKS = (
     ("subjectivediscourse_response", "gold_coarse_labels", RESPONSE_OF, RESPONSES,
-     "A witness is asked something in a congressional hearing. What do you think the response does? Reply 'answer' if it "
-     "answers, 'answer_overans-sway' if it says more than was asked in order to persuade, 'shift-correct' if it corrects "
-     "the question, 'shift-dodge' if it evades it, and, if it declines to answer, 'cant-answer-sincere' or "
+     "A witness is asked something in a congressional hearing. What do you think the response does? Reply 'answer' if "
+     "it answers, 'answer_overans-sway' if it says more than was asked in order to persuade, 'shift-correct' if it "
+     "corrects the question, 'shift-dodge' if it evades it, and, if it declines to answer, 'cant-answer-sincere' or "
      "'cant-answer-lying' by whether you believe that the witness cannot."),
     ("subjectivediscourse_question_sentiment", "gold_q_sentiments", SENTIMENT_OF, SENTIMENTS,
      "A witness is asked something in a congressional hearing. How do you think the person asking feels towards the "
@@ -63,7 +65,7 @@ def read_tasks(raw: RawFiles) -> list[Task]:
     for where, row in raw.read_csv(FILE, ("qa_index", *TEXT_COLUMNS, USERS_COLUMN, *columns), delimiter="\t"):
         text = " \n ".join(row[column] for column in TEXT_COLUMNS)
         if not text.replace("\n", "").strip():
-            raw.bad(where, "an empty text")
+            raw.bad(where, "no text")
             continue
         try:
             users = _tuple_of_strings(row[USERS_COLUMN], USERS_COLUMN)
@@ -81,7 +83,7 @@ def read_tasks(raw: RawFiles) -> list[Task]:
             for user, label in zip(users, own_labels):
                 collect.add(user, row["qa_index"], text, [label])
     return [
-        Task(name, instruction, labels, multi_label=False, collected=collect)
+        Task(name, instruction, labels, multi_label=False, examples=collect.examples, replaced=collect.replaced)
         for (name, _, _, labels, instruction), collect in zip(TASKS, collected)
     ]
 

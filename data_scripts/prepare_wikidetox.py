@@ -12,7 +12,8 @@ the published code leaves them as they are; so do we. As published, of two annot
 first counts. The comments are held in memory once, the annotations never as rows.
 """
 
-from common import Collector, RawFile, RawFiles, Source, Task, main
+from common import Collector, Task, main
+from raw_files import RawFile, RawFiles, Source
 
 TEXTS, ANNOTATIONS = "aggression_annotated_comments.tsv", "aggression_annotations.tsv"
 SOURCE = Source(
@@ -42,22 +43,25 @@ def read_tasks(raw: RawFiles) -> list[Task]:
     texts: dict[str, str] = {}
     for where, row in raw.read_csv(TEXTS, ("rev_id", "comment"), delimiter="\t"):
         if row["rev_id"] in texts:
-            raw.bad(where, "this rev_id came before")
-        elif not row["comment"]:
-            raw.bad(where, "an empty text")
+            raw.bad(where, "a text of the same rev_id came before")
+        elif not row["comment"].strip():
+            raw.bad(where, "no text")
         else:
             texts[row["rev_id"]] = row["comment"]
 
-    collect = Collector(keep="first")
+    collect, num_again = Collector(), 0
     for where, row in raw.read_csv(ANNOTATIONS, ("rev_id", "worker_id", "aggression"), delimiter="\t"):
         label, text = LABEL_OF.get(row["aggression"]), texts.get(row["rev_id"])
         if label is None:
             raw.bad(where, "column 'aggression' is neither 0 nor 1")
         elif text is None:
             raw.bad(where, f"{TEXTS} has no text of this rev_id")
+        elif (row["worker_id"], row["rev_id"]) in collect:
+            num_again += 1
         else:
             collect.add(row["worker_id"], row["rev_id"], text, [label])
-    return [Task("wikidetox", INSTRUCTION, ("Aggressive", "Normal"), multi_label=False, collected=collect)]
+    return [Task("wikidetox", INSTRUCTION, ("Aggressive", "Normal"), multi_label=False,
+                 examples=collect.examples, skipped={"labelled before by this user": num_again})]
 
 
 if __name__ == "__main__":
