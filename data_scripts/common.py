@@ -10,7 +10,8 @@ OUT/<task>/,
     {train,val,test}.jsonl                  the `leaked` split, one example a line:
                                             {"user": str, "id": str, "text": str, "label": [str, ...]}
                                             and "target": str for "label" if the task is generative
-    splits/<kind>/{train,val,test}.jsonl    the other kinds of split, see splits.py
+    splits/<kind>/{train,val,test}.jsonl    the other kinds of split, see splits.py: no_leak, strict, new_users
+    splits/new_users/new_users.json         which users are new there, [user, ...]
     task.json                               labels, instruction, statistics, sha256 of the raw files, versions
 
 and `--layout original` the published code's files, byte for byte, beside the same task.json:
@@ -31,6 +32,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from json.encoder import encode_basestring_ascii as quote
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from splits import (
     Splits,
     drop_small_users,
     empty_splits,
+    is_new_user,
     sample_users,
 )
 
@@ -212,29 +215,41 @@ def _files(task: Task, description: dict[str, Any]) -> Iterator[tuple[str, Itera
     """
     facts = description["statistics"]
     original = description["layout"] == "original"
-    kinds = KINDS if not original else PUBLISHED_KINDS if not task.generative else PUBLISHED_KINDS[1:]
+    kinds = KINDS if not original else PUBLISHED_KINDS if not task.generative else ("no_leak",)
     for kind in kinds:
         splits = drop_small_users(KINDS[kind](task.examples))
         facts["split_sizes"][kind] = {name: sum(len(own[name]) for own in splits.values()) for name in SPLIT_NAMES}
         facts["users_with_empty_split"][kind] = empty_splits(splits)
         if original:
             yield f"user_data_{kind}.json", _original_pieces(splits, task)
-        else:
-            folder = "" if kind == "leaked" else f"splits/{kind}/"
-            for name in SPLIT_NAMES:
-                yield f"{folder}{name}.jsonl", _jsonl_lines(splits, name)
+            continue
+        folder = "" if kind == "leaked" else f"splits/{kind}/"
+        for name in SPLIT_NAMES:
+            yield f"{folder}{name}.jsonl", _jsonl_lines(splits, name)
+        if kind == "new_users":
+            new = [str(user) for user in splits if is_new_user(user)]
+            yield f"{folder}new_users.json", [json.dumps(new, indent=0) + "\n"]
+            facts["new_users"] = len(new)
+            for user in filter(is_new_user, splits):                 # they have no `val` by design
+                del facts["users_with_empty_split"][kind][user]
     if original:
         yield "users-with-empty-dataset-splits.json", [json.dumps(facts["users_with_empty_split"], indent=2)]
     yield "task.json", [json.dumps(description, indent=2) + "\n"]
 
 
 def _jsonl_lines(splits: Splits, name: str) -> Iterator[str]:
-    """One line per example, users and examples in the order of the split. Pure ASCII: no reader can split a line."""
+    """One line per example, users and examples in the order of the split. Pure ASCII: no reader can split a line.
+
+    Written piece by piece, for `json.dumps` of each line would take most of the time that preparing a task takes.
+    """
     for user, own in splits.items():
+        start = f'{{"user": {quote(str(user))}, "id": '
         for text_id, example in own[name].items():
-            answer = "label" if "label" in example else "target"
-            line = {"user": str(user), "id": str(text_id), "text": example["text"], answer: example[answer]}
-            yield json.dumps(line) + "\n"
+            if "label" in example:
+                answer = f'"label": [{", ".join(map(quote, example["label"]))}]'
+            else:
+                answer = f'"target": {quote(example["target"])}'
+            yield f'{start}{quote(str(text_id))}, "text": {quote(example["text"])}, {answer}}}\n'
 
 
 def _original_pieces(splits: Splits, task: Task) -> Iterator[str]:

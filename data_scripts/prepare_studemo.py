@@ -45,16 +45,15 @@ INSTRUCTION = (
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a row of annotation_data.csv is one user's example. Of a user's labels of one text the first count."""
     texts = {}
-    for where, row in raw.read_csv("text_data.csv", columns=("text_id", "text")):
+    for where, row in raw.read_csv("text_data.csv", columns=("text_id", "text"), filled=("text_id", "text")):
         if row["text_id"] in texts:
             raw.bad(where, "a text of the same text_id came before")
-        elif not row["text"].strip():
-            raw.bad(where, "no text")
         else:
             texts[row["text_id"]] = row["text"]
 
     collect, skipped = Collector(), Counter({"no label at 1 or above": 0, "labelled before by this user": 0})
-    for where, row in raw.read_csv("annotation_data.csv", columns=("text_id", "annotator_id", *LABELS)):
+    columns = ("text_id", "annotator_id", *LABELS)
+    for where, row in raw.read_csv("annotation_data.csv", columns=columns, filled=("annotator_id",)):
         text_id, user = row["text_id"], row["annotator_id"]
         numbers = {label: _number(row[label]) for label in LABELS}
         wrong = [label for label, number in numbers.items() if not isfinite(number)]

@@ -34,16 +34,13 @@ INSTRUCTION = "Do you find the following text hateful? Answer 'Hateful' if you d
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a row of the file is one example for every user, and a bad cell makes the whole row bad."""
     collect = Collector()
-    for where, row in raw.read_csv("annotations_g3.csv", columns=("id", "text")):
+    for where, row in raw.read_csv("annotations_g3.csv", columns=("id", "text"), filled=("id", "text")):
         text_id, text = row.pop("id"), row.pop("text")
         if not row:
             raise BadInput(f"{where}: no column of a user beside 'id' and 'text'.")
         unknown = [user for user, label in row.items() if label not in LABELS]
         if unknown:
             raw.bad(where, f"column {unknown[0]!r} is neither {LABELS[0]!r} nor {LABELS[1]!r}")
-            continue
-        if not text.strip():
-            raw.bad(where, "no text")
             continue
         for user, label in row.items():
             collect.add(user, text_id, text, [label])

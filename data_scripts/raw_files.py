@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +87,13 @@ class RawFiles:
             raise BadInput(f"{where}: {reason}.")
         self.bad_rows[reason] += 1
 
-    def read_csv(self, names: Names, columns: Iterable[str], delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+    def read_csv(self, names: Names, columns: Iterable[str], delimiter: str = ",",
+                 filled: Collection[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
         """(where, {column: value}) of every row; `where` is for `bad`.
 
+        Args:
+            columns: those that will be used; there may be others.
+            filled:  those of them that must hold more than blanks, or the row is bad.
         Raises:
             BadInput: one of `columns` is missing, a column comes twice, or there is no row that can be used.
         """
@@ -99,13 +103,15 @@ class RawFiles:
         self._check_header(where, header, columns, delimiter)
         if len(set(header)) < len(header):
             raise BadInput(f"{where}: two columns have the same name.")
-        for where, row in self._whole_rows(path, header, rows):
+        for where, row in self._whole_rows(path, header, rows, [header.index(column) for column in filled]):
             yield where, dict(zip(header, row))
 
-    def read_rows(self, names: Names, columns: Mapping[int, str], delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    def read_rows(self, names: Names, columns: Mapping[int, str], delimiter: str,
+                  filled: Collection[int] = ()) -> Iterator[tuple[str, list[str]]]:
         """(where, fields) of every row of a file that is read by position.
 
-        `columns` is {position: name} of the fields that will be used: the header must have these names there.
+        `columns` is {position: name} of the fields that will be used: the header must have these names there. `filled`
+        are positions; they and errors are as in `read_csv`, but other columns may share a name.
         """
         path = self._find(names)
         rows = self._rows(path, delimiter)
@@ -115,7 +121,7 @@ class RawFiles:
             if position >= len(header) or header[position] != name:
                 raise BadInput(f"{where}: column {position} must be {name!r}, which is column "
                                f"{header.index(name)} here (counted from 0).")
-        yield from self._whole_rows(path, header, rows)
+        yield from self._whole_rows(path, header, rows, filled)
 
     def read_json(self, names: Names) -> tuple[str, Any]:
         """(where, value) of a JSON file."""
@@ -219,11 +225,16 @@ class RawFiles:
                     continue
                 yield where, row
 
-    def _whole_rows(self, path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]]) -> Iterator:
+    def _whole_rows(self, path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]],
+                    filled: Collection[int]) -> Iterator[tuple[str, list[str]]]:
         num_rows = 0
         for where, row in rows:
             if len(row) != len(header):
                 self.bad(where, f"a row of {len(row)} fields, but the header has {len(header)}")
+                continue
+            blank = [header[position] for position in filled if not row[position].strip()]
+            if blank:
+                self.bad(where, f"column {blank[0]!r} is empty")
                 continue
             num_rows += 1
             yield where, row

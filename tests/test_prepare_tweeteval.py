@@ -93,7 +93,7 @@ def test_jsonl_holds_the_original_splits_line_by_line(tmp_path):
             ]
             assert [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] == expected
     assert set(files_of(original)) == {*PUBLISHED_SHA256, "users-with-empty-dataset-splits.json", "task.json"}
-    assert len(files_of(jsonl)) == 7
+    assert len(files_of(jsonl)) == 4 * 3 + 2
 
 
 def test_task_json_says_what_was_read_and_what_was_left_out(tmp_path):
@@ -204,7 +204,7 @@ def test_a_new_run_replaces_the_whole_folder(tmp_path):
     write_raw(tmp_path / "raw")
     prepare(tmp_path / "raw", tmp_path / "out", "--layout", "original")
     task = prepare(tmp_path / "raw", tmp_path / "out")
-    assert len(files_of(task)) == 7 and not (task / "user_data_leaked.json").exists()
+    assert len(files_of(task)) == 4 * 3 + 2 and not (task / "user_data_leaked.json").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tweeteval"]
 
 
