@@ -97,20 +97,18 @@ class Collector:
         user, text_id = user_and_text_id
         return text_id in self.examples.get(user, ())
 
-    def add(self, user: Hashable, text_id: Hashable, text: str, labels: list[str], **further_fields: Any) -> None:
-        """One user's labels of one text; `further_fields` are written in the original layout only."""
-        if further_fields:
-            example = {"text": text, "label": labels, **further_fields}
-        else:
-            key = (text, *labels)
-            example = self._once.get(key) or self._once.setdefault(key, {"text": text, "label": labels})
-        self._add(user, text_id, example)
+    def add(self, user: Hashable, text_id: Hashable, text: str, labels: list[str]) -> None:
+        """One user's labels of one text."""
+        key = (text, *labels)
+        example = self._once.get(key) or self._once.setdefault(key, {"text": text, "label": labels})
+        self.add_example(user, text_id, example)
 
     def add_target(self, user: Hashable, text_id: Hashable, text: str, target: str) -> None:
         """What one user wrote in answer to one text."""
-        self._add(user, text_id, {"text": text, "target": target})
+        self.add_example(user, text_id, {"text": text, "target": target})
 
-    def _add(self, user: Hashable, text_id: Hashable, example: dict[str, Any]) -> None:
+    def add_example(self, user: Hashable, text_id: Hashable, example: dict[str, Any]) -> None:
+        """An example with further fields, which are written in the original layout only, in the order given."""
         own = self.examples.setdefault(user, {})
         self.replaced += text_id in own
         own[self._once.setdefault(text_id, text_id)] = example

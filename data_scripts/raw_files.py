@@ -190,8 +190,30 @@ class RawFiles:
         if not num_rows:
             raise BadInput(f"{path}: no <{tag}>.")
 
+    def read_parquet(self, name: str, columns: Iterable[str]) -> Iterator[tuple[str, dict]]:
+        """(where, {column: value}) of every row of a Parquet file, values as they are typed there. Needs pyarrow."""
+        path = self._find(name)
+        try:                                             # the only thing here that the standard library cannot read
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise BadInput(f"{path}: Parquet needs pyarrow. Run `pip install pyarrow`.") from None
+        columns = tuple(columns)
+        try:
+            with open(path, "rb") as file, parquet.ParquetFile(file) as table:
+                missing = [column for column in columns if column not in table.schema_arrow.names]
+                if missing:
+                    raise BadInput(f"{path}: missing column {', '.join(map(repr, missing))}.")
+                rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    yield f"{path}, row {number}", row
+                file.seek(0)
+                self.sha256[f"{self.folder.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+        except pyarrow.ArrowException as error:
+            raise BadInput(f"{path}: not a whole Parquet file ({type(error).__name__}). Copy it again.") from None
+
     def has(self, name: str) -> bool:
-        """Whether the file is there, plain or gzipped."""
+        """Whether this file is there, plain or gzipped."""
         return any((self.folder / (name + ending)).exists() for ending in ("", ".gz"))
 
     def _find(self, names: Names) -> Path:

@@ -96,7 +96,7 @@ def split_no_leak(examples: Examples) -> Splits:
 def split_strict(examples: Examples) -> Splits:
     """Every user's own examples cut 80 / 10 / 10, each set of labels in proportion, however rare.
 
-    Systematic sampling: the examples lie in a row, those with the same labels side by side in random order, and 2m =
+    Systematic sampling: the examples lie in a ring, those with the same labels side by side in random order, and 2m =
     2 (n // 10) points lie over it, n / 2m apart, from a random start. The examples under them are alternately `val` and
     `test`. Of points that are d apart, s / d lie over any s neighbours, rounded up or down: hence the promise above.
     Within a split, examples stand in the order in which they came. Cost: O(n log n) for each user.
@@ -158,8 +158,8 @@ def _cut_strictly(user: Hashable, own: dict[Hashable, Example]) -> dict[str, dic
     text_ids, rng = _shuffled(user, own)
     text_ids.sort(key=lambda text_id: sorted(own[text_id].get("label", ())))      # stable: shuffled within equal labels
     num_points = 2 * (len(own) // 10)
-    start = rng.randrange(len(own)) if own else 0
-    points = [(start + k * len(own)) // num_points for k in range(num_points)]
+    start = rng.randrange(2 * len(own)) if own else 0
+    points = [(start + k * len(own)) // num_points % len(own) for k in range(num_points)]
     split_of = {text_ids[point]: ("val", "test")[k % 2] for k, point in enumerate(points)}
     parts = {name: {} for name in SPLIT_NAMES}
     for text_id, example in own.items():
