@@ -8,6 +8,8 @@ all as a Markdown table, the one in README.md, and does nothing else.
 
 import sys
 from importlib import import_module
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from raw_files import RawFile, Source
@@ -26,17 +28,18 @@ def jobs() -> list[Job]:
 
 
 def markdown_list(sources: list[Source]) -> str:
-    """One row a source: its tasks, its files and where they come from, its licence, what was verified."""
+    """A table of datasets and their tasks, raw files and where they come from, licence, and what was verified.
+
+    Neighbours of one homepage, licence and note share a row.
+    """
     rows = ["| dataset | tasks | raw files | licence | verified |", "|---|---|---|---|---|"]
-    for source in sources:
-        cells = (
-            f"[{source.dataset}]({source.homepage})",
-            ", ".join(source.tasks),
-            "<br>".join(map(_file, source.files)),
-            source.licence,
-            source.note,
-        )
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    shared = attrgetter("homepage", "licence", "note")
+    for (homepage, licence, note), group in groupby(sources, shared):
+        group = list(group)
+        datasets = ", ".join(f"[{source.dataset}]({homepage})" for source in group)
+        tasks = ", ".join(task for source in group for task in source.tasks)
+        files = "<br>".join(f"{source.dataset}/{_file(file)}" for source in group for file in source.files)
+        rows.append(f"| {datasets} | {tasks} | {files} | {licence} | {note} |")
     return "\n".join(rows)
 
 

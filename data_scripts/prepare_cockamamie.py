@@ -33,6 +33,8 @@ SOURCE = Source(
     licence="none stated",
     homepage="https://github.com/limorigu/Cockamamie-Gobbledegook",
     citation="Gultchin, Patterson, Baym, Swinger, Kalai 2019, arXiv:1902.02783",
+    note="Verified on rating rounds 2 to 5: both splits are the published code's to the byte. Round 1, of 120 thousand "
+         "words, was not at hand.",
 )
 LABELS = ("no", "yes")
 INSTRUCTION = "Do you find the following word or phrase funny? Answer 'yes' if you do and 'no' if you do not."

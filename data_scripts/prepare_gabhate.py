@@ -17,7 +17,14 @@ FILE = "GabHateCorpus_annotations.tsv"
 SOURCE = Source(
     dataset="gabhate",
     tasks=("gabhate",),
-    files=(RawFile(FILE, git_blob="f8b77e3462837e0b9d89799086bc60832a481289"),),
+    files=(
+        RawFile(                                         # as the published PEFT-U repository has it
+            FILE,
+            git_blob="f8b77e3462837e0b9d89799086bc60832a481289",
+            url="https://raw.githubusercontent.com/ChrisIsKing/Parameter-Efficient-Personalization/main/data/gabhate/"
+                "GabHateCorpus_annotations.tsv",
+        ),
+    ),
     licence="as stated at its homepage",
     homepage="https://osf.io/edua3",
     citation="Kennedy, Atari, Davani, Yeh, Omrani, Kim, Coombs et al. 2022, Language Resources and Evaluation 56",

@@ -22,9 +22,19 @@ SOURCE = Source(
     dataset="subjectivediscourse",
     tasks=("subjectivediscourse_response", "subjectivediscourse_question_sentiment",
            "subjectivediscourse_response_sentiment"),
-    files=(RawFile(FILE, size=6901248, sha256="6760e97c8a201cf5cd2064e34feccc2f1024431c2d368bc5e7c7d4927aeeac94"),),
+    files=(
+        RawFile(
+            "gold_full_data.tar.gz",
+            size=2717950,
+            sha256="5533179c5129fed368595011bd5785bca55f97f6e9aa3a7da03d692b22aa0ae2",
+            url="https://raw.githubusercontent.com/elisaF/subjective_discourse/master/data/gold/gold_full_data.tar.gz",
+            holds=FILE,
+            unpack=f"tar xzf gold_full_data.tar.gz {FILE}",
+        ),
+        RawFile(FILE, size=6901248, sha256="6760e97c8a201cf5cd2064e34feccc2f1024431c2d368bc5e7c7d4927aeeac94"),
+    ),
     licence="none stated for the data",
-    homepage="https://github.com/elisaF/subjective_discourse (data/gold/gold_full_data.tar.gz)",
+    homepage="https://github.com/elisaF/subjective_discourse",
     citation="Ferracane, Durrett, Li, Erk 2021, arXiv:2104.04470",
     note="Verified on the official file: the splits of all three tasks are the published code's to the byte.",
 )

@@ -20,11 +20,13 @@ SOURCE = Source(
             "annotations_g3.csv",
             size=52264,
             sha256="9e2a8578adb1446154aef2f5ea7c60702a97992369faa48aa06dd8b8045e7915",
-            url="https://raw.githubusercontent.com/paul-rottger/annotation-paradigms/main/0_data/annotations_g3.csv",
+            url="https://raw.githubusercontent.com/paul-rottger/annotation-paradigms/master/0_data/annotations_g3.csv",
         ),
     ),
     licence="CC0-1.0",
     homepage="https://github.com/paul-rottger/annotation-paradigms",
+    note="Verified on the official file: both splits are the published code's to the byte, and alpha agrees with the "
+         "Fleiss' kappa that the data set's authors printed.",
     citation="Röttger, Vidgen, Hovy, Pierrehumbert 2022, arXiv:2112.07475",
 )
 LABELS = ("Hateful", "Non-hateful")

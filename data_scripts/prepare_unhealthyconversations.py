@@ -15,7 +15,13 @@ FILE = "unhealthy_full.csv"
 SOURCE = Source(
     dataset="unhealthyconversations",
     tasks=("unhealthyconversations",),
-    files=(RawFile(FILE, git_blob="983a803d4a4d87d84c35199a6257ff559b0159c5"),),
+    files=(
+        RawFile(
+            FILE,
+            git_blob="983a803d4a4d87d84c35199a6257ff559b0159c5",
+            url="https://raw.githubusercontent.com/conversationai/unhealthy-conversations/main/unhealthy_full.csv",
+        ),
+    ),
     licence="CC-BY-NC-SA-4.0",
     homepage="https://github.com/conversationai/unhealthy-conversations",
     citation="Price, Gifford-Moore, Flemming, Musker, Roichman, Sylvain, Thain, Dixon, Sorensen 2020, arXiv:2010.07410",
