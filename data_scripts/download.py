@@ -26,7 +26,7 @@ CHUNK = 1 << 20                                          # bytes
 
 
 def download_source(source: Source, raw: Path, mirror: str | None = None) -> Iterator[str]:
-    """Downloads every file of the source that has an address; yields a line for each file. See `download`.
+    """Downloads every file of the source that has an address; yields what is and was done, in lines. See `download`.
 
     What is there gzipped, or unpacked from the archive it comes in, is not fetched.
     """
@@ -36,6 +36,8 @@ def download_source(source: Source, raw: Path, mirror: str | None = None) -> Ite
         if others:
             yield f"{others[0]}: already there"
         elif file.url:
+            if not (folder / file.name).exists():
+                yield f"{folder / file.name}: fetching"
             yield download(file, folder, mirror)
         else:
             yield f"{folder / file.name}: no official address to fetch it from. {source.where_to_get(file.name)}"
@@ -69,7 +71,8 @@ def download(file: RawFile, folder: Path, mirror: str | None = None) -> str:
         _forget(path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read or written ({error.strerror}).") from None
-    return f"{path}: {path.stat().st_size:,} bytes from {url}"
+    known = [name for name in ("size", "sha256", "git_blob") if getattr(file, name) is not None]
+    return f"{path}: {path.stat().st_size:,} bytes from {url}; checked: {', '.join(known) or 'nothing is known of it'}"
 
 
 def _fetch(url: str, path: Path, size: int | None) -> Path:
@@ -100,7 +103,7 @@ def _fetch(url: str, path: Path, size: int | None) -> Path:
             mark = _mark(response.headers)
             if mark:
                 version.write_text(mark, encoding="latin-1")
-        with open(part, "ab" if start else "wb") as out:
+        with open(part, "ab") as out:
             cause = _copy(response, out)
             os.fsync(out.fileno())
     num_bytes = part.stat().st_size

@@ -50,22 +50,21 @@ MIN_USER_REVIEWS = 20
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a review is one example. Memory: all reviews, as text."""
     collect, skipped = Collector(), Counter()
-    from_csv = raw.has("goodreads.csv") and not raw.has("goodreads_reviews_spoiler_raw.json")
-    (_read_csv if from_csv else _read_json_lines)(raw, collect, skipped)
+    if raw.has("goodreads.csv") and not raw.has("goodreads_reviews_spoiler_raw.json"):
+        _read_csv(raw, collect)
+    else:
+        _read_json_lines(raw, collect, skipped)
     return [Task("goodreads", INSTRUCTION, labels=(), multi_label=False, examples=collect.examples,
                  skipped=dict(skipped), replaced=collect.replaced, generative=True,
                  published_fields=("book_description", "review"))]
 
 
-def _read_csv(raw: RawFiles, collect: Collector, skipped: Counter[str]) -> None:
+def _read_csv(raw: RawFiles, collect: Collector) -> None:
     """The joined file as it is."""
     columns = ("Name", "Authors", "Description", "user_id", "book_id", "review_text")
-    for where, row in raw.read_csv("goodreads.csv", columns):
+    for _, row in raw.read_csv("goodreads.csv", columns, filled=("user_id", "book_id")):
         title, authors, description, user, book, review = (row[column] for column in columns)
-        if user and book:
-            collect.add_target(user, book, f'"{title}" by {authors}: {description}', review)
-        else:
-            raw.bad(where, "no user_id or no book_id")
+        collect.add_target(user, book, f'"{title}" by {authors}: {description}', review)
 
 
 def _read_json_lines(raw: RawFiles, collect: Collector, skipped: Counter[str]) -> None:

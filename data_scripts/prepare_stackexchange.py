@@ -66,14 +66,16 @@ def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; an answer is one example. Memory: all posts of the site, as text."""
     site = raw.source.dataset
     collect, skipped = Collector(), Counter()
-    from_csv = raw.has(f"{site}.csv") and not raw.has("Posts.xml")
-    (_read_csv if from_csv else _read_dump)(raw, collect, skipped)
+    if raw.has(f"{site}.csv") and not raw.has("Posts.xml"):
+        _read_csv(raw, collect)
+    else:
+        _read_dump(raw, collect, skipped)
     instruction = f"Answer the following question, asked on {site}.stackexchange.com, as you would answer it there."
     return [Task(site, instruction, labels=(), multi_label=False, examples=collect.examples, skipped=dict(skipped),
                  replaced=collect.replaced, generative=True, published_fields=("question", "answer"))]
 
 
-def _read_csv(raw: RawFiles, collect: Collector, skipped: Counter[str]) -> None:
+def _read_csv(raw: RawFiles, collect: Collector) -> None:
     """The filtered file, as it is; of two answers of a user to a question the later one counts, as published."""
     columns = ("UserId", "Answer", "Title", "Tags", "Question", "QuestionId")
     for where, row in raw.read_csv(f"{raw.source.dataset}.csv", columns):

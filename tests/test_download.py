@@ -39,7 +39,9 @@ def cut(server, tmp_path, after=100_000, **known):
 
 @pytest.mark.parametrize("known", [{}, {"size": len(CONTENT)}, {"sha256": SHA256}, {"git_blob": GIT_BLOB}])
 def test_whole_file_and_nothing_else(server, tmp_path, known):
-    assert "300,000 bytes from http://127.0.0.1" in fetch(server, tmp_path, **known)
+    done = fetch(server, tmp_path, **known)
+    assert "300,000 bytes from http://127.0.0.1" in done
+    assert done.endswith(f"checked: {', '.join(known) or 'nothing is known of it'}")
     assert files_of(tmp_path / "travel") == {"posts.7z": CONTENT}
     assert "already there" in fetch(server, tmp_path, **known)
     assert server.asked == [(PATH, None)]                          # what is there is not asked for again

@@ -86,6 +86,14 @@ def test_csv_gives_the_bytes_of_the_published_code(tmp_path):
     assert facts(tmp_path)["annotations_replaced"] == 2
 
 
+def test_bad_row_of_the_csv(tmp_path, capsys):
+    path = tmp_path / "raw/goodreads/goodreads.csv"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(csv_text().replace(b",a,30,", b",,30,", 1))
+    assert prepare(tmp_path) == 2
+    assert "goodreads.csv, line 2: column 'user_id' is empty" in capsys.readouterr().err
+
+
 def test_rules_on_the_json_lines(tmp_path):
     write(tmp_path, raw_files())
     assert prepare(tmp_path) == 0
