@@ -38,12 +38,11 @@ INSTRUCTION = "Do you find the following post hateful? Answer 'Hateful' if you d
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a row of the file is one example."""
     collect = Collector()
-    for where, row in raw.read_csv(FILE, ("ID", "Annotator", "Text", "Hate"), delimiter="\t"):
+    filled = ("ID", "Annotator", "Text")
+    for where, row in raw.read_csv(FILE, (*filled, "Hate"), delimiter="\t", filled=filled):
         label = LABEL_OF.get(row["Hate"])
         if label is None:
             raw.bad(where, "column 'Hate' is neither 0 nor 1")
-        elif not row["Text"].strip():
-            raw.bad(where, "no text")
         else:
             collect.add(row["Annotator"], row["ID"], row["Text"], [label])
     return [Task("gabhate", INSTRUCTION, tuple(LABEL_OF.values()), multi_label=False, examples=collect.examples,

@@ -62,19 +62,24 @@ def _annotations(post: dict):
     """(user, example) of everyone who labelled this post; raises ValueError with the reason if it cannot be used."""
     tokens, annotators, rationales = post["post_tokens"], post["annotators"], post["rationales"]
     labels = [annotator["label"] for annotator in annotators]
+    users = [annotator["annotator_id"] for annotator in annotators]
+    if not isinstance(post["post_id"], str) or not all(type(user) in (int, str) for user in users):
+        raise ValueError("an id is neither a string nor a number")
+    if not labels:
+        raise ValueError("nobody labelled it")
     if not set(labels) <= set(LABELS):
         raise ValueError(f"a label is none of {', '.join(LABELS)}")
     if any(len(rationale) < len(tokens) for rationale in rationales):
         raise ValueError("a rationale is shorter than the post")
-    text = " ".join(tokens)
-    if not text:
+    text = " ".join(tokens) if isinstance(tokens, list) else ""
+    if not text.strip():
         raise ValueError("no text")
     groups = Counter(group for annotator in annotators for group in annotator["target"])
     majority = {
         "majority_label": [_majority(labels)],
         "majority_group": [group for group, count in groups.items() if count > 1] or ["None"],
     }
-    for index, annotator in enumerate(annotators):
+    for index, (user, annotator) in enumerate(zip(users, annotators)):
         marks = rationales[index] if index < len(rationales) else []
         example = {
             "post_tokens": tokens,
@@ -90,7 +95,7 @@ def _annotations(post: dict):
         if rationales:                                   # of a post that most found normal, nobody marked tokens
             example["rationale"] = marks
             example["rationale_tokens"] = [token for mark, token in zip(marks, tokens) if mark == 1]
-        yield annotator["annotator_id"], example
+        yield user, example
 
 
 def _majority(labels: list[str]) -> str:

@@ -70,9 +70,9 @@ TASKS = (
 
 def read_tasks(raw: RawFiles) -> list[Task]:
     """Three tasks; everyone's label of a question and answer is one example of each. A row is used whole or not."""
-    columns = [column for _, column, *_ in TASKS]
     collected = [Collector() for _ in TASKS]
-    for where, row in raw.read_csv(FILE, ("qa_index", *TEXT_COLUMNS, USERS_COLUMN, *columns), delimiter="\t"):
+    columns = ("qa_index", USERS_COLUMN, *TEXT_COLUMNS, *(column for _, column, *_ in TASKS))
+    for where, row in raw.read_csv(FILE, columns, delimiter="\t", filled=columns[:2]):
         text = " \n ".join(row[column] for column in TEXT_COLUMNS)
         if not text.replace("\n", "").strip():
             raw.bad(where, "no text")

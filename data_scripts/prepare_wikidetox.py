@@ -41,16 +41,16 @@ INSTRUCTION = (
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a row of the annotations is one example."""
     texts: dict[str, str] = {}
-    for where, row in raw.read_csv(TEXTS, ("rev_id", "comment"), delimiter="\t"):
+    columns = ("rev_id", "comment")
+    for where, row in raw.read_csv(TEXTS, columns, delimiter="\t", filled=columns):
         if row["rev_id"] in texts:
             raw.bad(where, "a text of the same rev_id came before")
-        elif not row["comment"].strip():
-            raw.bad(where, "no text")
         else:
             texts[row["rev_id"]] = row["comment"]
 
     collect, num_again = Collector(), 0
-    for where, row in raw.read_csv(ANNOTATIONS, ("rev_id", "worker_id", "aggression"), delimiter="\t"):
+    columns = ("rev_id", "worker_id", "aggression")
+    for where, row in raw.read_csv(ANNOTATIONS, columns, delimiter="\t", filled=columns):
         label, text = LABEL_OF.get(row["aggression"]), texts.get(row["rev_id"])
         if label is None:
             raw.bad(where, "column 'aggression' is neither 0 nor 1")

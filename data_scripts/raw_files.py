@@ -190,22 +190,29 @@ class RawFiles:
         if not num_rows:
             raise BadInput(f"{path}: no <{tag}>.")
 
-    def read_parquet(self, name: str, columns: Iterable[str]) -> Iterator[tuple[str, dict]]:
-        """(where, {column: value}) of every row of a Parquet file, values as they are typed there. Needs pyarrow."""
+    def read_parquet(self, name: str, columns: Collection[str],
+                     filled: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(where, {column: value}) of every row of a Parquet file; values have the types that they have there.
+
+        Needs pyarrow, which the scripts do without otherwise. `filled` and errors are as in `read_csv`.
+        """
         path = self._find(name)
         try:                                             # the only thing here that the standard library cannot read
             import pyarrow
             from pyarrow import parquet
         except ImportError:
             raise BadInput(f"{path}: Parquet needs pyarrow. Run `pip install pyarrow`.") from None
-        columns = tuple(columns)
         try:
             with open(path, "rb") as file, parquet.ParquetFile(file) as table:
                 missing = [column for column in columns if column not in table.schema_arrow.names]
                 if missing:
                     raise BadInput(f"{path}: missing column {', '.join(map(repr, missing))}.")
-                rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+                rows = (row for batch in table.iter_batches(columns=list(columns)) for row in batch.to_pylist())
                 for number, row in enumerate(rows, start=1):
+                    blank = [column for column in filled if row[column] is None or not str(row[column]).strip()]
+                    if blank:
+                        self.bad(f"{path}, row {number}", f"column {blank[0]!r} is empty")
+                        continue
                     yield f"{path}, row {number}", row
                 file.seek(0)
                 self.sha256[f"{self.folder.name}/{path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -43,7 +43,8 @@ def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, capsys):
     good = row(0, "4", "1")
     for bad, reason in (
         (row(50, "4", "2"), "column 'Hate' is neither 0 nor 1"),
-        (["50", "4", "  ", *good[3:]], "no text"),
+        (["50", "4", "  ", *good[3:]], "column 'Text' is empty"),
+        (["50", "", *good[2:]], "column 'Annotator' is empty"),
         (["50", *good[1:-1]], "a row of 16 fields, but the header has 17"),
     ):
         write_raw(tmp_path / "raw", rows=[good, bad, *ROWS])

@@ -85,7 +85,10 @@ def test_neutral_unclear_and_repeated_annotations_are_left_out_and_counted(tmp_p
 
 
 def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, capsys):
-    for cells, reason in (({"joy": "2"}, "a column of an emotion is neither 0 nor 1"), ({"text": " "}, "no text")):
+    for cells, reason in (
+        ({"joy": "2"}, "a column of an emotion is neither 0 nor 1"),
+        ({"text": " "}, "column 'text' is empty"),
+    ):
         write_raw(tmp_path / "raw", rows=[*ROWS, row(61, "9", "joy", **cells)])
         task = assert_bad_row(prepare_goemotion, tmp_path, capsys, "goemotions_3.csv, line 26", reason)
         assert ("9", "e93") not in labels(task)

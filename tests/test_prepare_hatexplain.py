@@ -107,6 +107,10 @@ BAD_POSTS = {
     "no annotator id": (lambda post: post["annotators"][1].pop("annotator_id"), NOT_A_POST),
     "no tokens": (lambda post: post.pop("post_tokens"), NOT_A_POST),
     "tokens are numbers": (lambda post: post.update(post_tokens=[1, 2]), NOT_A_POST),
+    "user is a list": (lambda post: post["annotators"][1].update(annotator_id=[2]), "an id is neither"),
+    "post id is a number": (lambda post: post.update(post_id=3), "an id is neither"),
+    "nobody": (lambda post: post.update(annotators=[]), "nobody labelled it"),
+    "tokens in one": (lambda post: post.update(post_tokens="soup"), "no text"),
     "no text": (lambda post: post.update(post_tokens=[]), "no text"),
     "short rationale": (lambda post: post.update(rationales=[[1, 0]]), "a rationale is shorter than the post"),
 }

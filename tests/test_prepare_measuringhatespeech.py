@@ -71,8 +71,9 @@ def test_float_labels_texts_and_the_last_of_two_views(tmp_path, write_raw):
 def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, capsys, write_raw):
     for bad, reason in (
         (row(50, 2790, 1.5), "column 'hatespeech' is none of 0, 1, 2"),
-        ([*row(50, 2790, 1.0)[:-1], ""], "no text"),
-        ([*row(50, 2790, 1.0)[:-1], None], "no text"),
+        ([*row(50, 2790, 1.0)[:-1], " "], "column 'text' is empty"),
+        ([*row(50, 2790, 1.0)[:-1], None], "column 'text' is empty"),
+        ([*row(50, None, 1.0)], "column 'annotator_id' is empty"),
     ):
         write_raw(tmp_path / "raw", rows=[bad, *ROWS])
         where = "speech.csv, line 2" if write_raw is write_csv else "speech.parquet, row 1"

@@ -45,7 +45,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, capsys):
     good = row(0, "7", "1")
     for bad, reason in (
         (row(50, "7", ""), "column 'healthy' is neither 0 nor 1"),
-        (["1739450050", " ", *good[2:]], "no text"),
+        (["1739450050", " ", *good[2:]], "column 'comment' is empty"),
     ):
         write_raw(tmp_path / "raw", rows=[good, bad, *ROWS])
         task = assert_bad_row(prepare_unhealthyconversations, tmp_path, capsys, "line 4", reason)

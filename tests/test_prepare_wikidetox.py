@@ -59,7 +59,10 @@ def test_a_bad_annotation_is_named_or_left_out_and_counted(tmp_path, capsys):
 
 
 def test_a_bad_text_is_named_or_left_out_and_counted(tmp_path, capsys):
-    for bad, reason in ((text(50, ""), "no text"), (text(3, "Another soup."), "a text of the same rev_id came before")):
+    for bad, reason in (
+        (text(50, ""), "column 'comment' is empty"),
+        (text(3, "Another soup."), "a text of the same rev_id came before"),
+    ):
         write_raw(tmp_path / "raw", texts=[*TEXTS, bad])
         task = assert_bad_row(prepare_wikidetox, tmp_path, capsys, "aggression_annotated_comments.tsv, line 42", reason)
         assert examples(task)["49", "37678"][0] == TEXTS[3][1]
