@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-from xml.etree.ElementTree import ParseError, XMLPullParser
+from xml.etree.ElementTree import Element, ParseError, XMLPullParser
 from xml.parsers.expat import ErrorString
 
 Names = str | tuple[str, ...]
@@ -163,31 +163,13 @@ class RawFiles:
     def read_xml(self, names: Names, root: str, tag: str) -> Iterator[tuple[str, dict[str, str]]]:
         """(where, attributes) of every element <tag> in an XML file whose outermost element is <root>."""
         path = self._find(names)
-        parser = XMLPullParser(("start", "end"))
-        outermost, num_rows = None, 0
-        try:
-            with self._open(path) as file:
-                while chunk := file.read(1 << 16):
-                    if _NOT_UTF8.search(chunk):
-                        raise BadInput(f"{path}: not UTF-8.")
-                    parser.feed(chunk)
-                    for event, element in parser.read_events():
-                        if outermost is None:
-                            outermost = element
-                            if element.tag != root:
-                                raise BadInput(f"{path}: needed <{root}> as the outermost element.")
-                        if event == "end" and element.tag == tag:
-                            num_rows += 1
-                            yield f"{path}, <{tag}> {num_rows}", {
-                                name: value.replace("\r\n", "\n").replace("\r", "\n")
-                                for name, value in element.items()
-                            }
-                            outermost.clear()            # what was read, or all of the file would stay in memory
-            parser.close()
-        except ParseError as error:                      # its message may quote the text
-            reason = ErrorString(error.code)
-            raise BadInput(f"{path}, line {error.position[0]}: not well-formed XML ({reason}).") from None
-        if not num_rows:
+        number = 0
+        with self._open(path) as file:
+            for number, element in enumerate(_xml_elements(path, file, root, tag), start=1):
+                yield f"{path}, <{tag}> {number}", {
+                    name: value.replace("\r\n", "\n").replace("\r", "\n") for name, value in element.items()
+                }
+        if not number:
             raise BadInput(f"{path}: no <{tag}>.")
 
     def read_parquet(self, name: str, columns: Collection[str],
@@ -327,6 +309,29 @@ class _Lines:
         yield from self.file
         self.ended = True
         yield "\n"
+
+
+def _xml_elements(path: Path, file: TextIO, root: str, tag: str) -> Iterator[Element]:
+    """Every element <tag> inside the outermost element <root>, each forgotten when the next is asked for."""
+    parser = XMLPullParser(("start", "end"))
+    outermost = None
+    try:
+        while chunk := file.read(1 << 16):
+            if _NOT_UTF8.search(chunk):
+                raise BadInput(f"{path}: not UTF-8.")
+            parser.feed(chunk)
+            for event, element in parser.read_events():
+                if outermost is None:
+                    outermost = element
+                    if element.tag != root:
+                        raise BadInput(f"{path}: needed <{root}> as the outermost element.")
+                if event == "end" and element.tag == tag:
+                    yield element
+                    outermost.clear()
+        parser.close()
+    except ParseError as error:                          # its message may quote the text
+        reason = ErrorString(error.code)
+        raise BadInput(f"{path}, line {error.position[0]}: not well-formed XML ({reason}).") from None
 
 
 class _NotJSON(ValueError):
