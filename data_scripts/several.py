@@ -32,6 +32,9 @@ def main(prog: str, jobs: Iterable[Job], argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the closing table as JSON")
     args = parser.parse_args(argv)
     jobs = [(source, read_tasks) for source, read_tasks in jobs if source.dataset in (args.only or source.dataset)]
+    if not args.raw.is_dir() and not args.download:
+        print(f"{prog}: {args.raw}: no such folder. --raw must hold one folder per dataset.", file=sys.stderr)
+        return 2
     report = _prepare_all(jobs, args)
     if args.json:
         print(json.dumps(report, indent=2))

@@ -99,6 +99,12 @@ def test_nothing_there(tmp_path, capsys):
     assert captured.out == "" and captured.err.count(": absent.") == 3
 
 
+def test_no_raw_folder_is_one_line(tmp_path, capsys):
+    assert several.main("prepare_all.py", JOBS, argv(tmp_path)) == 2
+    assert capsys.readouterr().err == f"prepare_all.py: {tmp_path}/raw: no such folder. --raw must hold one folder " \
+                                      "per dataset.\n"
+
+
 def test_only_some(tmp_path, capsys):
     for dataset in ("apples", "plums"):
         write(tmp_path, dataset)
