@@ -1,5 +1,7 @@
 """Does prepare_measuringhatespeech.py give the published task from Parquet and from CSV, and refuse broken rows?"""
 
+import hashlib
+import json
 import shutil
 import sys
 
@@ -19,13 +21,13 @@ from prepared import (
 )
 
 # First digits of the sha256 of the published code's files on `ROWS`.
-MADE_UP_SHA256 = {"measuringhatespeech": {"leaked": "ef0c1f17f696dab5", "no_leak": "7745e1bd24910e87"}}
+MADE_UP_SHA256 = {"measuringhatespeech": {"leaked": "dc7a94e9ad7d609e", "no_leak": "4986c504a3c20ea4"}}
 
 HEADER = ["comment_id", "annotator_id", "platform", "sentiment", "hatespeech", "hate_speech_score", "text"]
 
 
 def row(i, user, hatespeech, text='The "soup", they say,\nis warm 🍲.'):
-    return [47000 - i, user, 3, 0.0, hatespeech, -3.9, f"{i}. {text}"]
+    return [1005 - i, user, 3, 0.0, hatespeech, -3.9, f"{i}. {text}"]
 
 
 ROWS = [
@@ -58,13 +60,15 @@ def test_made_up_files_are_those_of_the_published_code(tmp_path, write_raw):
 
 @pytest.mark.parametrize("write_raw", [write_csv, write_parquet])
 def test_float_labels_texts_and_the_last_of_two_views(tmp_path, write_raw):
-    write_raw(tmp_path / "raw")
+    path = write_raw(tmp_path / "raw")
     task = prepare(prepare_measuringhatespeech, tmp_path / "raw", tmp_path / "out")
+    assert json.loads((task / "task.json").read_text())["raw_sha256"] == {
+        f"measuringhatespeech/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()}
     found = examples(task)
-    assert found["10873", "46998"] == ('2. The "soup", they say,\nis warm 🍲.', ["2"])
-    assert found["10873", "46999"][1] == ["1"] and found["10873", "46997"][1] == ["0"]
-    assert found["2790", "46981"][1] == ["2"] and facts(task)["annotations_replaced"] == 1
-    assert ("8", "46960") not in found
+    assert found["10873", "1003"] == ('2. The "soup", they say,\nis warm 🍲.', ["2"])
+    assert found["10873", "1004"][1] == ["1"] and found["10873", "1002"][1] == ["0"]
+    assert found["2790", "986"][1] == ["2"] and facts(task)["annotations_replaced"] == 1
+    assert ("8", "965") not in found
 
 
 @pytest.mark.parametrize("write_raw", [write_csv, write_parquet])
@@ -78,7 +82,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, capsys, write_raw)
         write_raw(tmp_path / "raw", rows=[bad, *ROWS])
         where = "speech.csv, line 2" if write_raw is write_csv else "speech.parquet, row 1"
         task = assert_bad_row(prepare_measuringhatespeech, tmp_path, capsys, where, reason)
-        assert ("2790", "46950") not in labels(task)
+        assert ("2790", "955") not in labels(task)
 
 
 @pytest.mark.parametrize("write_raw", [write_csv, write_parquet])
