@@ -10,6 +10,7 @@ and done for all of them by one batched op per site and kind:
     block    bottleneck adapters                       bottleneck_rows
     keys     prefixes                                  prompt_rows
     embed    prompts                                   prompt_rows
+             LoRA                                      embedding.py
 
 A shared adapter may lie under the personal ones: then rows belong to two shares, and the shared one acts first.
 """
@@ -133,11 +134,17 @@ class Acting(Hooks):
         return tuple(self._prompts(f"{site}.{name}", y.flatten(1)).view_as(y) for name, y in (("k", k), ("v", v)))
 
     def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self._prompts("embed", self._embedded("embed", x, tokens))
+
+    def embed_targets(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self._embedded("targets", x, tokens)
+
+    def _embedded(self, which: str, x: Tensor, tokens: Tensor) -> Tensor:
         for level in self.levels:
             for share, actor in level:
-                if actor.embeds is not None:
-                    x = _AddRows.apply(x, actor.embeds(tokens[share.rows], share), share.rows)
-        return self._prompts("embed", x)
+                if which in actor.embeds:
+                    x = _AddRows.apply(x, actor.embeds[which](tokens[share.rows], share), share.rows)
+        return x
 
     def tail(self, x: Tensor, rows: Rows) -> Tensor:
         for level in self.levels:

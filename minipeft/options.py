@@ -71,7 +71,7 @@ def described_methods() -> str:
 
 def sites_of(method: Method, base: Sites) -> list[str]:
     """Where a method acts, by the last words of the sites' names, in forward order."""
-    sites = base.sites | base.norms | base.blocks | base.embeddings
+    sites = base.sites | base.heads | base.norms | base.blocks | base.embeddings
     places = [name.rpartition(".")[0] for name in method.shapes(base)]
     kinds = dict.fromkeys(place.rpartition(".")[2] for place in places if place in sites)
     return list(kinds) or ["embed" if any(method.virtual(base)) else "head"]

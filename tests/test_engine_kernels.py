@@ -59,7 +59,8 @@ def test_adapters_and_answers_are_those_of_plain_pytorch(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("name, kind", [("gpt2", kind) for kind in test_methods.METHODS if kind != "head"] +
-                         [("t5", "head"), ("t5", "prefix"), ("bert", "head"), ("decoder", "layernorm")])
+                         [("t5", "head"), ("t5", "prefix"), ("t5", "vocabulary"), ("bert", "head"),
+                          ("decoder", "layernorm")])  # fmt: skip
 def test_every_method_does_through_the_kernels_what_it_does_in_plain_pytorch(name, kind, kernels, monkeypatch):
     """The gradients of one step of two users."""
     rows, grads = {}, []

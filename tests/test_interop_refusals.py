@@ -128,11 +128,13 @@ def test_weights_that_are_pickled_damaged_or_not_there_are_refused(tmp_path):
 
 def test_frozen_tensors_in_the_file_must_be_the_bases_own(tmp_path):
     base, folder = written(tmp_path, method=LoRA(2, sites=("embed",)))
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    change_tensors(folder, **{key: base.embed.weight.clone()})
-    import_peft(folder, base, "ann")
-    change_tensors(folder, **{key: base.embed.weight + 1})
-    refused(folder, base, key)
+    frozen = {"model.embed_tokens": base.embed.weight, "lm_head": base.head_linear.weight}
+    for key, weight in ((f"base_model.model.{path}.base_layer.weight", weight) for path, weight in frozen.items()):
+        change_tensors(folder, **{key: weight.clone()})
+        import_peft(folder, base, "ann")
+        change_tensors(folder, **{key: weight + 1})
+        refused(folder, base, key)
+        change_tensors(folder, **{key: None})
     _, folder = written(tmp_path / "vera", method=VERA)
     change(folder, projection_prng_key=1)
     refused(folder, base, "base_model.vera_A")
@@ -177,6 +179,23 @@ def test_virtual_tokens_of_a_t5_stand_where_ours_do_or_are_refused(tmp_path):
     refused(folder, base, "num_transformer_submodules", "cross-attention")
     change(folder, num_transformer_submodules=2, num_layers=1)
     refused(folder, base, "num_layers is 1")
+
+
+def test_a_t5_has_one_embedding_and_so_one_adapter_of_it(tmp_path):
+    """PEFT's `shared` is a module that nobody calls; the encoder and the decoder call one of their own each."""
+    base, folder = written(tmp_path, "t5", LoRA(2, sites=("embed",)))
+    import_peft(folder, base, "ann")
+    path = "base_model.model.decoder.embed_tokens.lora_embedding_"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(folder, alpha_pattern={"decoder.embed_tokens": 3})
+    refused(folder, base, "alpha_pattern gives encoder.embed_tokens and decoder.embed_tokens different numbers")
+    change(folder, alpha_pattern={}, target_modules=["shared"])
+    refused(folder, base, "'shared'", "embed_tokens")
+    change(folder, target_modules=["embed_tokens"])
+    change_tensors(folder, **{f"{path}A": tensors[f"{path}A"] + 1})
+    refused(folder, base, f"{path}A differ", "one place")
+    change_tensors(folder, **{f"{path}A": None, f"{path}B": None})
+    refused(folder, base, f"{path}A is missing")
 
 
 def test_an_encoders_adapter_below_a_head_is_the_same_adapter(tmp_path):

@@ -44,7 +44,9 @@ METHODS = {
     "rslora": LoRA(4, sites=("k", "o", "up"), scaling="rslora", ranks=(("up", 9), ("layers.1.attn.k", 2)),
                    alphas=(("o", 3.0),)),
     "embedding": LoRA(2, sites=("embed", "q")),
+    "vocabulary": LoRA(3, sites=("head", "embed"), ranks=(("head", 5),), alphas=(("embed", 2.0),)),
     "dora": DoRA(3, sites=("q", "v", "down")),
+    "dora, head": DoRA(2, sites=("head", "k")),
     "vera": VeRA(16, sites=("q", "down")),
     "ia3": IA3(),
     "layernorm": LayerNormTuning(),
@@ -63,6 +65,7 @@ LABELS = [[5], [6, 7], [6, 8]]
 
 
 def make_bases():
+    """Decoder's head is its own, GPT-2's and T5's is the embedding, T5's reads a scaled stream."""
     return {
         "decoder": fill(Decoder(DecoderConfig(60, 32, 2, 4, 2, 8, 48, qkv_bias=True))),
         "gpt2": fill(gpt2.GPT2(gpt2.GPT2Config(60, 32, 2, 4, 48, scales=(0.35,) * 2))),
@@ -110,9 +113,10 @@ def drawn(method, base, seed=0):
 
 def test_what_does_not_apply_says_so():
     refused = {(name, kind) for name in BASES for kind in METHODS} - set(CASES)
-    assert refused == {("t5", "embedding"), ("t5", "bitfit"), ("decoder", "head"), ("gpt2", "head")}
+    assert refused == {("t5", "bitfit"), ("decoder", "head"), ("gpt2", "head"), ("bert", "vocabulary"),
+                       ("bert", "dora, head")}  # fmt: skip
     for name, kind in refused:
-        with pytest.raises(InputError, match=r"no site of this base is called 'embed'|no biases|no place for a head"):
+        with pytest.raises(InputError, match=r"no site of this base is called 'head'|no biases|no place for a head"):
             METHODS[kind].check(BASES[name])
 
 
@@ -291,7 +295,8 @@ def test_a_personal_adapter_on_a_shared_one(name):
     """Shared + personal: the shared one acts and stays as it is; the personal one alone is trained."""
     base, rng = BASES[name], np.random.default_rng(4)
     labels, mine = labels_of(base), questions(rng, 6)
-    shared_method, method = LoRA(4, sites=("q", "v", "down")), of_base(IA3(), base)
+    at_head = ("head",) * (name == "decoder")  # whose head is not its embedding
+    shared_method, method = LoRA(4, sites=("q", "v", "down", *at_head)), of_base(IA3(), base)
     row = shared_method.row(drawn(shared_method, base), base)
     shared = Adapter("everyone", shared_method, row)
     config = TrainConfig(method, learning_rate=1e-2, epochs=2, batch_size=3)
@@ -403,7 +408,8 @@ def test_what_cannot_lie_under_another_is_refused(under, own, message):
         Engine(base, labels_of(base)).train([Job("ann", mine, mine, TrainConfig(own), under=shared)])
 
 
-@pytest.mark.parametrize("method", [PTuning(7, hidden=48), PrefixTuning(6, hidden=40), Parallel(), Houlsby()])
+@pytest.mark.parametrize("method", [PTuning(7, hidden=48), PrefixTuning(6, hidden=40), Parallel(), Houlsby(),
+                                    DoRA(3, sites=("head",)), LoRA(3, sites=("head", "embed"))])  # fmt: skip
 def test_deterministic_bits_at_a_width_where_a_single_product_goes_another_way(method):
     base = fill(Decoder(DecoderConfig(200, 160, 2, 4, 2, 40, 320, qkv_bias=True)))
     jobs = [Job(f"user {u}", questions(np.random.default_rng(u), 3), questions(np.random.default_rng(u), 2),

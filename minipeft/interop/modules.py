@@ -9,12 +9,14 @@ from minipeft.errors import InputError
 from minipeft.models.bert import Bert
 from minipeft.models.classifier import Classifier
 from minipeft.models.hooks import Sites
+from minipeft.models.t5 import T5
 
 
 class Module(NamedTuple):
     """A module of the transformers model.
 
     path:       e.g. "model.layers.3.self_attn.q_proj".
+    twins:      other modules that do the same: a T5's decoder reads the one embedding through a module of its own.
     fused:      whether it is only a part of that module: q of GPT-2's c_attn.
     transposed: whether that module keeps its matrix as [in, out]: GPT-2's Conv1D.
     """
@@ -22,6 +24,11 @@ class Module(NamedTuple):
     path: str
     fused: bool
     transposed: bool
+    twins: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.twins)
 
 
 def plain(base: Sites) -> Sites:
@@ -30,7 +37,7 @@ def plain(base: Sites) -> Sites:
 
 
 def modules_of(base: Sites, headless: bool | None = None) -> dict[str, Module]:
-    """Our name of a place -> its module: linear maps, norms and embeddings.
+    """Our name of a place -> its module: linear maps, the head, norms and embeddings.
 
     headless: whether paths are those of the model without a head (AutoModel); None: as export does, of encoders only.
     Raises:
@@ -44,8 +51,13 @@ def modules_of(base: Sites, headless: bool | None = None) -> dict[str, Module]:
     sources = {name.removesuffix(".weight"): source for name, source in base.family.sources(base).items()
                if name.endswith(".weight")}  # fmt: skip
     parts = Counter(source.key for source in sources.values())
-    return {name: Module(source.key.removesuffix(".weight").removeprefix(prefix), parts[source.key] > 1,
-                         source.transposed) for name, source in sources.items()}  # fmt: skip
+    modules = {name: Module(source.key.removesuffix(".weight").removeprefix(prefix), parts[source.key] > 1,
+                            source.transposed) for name, source in sources.items()}  # fmt: skip
+    modules.pop("head_linear", None)  # there only where it is not tied
+    modules |= {site: Module("lm_head", False, False) for site in base.heads}  # in files of GPT-NeoX "embed_out"
+    if isinstance(base, T5):  # whose `shared` holds the weight and is never called
+        modules["embed"] = Module("encoder.embed_tokens", False, False, ("decoder.embed_tokens",))
+    return modules
 
 
 def check_whole(sites: Collection[str], modules: Mapping[str, Module]) -> None:
@@ -65,16 +77,17 @@ def targeted(targets: list | str, modules: Mapping[str, Module]) -> list[str]:
     words = ", ".join(sorted({module.path.rpartition(".")[2] for module in modules.values()}))
     if isinstance(targets, str):
         pattern = compiled("target_modules", targets)
-        sites = [site for site, module in modules.items() if pattern.fullmatch(module.path)]
+        sites = [site for site, module in modules.items() if any(map(pattern.fullmatch, module.paths))]
         if not sites:
             raise InputError(f"target_modules {targets!r} matches no place of this base where the method acts; there "
                              f"are {words}")  # fmt: skip
     else:
         for target in targets:
-            if not any(ends(module.path, target) for module in modules.values()):
+            if not any(ends(path, target) for module in modules.values() for path in module.paths):
                 raise InputError(f"target module {target!r} is no place of this base where the method acts; there are "
                                  f"{words}")  # fmt: skip
-        sites = [site for site, module in modules.items() if any(ends(module.path, target) for target in targets)]
+        sites = [site for site, module in modules.items()
+                 if any(ends(path, target) for target in targets for path in module.paths)]  # fmt: skip
     check_whole(sites, modules)
     return sites
 

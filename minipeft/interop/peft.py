@@ -109,30 +109,44 @@ def _written(method: Method, row: Tensor, base: Sites) -> dict[str, Tensor]:
 
 
 def _keyed(method: Method, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
-    """Our tensors, in their order, by PEFT's keys and in its shapes."""
+    """Our tensors by PEFT's keys and in its shapes."""
     keyed = {}
     for name, tensor in tensors.items():
         site, _, word = name.rpartition(".")
-        key = (EMBEDDING_KEYS if site in base.embeddings else KEYS)[word]
         if isinstance(method, IA3):
             tensor = tensor[None] if method.at_input(site) else tensor[:, None]
-        keyed[f"{ROOT}{modules[site].path}.{key}"] = tensor
+        keyed |= {key: tensor.clone() for key in _keys(site, word, base, modules)}  # a file shares no memory
     return keyed
+
+
+def _keys(site: str, word: str, base: Sites, modules: Mapping[str, Module]) -> list[str]:
+    """Where a tensor of ours lies: once in each of the site's modules."""
+    key = (EMBEDDING_KEYS if site in base.embeddings else KEYS)[word]
+    return [f"{ROOT}{path}.{key}" for path in modules[site].paths]
 
 
 def _at_modules(method: Method, tensors: dict[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
     """Our tensors by name from PEFT's."""
-    names = method.tensors(torch.zeros(method.layout(base).row_size), base)
-    needed = _keyed(method, names, base, modules)
-    # PEFT writes the frozen table beside an adapter of the embedding.
-    tables = {f"{ROOT}{modules[site].path}.base_layer.weight": base.embed.weight for site in base.embeddings}
+    zeros = method.tensors(torch.zeros(method.layout(base).row_size), base)
+    needed = _keyed(method, zeros, base, modules)
+    # PEFT writes the frozen table beside an adapter of the embedding or the head.
+    frozen = dict.fromkeys(base.embeddings, base.embed) | {site: base.linears[site] for site in base.heads}
+    tables = {f"{ROOT}{path}.base_layer.weight": table.weight for site, table in frozen.items()
+              for path in modules[site].paths}  # fmt: skip
     projections = _projections(method, base) if isinstance(method, VeRA) else {}
     check_tensors(tensors, needed, may=tables.keys() | projections.keys())
     for key, own in (tables | projections).items():
         if key in tensors and not torch.equal(own.detach().cpu().to(tensors[key].dtype), tensors[key]):
             raise InputError(f"{key} is not what this base has; was it trained on another base, or with an embedding "
                              "or projections of its own?")  # fmt: skip
-    return {name: tensors[key].reshape(tensor.shape) for (name, tensor), key in zip(names.items(), needed)}
+    own = {}
+    for name, zero in zeros.items():
+        site, _, word = name.rpartition(".")
+        key, *twins = _keys(site, word, base, modules)
+        if other := [twin for twin in twins if not torch.equal(tensors[twin], tensors[key])]:
+            raise InputError(f"{key} and {other[0]} differ; here they are one place, which has one adapter")
+        own[name] = tensors[key].reshape(zero.shape)
+    return own
 
 
 def _projections(method: VeRA, base: Sites) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 Every option is read here, or off: Options.refuse_rest.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from minipeft.errors import InputError
 from minipeft.interop.folders import ANOTHER, NEEDED, Options
@@ -83,11 +83,14 @@ def option_values(method: Method, base: Sites, base_name: str | None) -> dict:
 
 def _lora_values(method: LoRA, base: Sites) -> dict:
     modules, sites = modules_of(base), method.chosen(base)
-    ranks = {modules[site].path: method.rank_of(site) for site in sites if method.rank_of(site) != method.rank}
-    alphas = {modules[site].path: method.alpha_of(site) for site in sites if method.alpha_of(site) != method.alpha}
-    return {"r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout, "rank_pattern": ranks,
-            "alpha_pattern": alphas, "use_rslora": method.scaling == "rslora", "bias": "none",
-            "init_lora_weights": True}  # fmt: skip
+
+    def pattern(of: Callable[[str], float], otherwise: float) -> dict[str, float]:
+        return {path: of(site) for site in sites if of(site) != otherwise for path in modules[site].paths}
+
+    return {"r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout,
+            "rank_pattern": pattern(method.rank_of, method.rank),
+            "alpha_pattern": pattern(method.alpha_of, method.alpha), "use_rslora": method.scaling == "rslora",
+            "bias": "none", "init_lora_weights": True}  # fmt: skip
 
 
 def method_of(fields: dict, base: Sites, modules: Mapping[str, Module]) -> Method:
@@ -114,7 +117,7 @@ def _targets(options: Options, modules: Mapping[str, Module], places: Collection
 
 
 def _lora(options: Options, base: Sites, modules: Mapping[str, Module]) -> LoRA:
-    places = [*base.sites, *base.embeddings]
+    places = [*base.sites, *base.heads, *base.embeddings]
     sites = _targets(options, modules, places)
     options.must_be("init_lora_weights", *KEEPS_BASE, default=True,
                     why="this start changes the base's own weights; save the adapter converted to plain LoRA: "
@@ -127,8 +130,13 @@ def _lora(options: Options, base: Sites, modules: Mapping[str, Module]) -> LoRA:
         if wrong := [value for value in given.values() if type(value) not in kinds]:
             raise InputError(f"option {option} has the value {shown(wrong[0])}, needed numbers")
         patterns = [(compiled(option, rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items()]
-        values = {site: next((v for pattern, v in patterns if pattern.match(modules[site].path)), otherwise)
-                  for site in sites}  # fmt: skip
+        values = {}
+        for site in sites:
+            values[site], *others = (next((v for pattern, v in patterns if pattern.match(path)), otherwise)
+                                     for path in modules[site].paths)  # fmt: skip
+            if any(other != values[site] for other in others):
+                raise InputError(f"option {option} gives {' and '.join(modules[site].paths)} different numbers; here "
+                                 "they are one place")  # fmt: skip
         own = dict.fromkeys(value for value in values.values() if value != otherwise)
         return tuple((name, value) for value in own
                      for name in short_sites([site for site in sites if values[site] == value], places))  # fmt: skip

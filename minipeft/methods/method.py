@@ -203,10 +203,11 @@ class Actor:
                   the share [T_g, K], share) -> [T_g, N].
     bottlenecks:  block site.
     prompts:      "embed", or an attention's "<site>.k" and "<site>.v" -> rows of the virtual tokens, [U, V, width].
-    embeds:       what is added to embedded tokens: a function of (tokens [T_g], share) -> [T_g, width]; or None.
+    embeds:       "embed", or an encoder-decoder's "targets" -> what is added to embedded tokens: a function of
+                  (tokens [T_g], share) -> [T_g, width].
     tail:         what a T5's stream becomes after its encoder's last layer: a function of (the share's rows of it
                   [T_g, width], the pass's rows, share) -> [T_g, width]; or None.
-    derived:      parameters that are functions of trained ones.
+    derived:      parameters that are functions of trained ones, and second uses of some.
     """
 
     def __init__(self):
@@ -217,9 +218,9 @@ class Actor:
         self.deltas: dict[str, Callable[[Tensor, Share], Tensor]] = {}
         self.bottlenecks: dict[str, Bottlenecks] = {}
         self.prompts: dict[str, Vectors] = {}
-        self.embeds: Callable[[Tensor, Share], Tensor] | None = None
+        self.embeds: dict[str, Callable[[Tensor, Share], Tensor]] = {}
         self.tail: Callable[[Tensor, Rows, Share], Tensor] | None = None
-        self.derived: list[Derived] = []
+        self.derived: list[Derived | SecondUse] = []
         self.loras: dict[tuple[str, ...], dict] = {}  # sites that share an input -> fields of a kernel's `Lora`
 
     def admit(self, slot: int, method: Method) -> None:
@@ -259,6 +260,11 @@ class Residents:
         for view, of_view in zip(views, counts):
             view["squares"] = tuple(part if part.shape[1] else None for part in (next(columns) for _ in of_view))
 
+    @property
+    def at_head(self) -> bool:
+        """Whether they act at the head, on the rows that are read."""
+        return any(("head",) in actor.loras for actor in self.actors)
+
     def admit(self, user: str, method: Method, row: Tensor, key: int) -> int:
         """Put a user's row [P] into a free slot and return the slot."""
         slot = self.bank.admit(user, row)
@@ -279,7 +285,7 @@ class Residents:
         for derived in self._derived():
             derived.end(self._on(slots))
 
-    def _derived(self) -> "list[Derived]":
+    def _derived(self) -> "list[Derived | SecondUse]":
         return [derived for actor in self.actors for derived in actor.derived]
 
     def _on(self, slots: np.ndarray) -> Tensor:
@@ -336,6 +342,23 @@ class Derived:
             if grad is not None:  # f may read a parameter without passing gradients on: DoRA's norm does
                 self.bank.layout.view(self.bank.grads, name)[slots] = grad
         self._trained = self._made = None
+
+
+class SecondUse:
+    """A parameter's second use in a pass: ops store gradients, so this one's go beside the first's and are added after.
+
+    Both uses store gradients of the same slots, all that are in the pass.
+    """
+
+    def __init__(self, first: Vectors):
+        self._first = first
+        self.vectors = Vectors(first.values, torch.zeros_like(first.grads))
+
+    def begin(self, slots: Tensor, training: bool) -> None:
+        """Nothing to do before a pass."""
+
+    def end(self, slots: Tensor) -> None:
+        self._first.grads[slots] += self.vectors.grads[slots]
 
 
 def method_from(described: dict) -> Method:
