@@ -150,8 +150,8 @@ def test_what_peft_has_no_place_for_is_not_exported(tmp_path):
 
     not_exported("bert", Houlsby(), "houlsby", "export_adapterhub")
     not_exported("t5", PrefixTuning(3), "hf_compat")
-    not_exported("gpt2", LoRA(2, sites=("q",)), "layers.0.attn.q is a part of transformer.h.0.attn.c_attn")
-    not_exported("phi3", IA3(("up",), ()), "layers.0.mlp.up is a part of model.layers.0.mlp.gate_up_proj")
+    not_exported("gpt2", VERA, "vera: layers.0.attn.q is a part of transformer.h.0.attn.c_attn")
+    not_exported("phi3", IA3(("up",), ("up",)), "ia3: layers.0.mlp.up is a part of model.layers.0.mlp.gate_up_proj")
     shared = Adapter("all", LoRA(2, sites=("q",)), torch.zeros(1))
     not_exported("llama", LoRA(2, sites=("q",)), "shared", under=shared)
     made_here = Decoder(DecoderConfig(61, 32, 1, 4, 2, 8, 40))
@@ -159,11 +159,27 @@ def test_what_peft_has_no_place_for_is_not_exported(tmp_path):
         export_peft(random_adapter(LoRA(2, sites=("q",)), base_of("llama")[1]), made_here, tmp_path / "x")
 
 
-def test_peft_folders_that_act_at_a_part_of_a_map_are_refused(tmp_path):
+@pytest.mark.parametrize("config, parts", [
+    (peft.VeraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
+     ["vera: layers.0.attn.q", "h.0.attn.c_attn"]),
+    (peft.IA3Config(target_modules=["c_attn"], feedforward_modules=["c_attn"], fan_in_fan_out=True),
+     ["ia3: layers.0.attn.q", "with one input"]),
+])  # fmt: skip
+def test_what_is_not_exact_at_a_fused_map_is_refused(config, parts, tmp_path):
     model, base = base_of("gpt2")
-    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
-    refused(tmp_path, base, "transformer.h.0.attn.c_attn, one fused map")
+    refused(tmp_path, base, *parts)
+
+
+def test_a_fused_maps_tensors_have_its_rank_and_its_width(tmp_path):
+    base, folder = written(tmp_path, "gpt2", LoRA(3, sites=("q", "k", "v")))
+    import_peft(folder, base, "ann")
+    key = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change_tensors(folder, **{f"{key}B.weight": tensors[f"{key}B.weight"][:-1]})
+    refused(folder, base, f"{key}B.weight is (71, 9)", "needs (72, 9)")
+    change_tensors(folder, **{f"{key}B.weight": tensors[f"{key}B.weight"], f"{key}A.weight": torch.zeros(8, 24)})
+    refused(folder, base, f"{key}A.weight is (8, 24)", "needs (9, 24)")
 
 
 def test_virtual_tokens_of_a_t5_stand_where_ours_do_or_are_refused(tmp_path):

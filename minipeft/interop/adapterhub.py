@@ -96,7 +96,7 @@ def import_adapterhub(folder: str | Path, base: Sites, user: str) -> Adapter:
         prefix = "transformer." if isinstance(base, T5) else base.family.prefix  # of a model with a head
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        check_tensors(tensors, needed)
+        check_tensors(tensors, {key: tuple(zero.shape) for key, zero in needed.items()})
         own = {ours: (tensors[key].T if ours.endswith(".up") else tensors[key]).float()
                for ours, key in zip(zeros, needed)}  # fmt: skip
         return Adapter(user, method, method.row(own, base))

@@ -1,12 +1,15 @@
 """What Hugging Face calls the places of a base, and names that pick some of them."""
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from minipeft.errors import InputError
 from minipeft.models.bert import Bert
+from minipeft.models.checkpoint import Source
 from minipeft.models.classifier import Classifier
 from minipeft.models.hooks import Sites
 from minipeft.models.t5 import T5
@@ -17,13 +20,14 @@ class Module(NamedTuple):
 
     path:       e.g. "model.layers.3.self_attn.q_proj".
     twins:      other modules that do the same: a T5's decoder reads the one embedding through a module of its own.
-    fused:      whether it is only a part of that module: q of GPT-2's c_attn.
+    outputs:    which of the module's outputs are this place's, [N] int64, where it is a part of a fused map as q of
+                GPT-2's c_attn; None: all.
     transposed: whether that module keeps its matrix as [in, out]: GPT-2's Conv1D.
     """
 
     path: str
-    fused: bool
-    transposed: bool
+    outputs: Tensor | None = None
+    transposed: bool = False
     twins: tuple[str, ...] = ()
 
     @property
@@ -50,22 +54,23 @@ def modules_of(base: Sites, headless: bool | None = None) -> dict[str, Module]:
     prefix = base.family.prefix if (isinstance(base, Bert) if headless is None else headless) else ""
     sources = {name.removesuffix(".weight"): source for name, source in base.family.sources(base).items()
                if name.endswith(".weight")}  # fmt: skip
-    parts = Counter(source.key for source in sources.values())
-    modules = {name: Module(source.key.removesuffix(".weight").removeprefix(prefix), parts[source.key] > 1,
-                            source.transposed) for name, source in sources.items()}  # fmt: skip
+    modules = {}
+    for name, source in sources.items():
+        is_part = source.part is not None and name in base.sites  # RoBERTa's positions are a part as well
+        outputs = outputs_of(source, base.sites[name][0]) if is_part else None
+        modules[name] = Module(source.key.removesuffix(".weight").removeprefix(prefix), outputs, source.transposed)
     modules.pop("head_linear", None)  # there only where it is not tied
-    modules |= {site: Module("lm_head", False, False) for site in base.heads}  # in files of GPT-NeoX "embed_out"
+    modules |= {site: Module("lm_head") for site in base.heads}  # in files of GPT-NeoX "embed_out"
     if isinstance(base, T5):  # whose `shared` holds the weight and is never called
-        modules["embed"] = Module("encoder.embed_tokens", False, False, ("decoder.embed_tokens",))
+        modules["embed"] = Module("encoder.embed_tokens", twins=("decoder.embed_tokens",))
     return modules
 
 
-def check_whole(sites: Collection[str], modules: Mapping[str, Module]) -> None:
-    """Raises InputError if one of these sites is only a part of a module."""
-    for site in sites:
-        if modules[site].fused:
-            raise InputError(f"{site} is a part of {modules[site].path}, one fused map in the Hugging Face model; an "
-                             "adapter of the part has no file of the field, only sites that are whole modules have")
+def outputs_of(source: Source, K: int) -> Tensor:
+    """Which outputs of a fused map are a part's, in the part's order: [N] int64. K: its inputs."""
+    first, length, every = (n if source.transposed else n // K for n in source.part)
+    starts = torch.arange(first, source.shape[source.transposed], every)
+    return (starts[:, None] + torch.arange(length)).flatten()
 
 
 def targeted(targets: list | str, modules: Mapping[str, Module]) -> list[str]:
@@ -88,7 +93,6 @@ def targeted(targets: list | str, modules: Mapping[str, Module]) -> list[str]:
                                  f"{words}")  # fmt: skip
         sites = [site for site, module in modules.items()
                  if any(ends(path, target) for target in targets for path in module.paths)]  # fmt: skip
-    check_whole(sites, modules)
     return sites
 
 
@@ -121,6 +125,14 @@ def shortest(chosen: Collection[str], kinds: Mapping[str, str]) -> list[str]:
 def short_sites(sites: Collection[str], places: Collection[str]) -> tuple[str, ...]:
     """Names of sites as methods take them."""
     return tuple(shortest(sites, {site: site.rpartition(".")[2] for site in places}))
+
+
+def own_numbers(
+    values: Mapping[str, float], otherwise: float, places: Collection[str]
+) -> tuple[tuple[str, float], ...]:
+    """LoRA.ranks or LoRA.alphas: names of the sites that have another value than this, and the value."""
+    return tuple((name, value) for value in dict.fromkeys(value for value in values.values() if value != otherwise)
+                 for name in short_sites([site for site in values if values[site] == value], places))  # fmt: skip
 
 
 def short_paths(sites: Collection[str], modules: Mapping[str, Module]) -> list[str]:

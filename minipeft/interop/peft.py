@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
+from minipeft.interop import fused
 from minipeft.interop.folders import ANOTHER, check_tensors, read_options, read_tensors, write_folder
 from minipeft.interop.modules import Module, modules_of, plain
 from minipeft.interop.peft_config import MANY, method_of, num_pairs, option_values, pair_of
 from minipeft.methods.ia3 import IA3
+from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning
@@ -50,7 +52,8 @@ def export_peft(adapter: Adapter, base: Sites, folder: str | Path, base_name: st
     Args:
         base_name: what adapter_config.json calls the base, e.g. its hub id; AutoPeftModel goes by it.
     Raises:
-        InputError: PEFT has no such method, the adapter lies over a shared one, or a site is a part of a fused map.
+        InputError: PEFT has no such method, the adapter lies over a shared one, or it acts at a part of a fused map as
+            the whole cannot (fused.py).
     """
     base, method, folder = plain(base), adapter.method, Path(folder)
     if adapter.under is not None:
@@ -64,7 +67,8 @@ def export_peft(adapter: Adapter, base: Sites, folder: str | Path, base_name: st
 def import_peft(folder: str | Path, base: Sites, user: str) -> Adapter:
     """Read an adapter that PEFT wrote.
 
-    P-tuning becomes prompt tuning and a projected prefix a plain one: PEFT keeps their results alone.
+    P-tuning becomes prompt tuning and a projected prefix a plain one: PEFT keeps their results alone. An adapter of a
+    fused map becomes one for each of its parts.
 
     Raises:
         InputError: no such folder, pickled or damaged weights, another base's adapter (names the first key that
@@ -75,14 +79,17 @@ def import_peft(folder: str | Path, base: Sites, user: str) -> Adapter:
     try:
         headless = base.family is not None and not any(key.startswith(ROOT + base.family.prefix) for key in tensors)
         modules = modules_of(base, headless)
-        method = method_of(options, base, modules)
+        method = whole = method_of(options, base, modules)
+        used = _used_ranks(whole, tensors, base, modules) if isinstance(whole, LoRA) else {}
+        method = fused.narrowed(whole, used, base) if used else whole
+        method.check(base)
         if isinstance(method, PrefixTuning):
             own = _prefixes(method, tensors, options, base)
         elif isinstance(method, PromptTuning):
-            check_tensors(tensors, {PROMPT: torch.empty(method.shapes(base)["prompt"])})
+            check_tensors(tensors, {PROMPT: method.shapes(base)["prompt"]})
             own = {"prompt": tensors[PROMPT]}
         else:
-            own = _at_modules(method, tensors, base, modules)
+            own = _at_modules(method, whole, used, tensors, base, modules)
         return Adapter(user, method, method.row({name: tensor.float() for name, tensor in own.items()}, base))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
@@ -110,13 +117,25 @@ def _written(method: Method, row: Tensor, base: Sites) -> dict[str, Tensor]:
 
 def _keyed(method: Method, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
     """Our tensors by PEFT's keys and in its shapes."""
-    keyed = {}
+    keyed, parts = {}, {}
     for name, tensor in tensors.items():
         site, _, word = name.rpartition(".")
-        if isinstance(method, IA3):
-            tensor = tensor[None] if method.at_input(site) else tensor[:, None]
-        keyed |= {key: tensor.clone() for key in _keys(site, word, base, modules)}  # a file shares no memory
+        if modules[site].outputs is None:
+            keyed |= {key: _shaped(method, site, tensor) for key in _keys(site, word, base, modules)}
+        else:
+            parts.setdefault(modules[site].path, {}).setdefault(site, {})[word] = tensor
+    for path, adapters in parts.items():
+        site = next(iter(adapters))
+        for word, tensor in fused.join(method, path, adapters, base, modules).items():
+            keyed |= {key: _shaped(method, site, tensor) for key in _keys(site, word, base, modules)}
     return keyed
+
+
+def _shaped(method: Method, site: str, tensor: Tensor) -> Tensor:
+    """In PEFT's shape, and alone in its memory, as a file wants it."""
+    if isinstance(method, IA3):
+        tensor = tensor[None] if method.at_input(site) else tensor[:, None]
+    return tensor.clone()
 
 
 def _keys(site: str, word: str, base: Sites, modules: Mapping[str, Module]) -> list[str]:
@@ -125,10 +144,28 @@ def _keys(site: str, word: str, base: Sites, modules: Mapping[str, Module]) -> l
     return [f"{ROOT}{path}.{key}" for path in modules[site].paths]
 
 
-def _at_modules(method: Method, tensors: dict[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
-    """Our tensors by name from PEFT's."""
-    zeros = method.tensors(torch.zeros(method.layout(base).row_size), base)
-    needed = _keyed(method, zeros, base, modules)
+def _used_ranks(method: LoRA, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
+    """Site -> which ranks of a fused map's adapter it uses, where the file has such an adapter in the right shape."""
+    used = {}
+    for site in (site for site in method.chosen(base) if modules[site].outputs is not None):
+        B = tensors.get(*_keys(site, "B", base, modules))
+        if B is not None and B.shape == fused.shape(method, "B", site, base, modules):
+            used[site] = fused.used_ranks(B, modules[site].outputs)
+    return used
+
+
+def _at_modules(
+    method: Method, whole: Method, used: Mapping[str, Tensor], tensors: dict[str, Tensor], base: Sites,
+    modules: Mapping[str, Module],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Our tensors by name from PEFT's. whole: as PEFT has it, before parts of fused maps were left their used ranks."""
+    zeros, needed = method.tensors(torch.zeros(method.layout(base).row_size), base), {}
+    for name, zero in zeros.items():
+        site, _, word = name.rpartition(".")
+        is_whole = modules[site].outputs is None
+        shape = (tuple(_shaped(method, site, zero).shape) if is_whole else
+                 fused.shape(whole, word, site, base, modules))  # fmt: skip
+        needed |= dict.fromkeys(_keys(site, word, base, modules), shape)
     # PEFT writes the frozen table beside an adapter of the embedding or the head.
     frozen = dict.fromkeys(base.embeddings, base.embed) | {site: base.linears[site] for site in base.heads}
     tables = {f"{ROOT}{path}.base_layer.weight": table.weight for site, table in frozen.items()
@@ -145,7 +182,10 @@ def _at_modules(method: Method, tensors: dict[str, Tensor], base: Sites, modules
         key, *twins = _keys(site, word, base, modules)
         if other := [twin for twin in twins if not torch.equal(tensors[twin], tensors[key])]:
             raise InputError(f"{key} and {other[0]} differ; here they are one place, which has one adapter")
-        own[name] = tensors[key].reshape(zero.shape)
+        part = tensors[key]
+        if (outputs := modules[site].outputs) is not None:
+            part = fused.part(word, part, outputs, used.get(site))
+        own[name] = part.reshape(zero.shape)
     return own
 
 
@@ -160,6 +200,6 @@ def _prefixes(method: PrefixTuning, tensors: dict[str, Tensor], options: dict, b
     pairs = options.get("num_layers") or layers
     if type(pairs) is not int or not layers <= pairs <= MANY or not (pairs == layers or method.hf_compat):
         raise InputError(f"option num_layers is {pairs}, this base has {layers}; {ANOTHER}")
-    check_tensors(tensors, {PROMPT: torch.empty(V, pairs * 2 * width)})
+    check_tensors(tensors, {PROMPT: (V, pairs * 2 * width)})
     P = tensors[PROMPT].view(V, pairs, 2, width)
     return {name: P[:, pair_of(i // 2, pairs, base), i % 2] for i, name in enumerate(shapes)}

@@ -80,7 +80,12 @@ class LoRA(Method):
 
     def chosen(self, base: Sites) -> dict[str, tuple[int, int]]:
         """The sites it acts at, with their (K, N)."""
-        return choose("LoRA", self.sites, base.sites | base.heads | base.embeddings)
+        return choose("LoRA", self.sites, self.places(base))
+
+    @staticmethod
+    def places(base: Sites) -> dict[str, tuple[int, int]]:
+        """All sites at which a LoRA could act."""
+        return base.sites | base.heads | base.embeddings
 
     def linear(self, base: Sites) -> dict[str, tuple[int, int]]:
         """Those of them that are linear maps."""
@@ -95,6 +100,10 @@ class LoRA(Method):
     def scale_of(self, site: str) -> float:
         rank = self.rank_of(site)
         return self.alpha_of(site) / (rank**0.5 if self.scaling == "rslora" else rank)
+
+    def alpha_for(self, scale: float, rank: int) -> float:
+        """Undoes scale_of: which alpha gives this scale at this rank."""
+        return scale * (rank**0.5 if self.scaling == "rslora" else rank)
 
     def rank_class(self, site: str = "") -> int:
         """The rank its bank is padded to: the next power of two from 8. A function of this user's rank alone."""
