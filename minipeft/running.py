@@ -18,7 +18,7 @@ from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
-from minipeft.methods.method import Method, picks
+from minipeft.methods.method import IfThere, Method
 from minipeft.methods.stack import Stack
 from minipeft.models.bert import Bert
 from minipeft.models.classifier import Base, Classifier
@@ -67,9 +67,9 @@ def for_base(method: Method, base: Base) -> Method:
     Default sites that a base has not are left out: GPT-2's MLP has no gate. Chosen ones stay, for `check` to refuse. On
     an encoder there is a head of one's own beside the method.
     """
-    default = getattr(type(method), "sites", None)
-    if default is not None and method.sites == default:
-        method = replace(method, sites=tuple(name for name in default if any(picks(name, site) for site in base.sites)))
+    sites = getattr(method, "sites", None)
+    if isinstance(sites, IfThere):
+        method = replace(method, sites=sites.on_base(base.sites))
     return Stack((method, Head())) if isinstance(base, Classifier) and not isinstance(method, (Head, Stack)) else method
 
 

@@ -26,6 +26,11 @@ class ExtraBlock(Actor):
                 for name, weight in base.encoder.layers[-1].named_parameters()}  # fmt: skip
 
     @staticmethod
+    def flops(base: T5) -> int:
+        """Per input token, attention's scores aside: they depend on the text's length."""
+        return sum(weight.ndim * weight.numel() for weight in base.encoder.layers[-1].parameters())
+
+    @staticmethod
     def start(base: T5) -> dict[str, Tensor]:
         tensors = {}
         for name, weight in base.encoder.layers[-1].named_parameters():

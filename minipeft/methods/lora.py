@@ -9,7 +9,8 @@
                   this is Hugging Face PEFT's and the authors' code's choice (Kaiming uniform with a = sqrt 5). At the
                   embedding, as there, A is zero and B normal
     numbers       rank * (K + N) per site; at the embedding rank * (vocabulary + width)
-    cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward
+    cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward; at the embedding
+                  2 * rank * width, at the head only for rows that predict a target
 """
 
 import math
@@ -24,7 +25,7 @@ from torch import Tensor
 from minipeft.bank import Bank
 from minipeft.errors import InputError
 from minipeft.methods.embedding import EmbeddingUpdate
-from minipeft.methods.method import Actor, Draw, Method, SecondUse, Share, choose, picks, vectors
+from minipeft.methods.method import Actor, Draw, IfThere, Method, SecondUse, Share, choose, picks, vectors
 from minipeft.models.hooks import Sites
 from minipeft.models.t5 import T5
 from minipeft.randomness import keys_of
@@ -53,7 +54,7 @@ class LoRA(Method):
 
     rank: int = 8
     alpha: float = 16.0
-    sites: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    sites: tuple[str, ...] = IfThere(("q", "k", "v", "o", "gate", "up", "down"))
     dropout: float = 0.0
     scaling: str = "lora"
     ranks: tuple[tuple[str, int], ...] = ()
@@ -129,6 +130,10 @@ class LoRA(Method):
 
     def count(self, base: Sites) -> int:
         return sum(self.rank_of(site) * (K + N) for site, (K, N) in self.chosen(base).items())
+
+    def flops(self, base: Sites) -> int:
+        return sum(2 * self.rank_of(site) * (N if site in base.embeddings else K + N)
+                   for site, (K, N) in self.chosen(base).items())  # fmt: skip
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         tensors = {}

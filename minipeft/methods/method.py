@@ -104,6 +104,13 @@ class Method:
         """Trained numbers of one user."""
         return sum(math.prod(shape) for shape in self.shapes(base).values())
 
+    def flops(self, base: Sites) -> int:
+        """FLOPs that it adds to the forward pass for one token, at every site once; on a T5 one token of each side.
+
+        What virtual tokens cost is not in it: each is one more row that runs through the base.
+        """
+        raise NotImplementedError
+
     def described(self) -> dict:
         """As plain values, for files. `method_from` undoes it."""
         return {"name": self.name, **asdict(self)}
@@ -120,6 +127,16 @@ class Method:
 def _frozen(value):
     """Lists, which is what JSON makes of tuples, as tuples."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+class IfThere(tuple):
+    """Names of sites that a base may lack: a method's defaults, which `on_base` cuts to what there is.
+
+    A plain tuple is somebody's choice: where a base lacks one of it, that is an error.
+    """
+
+    def on_base(self, places: dict) -> tuple[str, ...]:
+        return tuple(name for name in self if any(picks(name, place) for place in places))
 
 
 def choose(method: str, names: tuple[str, ...], places: dict) -> dict:

@@ -4,8 +4,8 @@
     trained       d [rank] and d_b [N] at every chosen site
     start         d = 0.1, d_b = 0: the base's output is unchanged
     numbers       rank + N per site
-    cost          2 * rank * (K + N) FLOPs per row and site; but A and B are read once for all users, and a million of
-                  them cost (rank + N) numbers each
+    cost          2 * rank * (K + N) + rank + N FLOPs per row and site; but A and B are read once for all users, and a
+                  million of them cost (rank + N) numbers each
 
 A and B are drawn once, as large as the largest site needs, by Hugging Face PEFT's recipe (Kaiming uniform, +-sqrt(6 /
 inputs), from one generator, A first): each site takes their first columns and rows. The same seed gives PEFT's numbers.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minipeft.bank import Bank
 from minipeft.errors import InputError
-from minipeft.methods.method import Actor, Draw, Method, Share, choose, vectors
+from minipeft.methods.method import Actor, Draw, IfThere, Method, Share, choose, vectors
 from minipeft.models.hooks import Sites
 from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
 from minipeft_kernels.lora_linear import lora_linear
@@ -37,7 +37,7 @@ class VeRA(Method):
     summary: ClassVar[str] = "two vectors around projections that all users share"
 
     rank: int = 256
-    sites: tuple[str, ...] = ("q", "v")
+    sites: tuple[str, ...] = IfThere(("q", "v"))
     seed: int = 0
     d_start: float = 0.1
 
@@ -59,6 +59,9 @@ class VeRA(Method):
         for site, (_, N) in self.chosen(base).items():
             shapes |= {f"{site}.d": (self.rank,), f"{site}.d_b": (N,)}
         return shapes
+
+    def flops(self, base: Sites) -> int:
+        return sum(2 * self.rank * (K + N) + self.rank + N for K, N in self.chosen(base).values())
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         return {name: torch.full(shape, self.d_start if name.endswith(".d") else 0.0)
