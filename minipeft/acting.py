@@ -27,11 +27,12 @@ from minipeft.models.rows import Rows
 from minipeft_kernels.bottleneck import Bottleneck
 from minipeft_kernels.bottleneck_rows import BottleneckRows, bottleneck_rows
 from minipeft_kernels.cpu import tiled_linear
-from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.ia3 import ia3_rows
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.prompts import PromptRows, prompt_rows
 from minipeft_kernels.segment_lora import segment_lora
-from minipeft_kernels.shift import ShiftRows, shift_rows
+from minipeft_kernels.segments import VectorRows
+from minipeft_kernels.shift import shift_rows
 
 Found = list[tuple[Share, object]]
 
@@ -110,7 +111,7 @@ class Acting(Hooks):
         for found in self._found("gains", norm.site):
             for share, gains in found:
                 h = norm.normalised(x[share.rows])
-                own = ia3_rows(h, self.anchor, [Ia3Rows(0, gains.values, share.segments, gains.grads)])
+                own = ia3_rows(h, self.anchor, [VectorRows(0, gains.values, share.segments, gains.grads)])
                 y = _ReplaceRows.apply(y, own + norm.offset * h if norm.offset else own, share.rows)
         return self._shift(norm.site, y)
 
@@ -166,11 +167,11 @@ class Acting(Hooks):
         return rounds
 
     def _scale(self, x: Tensor, found: Found) -> Tensor:
-        return ia3_rows(x, self.anchor, [Ia3Rows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
+        return ia3_rows(x, self.anchor, [VectorRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
 
     def _shift(self, site: str, y: Tensor) -> Tensor:
         for found in self._found("shifts", site):
-            y = shift_rows(y, self.anchor, [ShiftRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
+            y = shift_rows(y, self.anchor, [VectorRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
         return y
 
     def _prompts(self, site: str, x: Tensor) -> Tensor:

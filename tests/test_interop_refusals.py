@@ -60,6 +60,7 @@ OPTIONS = {  # option, value, method whose folder it stands in
     "a rank that is a word": ("r", "8", None), "a pattern of words": ("rank_pattern", {"q_proj": "8"}, None),
     "a broken pattern": ("alpha_pattern", {"q_(": 3}, None), "targets that are none": ("target_modules", [3], None),
     "no targets": ("target_modules", None, None), "peft_type": ("peft_type", "LOHA", None),
+    "a rank beyond all memory": ("r", 10**12, VERA), "a rank past int64": ("r", 10**30, None),
     "vera dropout": ("vera_dropout", 0.1, VERA), "vera layers": ("layers_to_transform", 1, VERA),
     "ia3 save": ("modules_to_save", ["x"], IA3()), "ia3 inputs": ("feedforward_modules", [3], IA3()),
     "norms exclude": ("exclude_modules", ["norm"], LayerNormTuning()),

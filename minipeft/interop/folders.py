@@ -11,6 +11,7 @@ from torch import Tensor
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import one_line, read_json
 from minipeft.models.fields import shown
+from minipeft.schedule import Adapter
 from minipeft.store import read_file, write_file
 
 CONFIG = "adapter_config.json"
@@ -65,6 +66,13 @@ class Options:
         for name, value in self._left.items():
             if value and value != self._off.get(name):
                 raise InputError(f"option {name} is {shown(value)}: minipeft's method has no such option")
+
+
+def check_alone(adapter: Adapter) -> None:
+    """Raises InputError if the adapter acts over a shared one: a folder holds one adapter."""
+    if adapter.under is not None:
+        raise InputError(f"adapter of {adapter.user!r} acts over a shared one, and a folder holds one adapter; train "
+                         "it without `under` to export it")
 
 
 def write_folder(folder: Path, options: dict, weights: str, tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.interop import fused
-from minipeft.interop.folders import ANOTHER, check_tensors, read_options, read_tensors, write_folder
+from minipeft.interop.folders import ANOTHER, check_alone, check_tensors, read_options, read_tensors, write_folder
 from minipeft.interop.modules import Module, modules_of, plain
 from minipeft.interop.peft_config import MANY, method_of, num_pairs, option_values, pair_of
 from minipeft.methods.ia3 import IA3
@@ -39,6 +39,7 @@ KEYS = {  # last word of our tensor's name -> PEFT's name of it below its module
     "d": "vera_lambda_d", "d_b": "vera_lambda_b", "l": "ia3_l",
     "weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias",
 }  # fmt: skip
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 EMBEDDING_KEYS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
@@ -56,9 +57,7 @@ def export_peft(adapter: Adapter, base: Sites, folder: str | Path, base_name: st
             the whole cannot (fused.py).
     """
     base, method, folder = plain(base), adapter.method, Path(folder)
-    if adapter.under is not None:
-        raise InputError(f"adapter of {adapter.user!r} acts over a shared one, and PEFT's folders hold one adapter; "
-                         "train it without `under` to export it")
+    check_alone(adapter)
     options = option_values(method, base, base_name)
     write_folder(folder, options, WEIGHTS, _written(method, adapter.row, base))
     return folder
@@ -170,8 +169,8 @@ def _at_modules(
     frozen = dict.fromkeys(base.embeddings, base.embed) | {site: base.linears[site] for site in base.heads}
     tables = {f"{ROOT}{path}.base_layer.weight": table.weight for site, table in frozen.items()
               for path in modules[site].paths}  # fmt: skip
+    check_tensors(tensors, needed, may=[*tables, *(PROJECTIONS if isinstance(method, VeRA) else ())])
     projections = _projections(method, base) if isinstance(method, VeRA) else {}
-    check_tensors(tensors, needed, may=tables.keys() | projections.keys())
     for key, own in (tables | projections).items():
         if key in tensors and not torch.equal(own.detach().cpu().to(tensors[key].dtype), tensors[key]):
             raise InputError(f"{key} is not what this base has; was it trained on another base, or with an embedding "
@@ -190,7 +189,7 @@ def _at_modules(
 
 
 def _projections(method: VeRA, base: Sites) -> dict[str, Tensor]:
-    return dict(zip(("base_model.vera_A", "base_model.vera_B"), method.projections(base)))
+    return dict(zip(PROJECTIONS, method.projections(base)))
 
 
 def _prefixes(method: PrefixTuning, tensors: dict[str, Tensor], options: dict, base: Sites) -> dict[str, Tensor]:

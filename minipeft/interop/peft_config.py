@@ -78,7 +78,7 @@ def option_values(method: Method, base: Sites, base_name: str | None) -> dict:
                 return about | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
             return about | {"peft_type": "P_TUNING", "encoder_reparameterization_type": method.encoder.upper(),
                             "encoder_hidden_size": method.hidden, "encoder_num_layers": method.layers}  # fmt: skip
-    raise InputError(f"PEFT has no {method.name}; it has lora, dora, vera, ia3, layernorm, prompt, ptuning and prefix"
+    raise InputError(f"PEFT has no {method.title}; it has lora, dora, vera, ia3, layernorm, prompt, ptuning and prefix"
                      ". AdapterHub has houlsby, pfeiffer and parallel: export_adapterhub")  # fmt: skip
 
 

@@ -22,8 +22,11 @@ from minipeft.bank import Bank
 from minipeft.errors import InputError
 from minipeft.methods.method import Actor, Draw, IfThere, Method, Share, choose, vectors
 from minipeft.models.hooks import Sites
-from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.ia3 import ia3_rows
 from minipeft_kernels.lora_linear import lora_linear
+from minipeft_kernels.segments import VectorRows
+
+MOST_RANKS = 2**14  # the projections are drawn in full: more is a damaged file
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class VeRA(Method):
     d_start: float = 0.1
 
     def check(self, base: Sites) -> None:
-        if self.rank < 1:
-            raise InputError(f"VeRA rank must be at least 1, got {self.rank}")
+        if not 1 <= self.rank <= MOST_RANKS:
+            raise InputError(f"VeRA rank must be 1 to {MOST_RANKS}, got {self.rank}")
         if not 0 <= self.seed < 2**63 or not math.isfinite(self.d_start):
             raise InputError(f"VeRA: seed is {self.seed} and d_start {self.d_start}; needed 0 to 2^63 - 1 and a number")
         self.chosen(base)
@@ -92,7 +95,7 @@ def _delta(A: Tensor, B: Tensor, d, d_b):
     def delta(x: Tensor, share: Share) -> Tensor:
         """d_b * (B (d * (A x))) for a share's rows."""
         scale = lambda v, by: ia3_rows(  # noqa: E731
-            v, share.anchor, [Ia3Rows(0, by.values, share.segments, by.grads)])  # fmt: skip
+            v, share.anchor, [VectorRows(0, by.values, share.segments, by.grads)])  # fmt: skip
         frozen = lambda v, M: lora_linear(v, share.anchor, (M,), (None,), (), share.tile)[0]  # noqa: E731
         return scale(frozen(scale(frozen(x, A), d), B), d_b)
 
