@@ -21,7 +21,7 @@ from torch import nn
 
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.errors import InputError
-from minipeft.methods import PromptTuning
+from minipeft.methods import Method, PromptTuning
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.loading import load_model, load_shape, load_tokenizer
 from minipeft.options import add_options, counted, described_methods, method_of, settings_of, sites_of
@@ -130,6 +130,11 @@ def load(args: argparse.Namespace) -> nn.Module:
     return load_model(args.model, device=args.device)
 
 
+def told(method: Method) -> dict:
+    """A method as --json has it: its options under the name that people know."""
+    return method.described() | {"name": method.title}
+
+
 # ---- The commands: each prints for people, and returns what --json prints -------------------------------------------
 
 
@@ -164,7 +169,7 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
     if skipped:
         print(f"{len(skipped)} users skipped steps whose gradient was not finite, e.g. {next(iter(skipped))!r}")
     print(f"{len(finished)} users' adapters are in {args.store}")
-    return {"store": str(args.store), "base": base.origin.name, "task": task.name, "method": method.described(),
+    return {"store": str(args.store), "base": base.origin.name, "task": task.name, "method": told(method),
             "num_users": len(finished), "adapter_numbers": method.count(base), "num_cut_texts": training.num_cut,
             "skipped_steps": skipped}  # fmt: skip
 
@@ -234,8 +239,8 @@ def run_users(args: argparse.Namespace, _) -> dict:
     for user, (method, metrics) in about.items():
         losses = metrics.get("val_loss", [])
         best = f", validation loss {losses[metrics['best_epoch'] - 1]:.4f}" if losses else ""
-        print(f"{user}: {' + '.join(part.name for part in method.parts)}{best}")
-    return {"users": [{"user": user, "method": method.described(), "metrics": metrics}
+        print(f"{user}: {method.title}{best}")
+    return {"users": [{"user": user, "method": told(method), "metrics": metrics}
                       for user, (method, metrics) in about.items()]}  # fmt: skip
 
 
@@ -245,13 +250,13 @@ def run_methods(args: argparse.Namespace, _) -> dict:
         print(f"an encoder: beside every method each user trains a head, counted here for {MIN_LABELS} labels")
     methods = counted(base)
     print(f"{'method':<10} {'numbers':>12} {'FLOPs/token':>14}  acts at")
-    for told in methods:
-        if told["why_not"]:
-            print(f"{told['name']:<10} {'-':>12} {'-':>14}  {told['why_not']}")
+    for line in methods:
+        if line["why_not"]:
+            print(f"{line['name']:<10} {'-':>12} {'-':>14}  {line['why_not']}")
             continue
-        rows = f"; {told['virtual_tokens']} more rows for each text" if told["virtual_tokens"] else ""
-        places = ", ".join(told["sites"])
-        print(f"{told['name']:<10} {told['count']:>12,} {told['flops_per_token']:>14,}  {places}{rows}")
+        rows = f"; {line['virtual_tokens']} more rows for each text" if line["virtual_tokens"] else ""
+        places = ", ".join(line["sites"])
+        print(f"{line['name']:<10} {line['count']:>12,} {line['flops_per_token']:>14,}  {places}{rows}")
     return {"base": base.origin.name, "methods": methods}
 
 
@@ -267,7 +272,7 @@ def run_export(args: argparse.Namespace, _) -> dict:
     {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format](adapter, base, args.to)
     left = "" if adapter is whole else " without the head, for which these files have no place"
     print(f"{args.user}'s adapter is in {args.to}{left}")
-    return {"user": args.user, "to": str(args.to), "format": args.format, "method": adapter.method.described()}
+    return {"user": args.user, "to": str(args.to), "format": args.format, "method": told(adapter.method)}
 
 
 def run_import(args: argparse.Namespace, _) -> dict:
@@ -286,7 +291,7 @@ def run_import(args: argparse.Namespace, _) -> dict:
     store.add(adapter, base)
     silent = "; it has no head, so every label is as likely" if isinstance(base, Classifier) else ""
     print(f"{args.user}'s adapter is in {args.store}{silent}")
-    return {"user": args.user, "store": str(args.store), "method": adapter.method.described(),
+    return {"user": args.user, "store": str(args.store), "method": told(adapter.method),
             "adapter_numbers": adapter.method.count(base)}  # fmt: skip
 
 

@@ -147,8 +147,8 @@ class Training:
         config.method.check(base)
         virtual = config.method.virtual(base)
         if shared == "on" and any(virtual):
-            raise InputError(f"{config.method.name} cannot lie under another adapter, for it has virtual tokens; start "
-                             "from a shared one instead, or take a method without")  # fmt: skip
+            raise InputError(f"{config.method.title} cannot lie under another adapter, for it has virtual tokens; "
+                             "start from a shared one instead, or take a method without")  # fmt: skip
         encoded = prompts.encode(task, virtual[0])
         jobs = [Job(user, encoded.train[user], encoded.val[user], config) for user in task.users]
         jobs.sort(key=lambda job: -len(job.train))

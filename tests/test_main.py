@@ -128,6 +128,10 @@ def test_every_command_in_a_row(kind, task, bases, tmp_path, capsys, monkeypatch
     own = load_task(task).users[:4]
     assert [line["user"] for line in users] == sorted(own)
     assert all(len(line["metrics"]["val_loss"]) == 2 and line["method"] == trained["method"] for line in users)
+    title = "ia3+head" if kind == "bert" else "ia3"
+    assert trained["method"]["name"] == title
+    assert run("users", "--store", store) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{sorted(own)[0]}: {title}, validation loss")
 
     assert run("eval", "--store", store, "--model", base, "--task", task, "--json") == 0
     result = printed(capsys)

@@ -62,6 +62,11 @@ class Method:
         """The methods that act together, of each of `actors`: a stack has several (stack.py)."""
         return (self,)
 
+    @property
+    def title(self) -> str:
+        """What people call it: "lora", or "lora+head" of methods that act together."""
+        return "+".join(part.name for part in self.parts)
+
     def kind(self, base: Sites) -> tuple:
         """Users of equal kinds share a bank. A function of this configuration and the base alone."""
         return (self,)
