@@ -355,7 +355,7 @@ class Engine:
         raise InputError(f"user {job.key!r}: {under} cannot lie under {upper}: {reason}; share a LoRA, say")
 
 
-def predict(
+def label_scores(
     model: Base, labels: LabelSet | Classes, adapters: dict[str, Adapter],
     questions: dict[str, Sequence[Question]], passes: PassConfig | None = None,
 ) -> dict[str, np.ndarray]:

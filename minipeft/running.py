@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minipeft import engine
-from minipeft.engine import Engine
+from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods.head import Head
@@ -315,7 +314,7 @@ def predict(
     questions: dict[str, list[Question]] = {user: [] for user in adapters}
     for (user, _), (question, _) in zip(asked, encoded):
         questions[user].append(question)
-    scores = engine.predict(base, prompts.labels, adapters, questions, passes)
+    scores = label_scores(base, prompts.labels, adapters, questions, passes)
     rows = {user: iter(own) for user, own in scores.items()}
 
     def reply(user: str, was_cut: bool) -> Reply:

@@ -237,7 +237,7 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
         assert store.get("ann", plan.base).under is store.get("bob", plan.base).under, "so that they share passes"
         assert len(list((tmp_path / "a" / "shared").iterdir())) == 1
     assert run("eval", "--store", tmp_path / "a", "--model", bases[kind], "--task", task, "--json") == 0
-    scored = minipeft.engine.predict(plan.base, plan.labels, expected, prompts_of(plan.base, plan.task.header)
+    scored = minipeft.engine.label_scores(plan.base, plan.labels, expected, prompts_of(plan.base, plan.task.header)
                                      .encode(plan.task).test)  # fmt: skip
     right = [(scores.argmax(1) == [plan.task.labels.index(e.label[0]) for e in plan.task.test[user]]).mean()
              for user, scores in scored.items()]  # fmt: skip

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.acting import Acting
 from minipeft.batch import Read
-from minipeft.engine import Engine, predict
+from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods import (
@@ -159,7 +159,7 @@ def test_the_start_changes_nothing(name, kind):
     asked = questions(rng, 6)
     own = {"ann": Adapter("ann", method, method.initial_row(base, 0, "ann"))}
     plain = np.full((6, 3), -np.log(3)) if isinstance(base, Classifier) else base_scores(base, asked)
-    scores = predict(base, labels_of(base), own, {"ann": asked})["ann"]
+    scores = label_scores(base, labels_of(base), own, {"ann": asked})["ann"]
     np.testing.assert_allclose(scores, plain, atol=2e-5)
 
 
@@ -218,9 +218,9 @@ def test_forty_users_under_all_methods_get_what_they_get_alone(name):
         error = (together[job.user].row - alone.row).norm() / alone.row.norm()
         assert error < 1e-5, f"{job.user} by {job.config.method}: {error:.1e}"
     asked = {job.user: job.val for job in jobs}
-    scores = predict(base, labels_of(base), together, asked, PassConfig(slots=40))
+    scores = label_scores(base, labels_of(base), together, asked, PassConfig(slots=40))
     for job in jobs[::7]:
-        mine = predict(base, labels_of(base), {job.user: together[job.user]}, {job.user: job.val})
+        mine = label_scores(base, labels_of(base), {job.user: together[job.user]}, {job.user: job.val})
         np.testing.assert_allclose(scores[job.user], mine[job.user], atol=1e-4)
 
 
@@ -318,8 +318,8 @@ def test_a_personal_adapter_on_a_shared_one(name):
     on_merged = Engine(merged, labels).train([Job("ann", mine, mine, config)])["ann"]
     assert (trained["ann"].row - on_merged.row).norm() < 1e-4 * on_merged.row.norm()
     asked = {"ann": mine}
-    scores = predict(base, labels, {"ann": trained["ann"]}, asked)["ann"]
-    np.testing.assert_allclose(scores, predict(merged, labels, {"ann": on_merged}, asked)["ann"], atol=1e-3)
+    scores = label_scores(base, labels, {"ann": trained["ann"]}, asked)["ann"]
+    np.testing.assert_allclose(scores, label_scores(merged, labels, {"ann": on_merged}, asked)["ann"], atol=1e-3)
     job = Job("ann", mine, mine, replace(config, method=shared_method), start=row)
     begun = Engine(base, labels).train([job])["ann"]
     assert begun.row.shape == row.shape and (begun.row - row).norm() < row.norm()
@@ -347,7 +347,7 @@ def test_dropout_is_the_users_own_and_gone_in_evaluation():
             for seed, method in ((0, config.method), (0, config.method), (1, config.method), (0, LoRA(4)))]
     rows = [Engine(base, labels_of(base)).train([job])["ann"].row for job in jobs]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[3])
-    scores = [predict(base, labels_of(base), {"ann": Adapter("ann", method, rows[0])}, {"ann": mine})["ann"]
+    scores = [label_scores(base, labels_of(base), {"ann": Adapter("ann", method, rows[0])}, {"ann": mine})["ann"]
               for method in (config.method, LoRA(4))]  # fmt: skip
     np.testing.assert_array_equal(*scores)
 
@@ -436,5 +436,5 @@ def test_methods_of_one_user_at_one_site_act_one_after_another(stack):
     moved = stack.tensors(trained.row, base)
     assert [name for name in start if torch.equal(start[name], moved[name])] == []
     silent = Adapter("ann", stack, stack.initial_row(base, 0, "ann"))
-    scores = predict(base, labels_of(base), {"ann": silent}, {"ann": mine})
+    scores = label_scores(base, labels_of(base), {"ann": silent}, {"ann": mine})
     np.testing.assert_allclose(scores["ann"], base_scores(base, mine), atol=2e-5)
