@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
-from minipeft import engine
-from minipeft.engine import Engine
+from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
-from minipeft.methods.method import Method, picks
+from minipeft.methods.method import IfThere, Method
 from minipeft.methods.stack import Stack
 from minipeft.models.bert import Bert
 from minipeft.models.classifier import Base, Classifier
@@ -67,9 +66,9 @@ def for_base(method: Method, base: Base) -> Method:
     Default sites that a base has not are left out: GPT-2's MLP has no gate. Chosen ones stay, for `check` to refuse. On
     an encoder there is a head of one's own beside the method.
     """
-    default = getattr(type(method), "sites", None)
-    if default is not None and method.sites == default:
-        method = replace(method, sites=tuple(name for name in default if any(picks(name, site) for site in base.sites)))
+    sites = getattr(method, "sites", None)
+    if isinstance(sites, IfThere):
+        method = replace(method, sites=sites.on_base(base.sites))
     return Stack((method, Head())) if isinstance(base, Classifier) and not isinstance(method, (Head, Stack)) else method
 
 
@@ -147,8 +146,8 @@ class Training:
         config.method.check(base)
         virtual = config.method.virtual(base)
         if shared == "on" and any(virtual):
-            raise InputError(f"{config.method.name} cannot lie under another adapter, for it has virtual tokens; start "
-                             "from a shared one instead, or take a method without")  # fmt: skip
+            raise InputError(f"{config.method.title} cannot lie under another adapter, for it has virtual tokens; "
+                             "start from a shared one instead, or take a method without")  # fmt: skip
         encoded = prompts.encode(task, virtual[0])
         jobs = [Job(user, encoded.train[user], encoded.val[user], config) for user in task.users]
         jobs.sort(key=lambda job: -len(job.train))
@@ -315,7 +314,7 @@ def predict(
     questions: dict[str, list[Question]] = {user: [] for user in adapters}
     for (user, _), (question, _) in zip(asked, encoded):
         questions[user].append(question)
-    scores = engine.predict(base, prompts.labels, adapters, questions, passes)
+    scores = label_scores(base, prompts.labels, adapters, questions, passes)
     rows = {user: iter(own) for user, own in scores.items()}
 
     def reply(user: str, was_cut: bool) -> Reply:
