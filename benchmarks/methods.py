@@ -1,6 +1,6 @@
 """What does each PEFT method cost, and how much faster is it for many users at once?
 
-    python benchmarks/methods.py counts                                       numbers of a user, by method and base
+    python benchmarks/methods.py counts                                       numbers and FLOPs, by method and base
     python benchmarks/methods.py speed [--base minilm] [--method NAME ...]    one step of 64 users, together and alone
 
 `speed` trains random users on random texts: what they learn is not asked. Together and one by one run the
@@ -12,6 +12,7 @@ import argparse
 import importlib.resources
 import json
 import platform
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from minipeft.default_base import SHAPE, VOCAB_SIZE, initialise
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet, Question
-from minipeft.methods import METHODS, Method
+from minipeft.methods import IA3, METHODS, Head, Houlsby, LoRA, Method, PrefixTuning, PromptTuning, PTuning
 from minipeft.models.bert import Bert
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
@@ -29,11 +30,29 @@ from minipeft.models.gpt2 import GPT2, GPT2Config
 from minipeft.models.hooks import Hooks
 from minipeft.models.loading import load_model
 from minipeft.models.t5 import T5, T5Config
+from minipeft.options import NAMES, counted, flag
 from minipeft.running import for_base
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig, choose
 from minipeft.timing import cpu_clock, side_by_side
 
 TURNS_S = 6.0  # seconds of taking turns for each method
+PEFTU = {  # PEFT-U's configurations on Flan-T5-base -> the numbers that its authors' code trains (arXiv:2407.18078)
+    LoRA(8, 32.0, ("q", "v"), dropout=0.1): 884_736,
+    Houlsby(): 3_578_112,
+    PrefixTuning(20, hf_compat=True): 368_640,
+    PTuning(20): 1_593_344,
+    PromptTuning(20, "normal"): 15_360,
+    IA3(("k", "v", "up"), inputs=()): 104_448,
+    Head(): 7_079_424,
+}
+EQUAL = {  # and those of its ablation, which gives every method about as many
+    LoRA(1, sites=("q", "v")): 110_592,
+    Houlsby(reduction=512): 110_640,
+    PrefixTuning(6, hf_compat=True): 110_592,
+    PromptTuning(144): 110_592,
+    PTuning(20, hidden=12, layers=1): 110_232,
+    IA3(("k", "v", "up"), inputs=()): 104_448,
+}
 
 
 def shapes() -> dict[str, Base]:
@@ -49,10 +68,8 @@ def shapes() -> dict[str, Base]:
 def methods_of(base: Base) -> dict[str, Method]:
     """Every method at its defaults; where a default site is missing on this base, at those that it has."""
     found = {}
-    for name, kind in METHODS.items():
-        if name == "stack":
-            continue
-        method = for_base(kind(), base)
+    for name in NAMES:
+        method = for_base(METHODS[name](), base)
         try:
             method.check(base)
         except InputError:
@@ -63,12 +80,28 @@ def methods_of(base: Base) -> dict[str, Method]:
 
 def counts() -> None:
     bases = shapes()
-    print(f"{'numbers of one user':<22}" + "".join(f"{name:>16}" for name in bases))
-    by_base = {name: {kind: m.count(base) for kind, m in methods_of(base).items()} for name, base in bases.items()}
-    for kind in METHODS:
-        if kind != "stack":
-            cells = (f"{by_base[name][kind]:,}" if kind in by_base[name] else "-" for name in bases)
-            print(f"{kind:<22}" + "".join(f"{cell:>16}" for cell in cells))
+    told = {name: {line["name"]: line for line in counted(base)} for name, base in bases.items()}
+    for title, field in (("numbers of one user", "count"), ("FLOPs per token", "flops_per_token"),
+                         ("rows more per text", "virtual_tokens")):  # fmt: skip
+        print(f"{title:<22}" + "".join(f"{name:>16}" for name in bases))
+        for kind in NAMES:
+            values = [told[name][kind][field] for name in bases]
+            if field != "virtual_tokens" or any(values):
+                print(f"{kind:<22}" + "".join(f"{'-' if value is None else f'{value:,}':>16}" for value in values))
+        print()
+    for title, table in (("PEFT-U on Flan-T5-base", PEFTU), ("with equal numbers", EQUAL)):
+        print(f"{title:<50}{'numbers':>12}{'published':>12}")
+        for method, published in table.items():
+            print(f"  {options_of(method):<48}{method.count(bases['Flan-T5-base']):>12,}{published:>12,}")
+
+
+def options_of(method: Method) -> str:
+    """A method as the command line has it, where it is not the default."""
+    given = {flag(field.name): getattr(method, field.name) for field in fields(method)
+             if getattr(method, field.name) != field.default}  # fmt: skip
+    values = {name: ",".join(value) or "''" if isinstance(value, tuple) else "" if value is True else f"{value:g}"
+              if isinstance(value, float) else value for name, value in given.items()}  # fmt: skip
+    return " ".join([method.name, *(f"{name} {value}".rstrip() for name, value in values.items())])
 
 
 # ---- Speed ---------------------------------------------------------------------------------------------------------
@@ -155,6 +188,6 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["counts", "speed"])
     parser.add_argument("--base", choices=["default", "minilm"], default="default")
     parser.add_argument("--users", type=int, default=64)
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    parser.add_argument("--method", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     args = parser.parse_args()
     counts() if args.what == "counts" else speed(args.base, args.users, args.method)

@@ -30,3 +30,8 @@ def backend(device: torch.device | str) -> str:
     if not torch.cuda.is_available():
         raise ValueError("minipeft_kernels: this PyTorch sees no GPU; use the CPU, or install PyTorch for the GPU.")
     return "triton"
+
+
+def chosen(device: torch.device | str, triton, torch):
+    """Of two implementations, what this device gets."""
+    return triton if backend(device) == "triton" else torch

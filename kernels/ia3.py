@@ -21,14 +21,13 @@ multiplication per number read: these kernels only wait for memory.
 gradients into the bank.
 """
 
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minipeft_kernels.backend import backend
+from minipeft_kernels.backend import backend, chosen
 from minipeft_kernels.dtypes import jit, store, tl
-from minipeft_kernels.segments import Segments, other_rows
+from minipeft_kernels.segments import Segments, VectorRows, other_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
 BLOCK_T = 64  # rows of a kernel's tile, one of segments.BLOCKS
@@ -165,9 +164,7 @@ def _backward_torch(
     grad_vectors.index_copy_(0, groups.slots, groups.sum_rows(products).to(grad_vectors.dtype))
 
 
-def _path(device: torch.device):
-    """(forward, backward) of the implementation that this device gets."""
-    return (_forward_triton, _backward_triton) if backend(device) == "triton" else (_forward_torch, _backward_torch)
+TRITON, TORCH = (_forward_triton, _backward_triton), (_forward_torch, _backward_torch)
 
 
 # ---- The op by itself ----------------------------------------------------------------------------------------------
@@ -230,28 +227,10 @@ def segment_ia3(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:
     Cost: 4 bytes per element forward, 6 backward in bf16; keeps x. Same bits on every run.
     """
     _check("segment_ia3", x, vectors, segments)
-    return _SegmentIa3.apply(x.contiguous(), vectors, segments, _path(x.device))
+    return _SegmentIa3.apply(x.contiguous(), vectors, segments, chosen(x.device, TRITON, TORCH))
 
 
 # ---- On some rows of a batch, gradients into the bank --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ia3Rows:
-    """One bank's vectors at one site, and the rows of the batch they act on: rows first_row .. first_row + T_g - 1.
-
-    vectors, segments as in `segment_ia3`. grad_vectors has the shape of vectors and is a view of the bank's gradients
-    (any slot stride and dtype): backward stores the gradients of the batch's slots there and leaves other slots alone.
-    """
-
-    first_row: int
-    vectors: Tensor
-    segments: Segments
-    grad_vectors: Tensor
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.segments.num_rows)
 
 
 class _Ia3Rows(torch.autograd.Function):
@@ -280,7 +259,7 @@ class _Ia3Rows(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
-def ia3_rows(x: Tensor, anchor: Tensor, groups: list[Ia3Rows]) -> Tensor:
+def ia3_rows(x: Tensor, anchor: Tensor, groups: list[VectorRows]) -> Tensor:
     """y[t] = l[u] * x[t] for rows of a group, y[t] = x[t] for all others.
 
     Args:
@@ -298,4 +277,4 @@ def ia3_rows(x: Tensor, anchor: Tensor, groups: list[Ia3Rows]) -> Tensor:
             raise ValueError(f"ia3_rows: grad_vectors is {tuple(g.grad_vectors.shape)} with strides "
                              f"{g.grad_vectors.stride()}; it must be {tuple(g.vectors.shape)}, each vector's numbers "
                              "side by side.")
-    return _Ia3Rows.apply(x.contiguous(), anchor, groups, others, _path(x.device))
+    return _Ia3Rows.apply(x.contiguous(), anchor, groups, others, chosen(x.device, TRITON, TORCH))

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft_kernels.backend import backend
+from minipeft_kernels.backend import backend, chosen
 from minipeft_kernels.dtypes import jit, store, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
@@ -191,9 +191,7 @@ def _backward_torch(grad_y: Tensor, grad_prompts: Tensor, plan: PromptPlan) -> N
     grad_prompts[plan.token_slots, plan.tokens] = total.to(grad_prompts.dtype)
 
 
-def _path(device: torch.device):
-    """(forward, backward) of the implementation that this device gets."""
-    return (_forward_triton_, _backward_triton) if backend(device) == "triton" else (_forward_torch_, _backward_torch)
+TRITON, TORCH = (_forward_triton_, _backward_triton), (_forward_torch_, _backward_torch)
 
 
 # ---- The op by itself ----------------------------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def gather_prompts(x: Tensor, prompts: Tensor, plan: PromptPlan) -> Tensor:
     Cost: one copy of x; keeps nothing. Same bits on every run.
     """
     _check("gather_prompts", x, prompts, plan)
-    return _GatherPrompts.apply(x, prompts, plan, _path(x.device))
+    return _GatherPrompts.apply(x, prompts, plan, chosen(x.device, TRITON, TORCH))
 
 
 # ---- Of several banks, gradients into the banks --------------------------------------------------------------------
@@ -326,4 +324,4 @@ def prompt_rows(x: Tensor, anchor: Tensor, groups: list[PromptRows]) -> Tensor:
     if groups:
         _check_apart("prompt_rows", *(np.concatenate([getattr(g.plan, name) for g in groups])
                                       for name in ("first_rows", "counts")))  # fmt: skip
-    return _PromptRows.apply(x, anchor, groups, _path(x.device))
+    return _PromptRows.apply(x, anchor, groups, chosen(x.device, TRITON, TORCH))

@@ -9,7 +9,7 @@ Gradients, per segment of slot u, with v = s A x (kept) and w = s B^T grad_y:
 Both matrices are stored rank-major, A [U, R, K] and Bt = B^T [U, R, N], so forward and backward are the same three
 families: shrink (K -> R), expand (R -> N) and weight gradient. On a GPU they are the kernels of shrink_expand.py and
 wgrad.py, on a CPU batched products over pieces (cpu.py), where segments are multiples of a tile, as in training. The op
-by itself takes ragged segments on a CPU too, and gives those to torch's grouped_mm.
+by itself takes ragged segments on a CPU too, and gives those, and long ones, to torch's grouped_mm.
 
 `segment_lora` is the op by itself, for tests and for readers. Training calls `lora_linear` (lora_linear.py): the same
 `Lora`, forward and backward, around the frozen product.
@@ -28,6 +28,8 @@ from minipeft_kernels.layouts import check_slots, check_table
 from minipeft_kernels.segments import Segments, take
 from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
+
+LONG = 128  # rows per segment on average from which a CPU multiplies segment by segment
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,13 @@ def backward_torch(
             cpu.store_(grad, cpu.sum_pieces(partial, tiles), tiles.groups.slots, lora.accumulate)
 
 
-# ---- On a CPU, ragged ----------------------------------------------------------------------------------------------
+# ---- On a CPU, ragged or long --------------------------------------------------------------------------------------
 
 
 def _can_group(x: Tensor, Bt: Tensor, segments: Segments) -> bool:
-    """Whether segments are ragged, so that pieces would have to be copied, and torch's grouped_mm takes them."""
-    widths = (x.shape[1], Bt.shape[2])
-    return (segments.tiles.ragged and len(segments.tiles.groups.slots) < 1024
+    """Whether a product for each segment is faster than for each piece, and torch's grouped_mm takes these."""
+    widths, num_segments = (x.shape[1], Bt.shape[2]), len(segments.tiles.groups.slots)
+    return ((segments.tiles.ragged or len(x) >= LONG * num_segments) and num_segments < 1024
             and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not any(width * x.itemsize % 16 for width in widths))  # fmt: skip
 
@@ -184,7 +186,8 @@ class _GroupedLora(torch.autograd.Function):
     """The same sums by torch.nn.functional.grouped_mm: one product after another on the rows where they lie.
 
     Pieces of ragged segments are copies, of x and of grad_y and back into y and grad_x, and copying costs more than
-    products of such few ranks. Segments of whole pieces are views, and then one bmm is faster than many products.
+    products of such few ranks. Segments of whole pieces are views, and then one bmm is faster than many products; until
+    they are so long that copying A and Bt for each piece of 16 rows costs more than it saves.
     """
 
     @staticmethod
@@ -276,7 +279,7 @@ def check(op: str, x: Tensor, lora: Lora) -> None:
 
 def segment_lora(
     x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, segments: Segments, ranks: Tensor | None = None,
-    drop: Tensor | None = None,
+    drop: Tensor | None = None, by_pieces: bool = False,
 ) -> Tensor:  # fmt: skip
     """y[t] = scale[u] * B[u] @ A[u] @ x[t], where slot u owns row t and Bt[u] is B[u] transposed.
 
@@ -290,15 +293,16 @@ def segment_lora(
         ranks:  [U] int32, or None where every slot uses all R. Rank rows at or past ranks[u] have no
                 effect, whatever they hold, and get gradient 0.
         drop:   [S, 2] int64, key and threshold of each segment's dropout of x (dropout.py); None: no dropout.
+        by_pieces: on a CPU, never take grouped_mm, whatever the company.
     Returns:
         [T, N], dtype of x; sums run in fp32. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
         ValueError: shapes, dtypes or layouts disagree, or the device has no implementation.
     Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run; in kernels a
-    user's also in any company. On a CPU libraries multiply, and company can change last bits: that it is ragged, at odd
-    widths, at ranks below 8.
+    user's also in any company. On a CPU libraries multiply, and company can change last bits: that it is ragged or long
+    (LONG rows on average; neither matters to by_pieces of whole tiles), at odd widths, at ranks below 8.
     """
     check("segment_lora", x, Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop))
-    if segments.plan is None and _can_group(x, Bt, segments):
+    if segments.plan is None and not by_pieces and _can_group(x, Bt, segments):
         return _GroupedLora.apply(_aligned(_dropped(x, drop, segments)), A, Bt, scale, segments, ranks)
     return _SegmentLora.apply(x.contiguous(), A, Bt, scale, segments, ranks, drop)

@@ -180,6 +180,25 @@ class Segments:
         return torch.from_numpy(np.repeat(self.slots, np.diff(self.starts))).to(self.plan.segments.device)
 
 
+@dataclass(frozen=True)
+class VectorRows:
+    """One bank's vectors at one site, and the rows of the batch they act on: first_row .. first_row + T_g - 1.
+
+    vectors: [U, D], slot u's own. grad_vectors: [U, D], where backward stores the gradients of slots that have rows and
+    leaves other slots alone. Both views of a bank or of anything like it: any stride between slots; fp32 gradients
+    where kernels run.
+    """
+
+    first_row: int
+    vectors: Tensor
+    segments: Segments
+    grad_vectors: Tensor
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.segments.num_rows)
+
+
 def other_rows(op: str, groups: Iterable[tuple[int, Segments]], num_rows: int) -> list[slice]:
     """The stretches of a batch's rows that belong to no group; a group is (its first row, its segments).
 

@@ -12,36 +12,16 @@ into the bank.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minipeft_kernels.backend import backend
 from minipeft_kernels.layouts import check_slots
-from minipeft_kernels.segments import Segments, other_rows
+from minipeft_kernels.segments import Segments, VectorRows, other_rows
 from minipeft_kernels.wgrad import wgrad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
-
-
-@dataclass(frozen=True)
-class ShiftRows:
-    """One bank's vectors at one site, and the rows of the batch they act on: first_row .. first_row + T_g - 1.
-
-    vectors, segments as in `segment_shift`. grad_vectors: [U, D], where backward stores the gradients of slots that
-    have rows and leaves other slots alone; a view of the bank's gradients or of anything like them: any stride between
-    slots. fp32 where kernels run.
-    """
-
-    first_row: int
-    vectors: Tensor
-    segments: Segments
-    grad_vectors: Tensor
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.segments.num_rows)
 
 
 def _sum_rows(grad_y: Tensor, segments: Segments, grad_vectors: Tensor) -> None:
@@ -73,7 +53,7 @@ class _ShiftRows(torch.autograd.Function):
         return grad_y, None, None
 
 
-def shift_rows(x: Tensor, anchor: Tensor, groups: Sequence[ShiftRows]) -> Tensor:
+def shift_rows(x: Tensor, anchor: Tensor, groups: Sequence[VectorRows]) -> Tensor:
     """y[t] = x[t] + c[u] for rows of a group, y[t] = x[t] for all others.
 
     Args:

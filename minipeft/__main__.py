@@ -4,7 +4,7 @@
     eval      how often a store's adapters say what their users said
     predict   what a user would say of a text; many users in one pass
     users     who is in a store
-    methods   what can be trained on a model, and how many numbers that is
+    methods   what can be trained on a model, how many numbers that is, and what it costs
     export    one user's adapter for other libraries
     import    an adapter that another library trained
 """
@@ -23,13 +23,13 @@ from torch import nn
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.errors import InputError
 from minipeft.log import tensorboard
-from minipeft.methods import METHODS, PromptTuning
-from minipeft.models.classifier import Classifier
-from minipeft.models.loading import load_model, load_tokenizer
+from minipeft.methods import Method, PromptTuning
+from minipeft.models.classifier import Base, Classifier
+from minipeft.models.loading import load_model, load_shape, load_tokenizer
 from minipeft.options import (
-    NAMES,
     add_options,
     add_pass_options,
+    counted,
     described_methods,
     method_of,
     passes_of,
@@ -37,7 +37,7 @@ from minipeft.options import (
     sites_of,
 )
 from minipeft.ranks import Ranks, joined
-from minipeft.running import evaluate, for_base, open_base, predict, without_head
+from minipeft.running import evaluate, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.folder import TaskFolder
@@ -92,9 +92,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return own
 
+    shape = shape_on_line(argv)
+    counts = "with --model FOLDER on the line, how many numbers each is" if shape is None else "numbers of one user"
     own = command("train", "model", "task", "store", about="Every user of a task gets an adapter of their own.",
-                  after=f"methods (`python -m minipeft methods --model FOLDER` counts their numbers):\n"
-                        f"{described_methods()}")  # fmt: skip
+                  after=f"methods ({counts}):\n{described_methods(shape)}")  # fmt: skip
     own.add_argument("--users", type=int, metavar="N", help="the task's first N users only")
     own.add_argument("--again", action="store_true", help="replace the adapters of users who are in the store already")
     own.add_argument("--resume", action="store_true",
@@ -122,8 +123,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ))  # fmt: skip
     own.add_argument("--text", help="the text (default: standard input)")
     command("users", "store", about="Who is in a store.")
-    command("methods", "model", about="What can be trained on a model: each method's numbers per user, and where it "
-                                      "acts.")  # fmt: skip
+    command("methods", "model", about=(
+        "What can be trained on a model: each method's numbers per user, the FLOPs that it adds to a token's forward\n"
+        "pass, and where it acts."
+    ))  # fmt: skip
     own = command("export", "store", "user", "model?", about="Write one user's adapter for other libraries.")
     own.add_argument("--to", required=True, type=Path, metavar="DIR", help="where to")
     own.add_argument("--format", required=True, choices=FORMATS, help="whose format")
@@ -135,9 +138,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def shape_on_line(argv: Sequence[str] | None) -> Base | None:
+    """The base of `train --model FOLDER --help`, by its config.json alone; None: the line is another."""
+    finder = OneLineParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("command", nargs="?")
+    finder.add_argument("--model", nargs="?")
+    finder.add_argument("-h", "--help", action="store_true")
+    args, _ = finder.parse_known_args(argv)
+    wanted = args.command == "train" and args.help and args.model
+    return open_base(load_shape(args.model), MIN_LABELS) if wanted else None
+
+
 def load(args: argparse.Namespace) -> nn.Module:
     check_device(args.device)
     return load_model(args.model, device=args.device)
+
+
+def told(method: Method) -> dict:
+    """A method as --json has it: its options under the name that people know."""
+    return method.described() | {"name": method.title}
 
 
 # ---- The commands: each prints for people, and returns what --json prints -------------------------------------------
@@ -175,7 +194,7 @@ def train_users(args: argparse.Namespace, config: TrainConfig, finished: list[st
     if ranks.writes:
         show_summary(summary, args.store)
     quarantined = [{"user": user, "reason": reason} for user, reason in summary.quarantined.items()]
-    return {"store": str(args.store), "base": base.origin.name, "task": task.header.name, "method": method.described(),
+    return {"store": str(args.store), "base": base.origin.name, "task": task.header.name, "method": told(method),
             "num_users": summary.trained, "adapter_numbers": method.count(base), "num_cut_texts": summary.num_cut,
             "skipped_steps": summary.skipped_steps, "skipped": summary.skipped, "quarantined": quarantined,
             "stopped_early": summary.stopped_early}  # fmt: skip
@@ -262,8 +281,8 @@ def run_users(args: argparse.Namespace, _) -> dict:
     for user, (method, metrics) in about.items():
         losses = metrics.get("val_loss", [])
         best = f", validation loss {losses[metrics['best_epoch'] - 1]:.4f}" if losses else ""
-        print(f"{user}: {' + '.join(part.name for part in method.parts)}{best}")
-    return {"users": [{"user": user, "method": method.described(), "metrics": metrics}
+        print(f"{user}: {method.title}{best}")
+    return {"users": [{"user": user, "method": told(method), "metrics": metrics}
                       for user, (method, metrics) in about.items()]}  # fmt: skip
 
 
@@ -271,18 +290,15 @@ def run_methods(args: argparse.Namespace, _) -> dict:
     base = open_base(load(args), MIN_LABELS)
     if isinstance(base, Classifier):
         print(f"an encoder: beside every method each user trains a head, counted here for {MIN_LABELS} labels")
-    methods = []
-    for name in NAMES:
-        try:
-            method = for_base(METHODS[name](), base)
-            method.check(base)
-            own = method.parts[0]
-            found = {"count": own.count(base), "sites": sites_of(own, base), "why_not": None}
-            print(f"{name:<10} {found['count']:>12,}  {', '.join(found['sites'])}")
-        except InputError as error:
-            found = {"count": None, "sites": [], "why_not": str(error)}
-            print(f"{name:<10} {'-':>12}  {error}")
-        methods.append({"name": name, **found})
+    methods = counted(base)
+    print(f"{'method':<10} {'numbers':>12} {'FLOPs/token':>14}  acts at")
+    for line in methods:
+        if line["why_not"]:
+            print(f"{line['name']:<10} {'-':>12} {'-':>14}  {line['why_not']}")
+            continue
+        rows = f"; {line['virtual_tokens']} more rows for each text" if line["virtual_tokens"] else ""
+        places = ", ".join(line["sites"])
+        print(f"{line['name']:<10} {line['count']:>12,} {line['flops_per_token']:>14,}  {places}{rows}")
     return {"base": base.origin.name, "methods": methods}
 
 
@@ -298,7 +314,7 @@ def run_export(args: argparse.Namespace, _) -> dict:
     {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format](adapter, base, args.to)
     left = "" if adapter is whole else " without the head, for which these files have no place"
     print(f"{args.user}'s adapter is in {args.to}{left}")
-    return {"user": args.user, "to": str(args.to), "format": args.format, "method": adapter.method.described()}
+    return {"user": args.user, "to": str(args.to), "format": args.format, "method": told(adapter.method)}
 
 
 def run_import(args: argparse.Namespace, _) -> dict:
@@ -317,7 +333,7 @@ def run_import(args: argparse.Namespace, _) -> dict:
     store.add(adapter, base)
     silent = "; it has no head, so every label is as likely" if isinstance(base, Classifier) else ""
     print(f"{args.user}'s adapter is in {args.store}{silent}")
-    return {"user": args.user, "store": str(args.store), "method": adapter.method.described(),
+    return {"user": args.user, "store": str(args.store), "method": told(adapter.method),
             "adapter_numbers": adapter.method.count(base)}  # fmt: skip
 
 

@@ -10,6 +10,7 @@ and done for all of them by one batched op per site and kind:
     block    bottleneck adapters                       bottleneck_rows
     keys     prefixes                                  prompt_rows
     embed    prompts                                   prompt_rows
+             LoRA                                      embedding.py
 
 A shared adapter may lie under the personal ones: then rows belong to two shares, and the shared one acts first.
 """
@@ -26,11 +27,12 @@ from minipeft.models.rows import Rows
 from minipeft_kernels.bottleneck import Bottleneck
 from minipeft_kernels.bottleneck_rows import BottleneckRows, bottleneck_rows
 from minipeft_kernels.cpu import tiled_linear
-from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.ia3 import ia3_rows
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.prompts import PromptRows, prompt_rows
 from minipeft_kernels.segment_lora import segment_lora
-from minipeft_kernels.shift import ShiftRows, shift_rows
+from minipeft_kernels.segments import VectorRows
+from minipeft_kernels.shift import shift_rows
 
 Found = list[tuple[Share, object]]
 
@@ -96,7 +98,8 @@ class Acting(Hooks):
             for share, actor in level:
                 lora = None if level is self.levels[-1] else actor.lora((site,), share)
                 if lora is not None:  # a shared one, under the personal ones
-                    delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks)
+                    delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks,
+                                         by_pieces=True)  # fmt: skip
                     y = _AddRows.apply(y, delta, share.rows)
                 if site in actor.deltas:
                     y = _AddRows.apply(y, actor.deltas[site](x[share.rows], share), share.rows)
@@ -109,7 +112,7 @@ class Acting(Hooks):
         for found in self._found("gains", norm.site):
             for share, gains in found:
                 h = norm.normalised(x[share.rows])
-                own = ia3_rows(h, self.anchor, [Ia3Rows(0, gains.values, share.segments, gains.grads)])
+                own = ia3_rows(h, self.anchor, [VectorRows(0, gains.values, share.segments, gains.grads)])
                 y = _ReplaceRows.apply(y, own + norm.offset * h if norm.offset else own, share.rows)
         return self._shift(norm.site, y)
 
@@ -133,11 +136,17 @@ class Acting(Hooks):
         return tuple(self._prompts(f"{site}.{name}", y.flatten(1)).view_as(y) for name, y in (("k", k), ("v", v)))
 
     def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self._prompts("embed", self._embedded("embed", x, tokens))
+
+    def embed_targets(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self._embedded("targets", x, tokens)
+
+    def _embedded(self, which: str, x: Tensor, tokens: Tensor) -> Tensor:
         for level in self.levels:
             for share, actor in level:
-                if actor.embeds is not None:
-                    x = _AddRows.apply(x, actor.embeds(tokens[share.rows], share), share.rows)
-        return self._prompts("embed", x)
+                if which in actor.embeds:
+                    x = _AddRows.apply(x, actor.embeds[which](tokens[share.rows], share), share.rows)
+        return x
 
     def tail(self, x: Tensor, rows: Rows) -> Tensor:
         for level in self.levels:
@@ -159,11 +168,11 @@ class Acting(Hooks):
         return rounds
 
     def _scale(self, x: Tensor, found: Found) -> Tensor:
-        return ia3_rows(x, self.anchor, [Ia3Rows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
+        return ia3_rows(x, self.anchor, [VectorRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
 
     def _shift(self, site: str, y: Tensor) -> Tensor:
         for found in self._found("shifts", site):
-            y = shift_rows(y, self.anchor, [ShiftRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
+            y = shift_rows(y, self.anchor, [VectorRows(s.first_row, v.values, s.segments, v.grads) for s, v in found])
         return y
 
     def _prompts(self, site: str, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from minipeft.bench_kernels import run_kernels
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.default_base import default_base
-from minipeft.engine import Adapter, Engine, predict
+from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Question
 from minipeft.methods.lora import LoRA
@@ -285,7 +285,7 @@ def answers(
         silent = LoRA(rank=1, sites=PERSONAL.method.sites)  # at its start value a LoRA changes nothing
         row = silent.initial_row(model, 0, "")
         adapters = {user: Adapter(user, silent, row) for user in encoded.test}
-    scores = predict(model, encoded.labels, adapters, encoded.test, PASSES)
+    scores = label_scores(model, encoded.labels, adapters, encoded.test, PASSES)
     return {user: [(task.labels[i],) for i in scores[user].argmax(1)] for user in encoded.test}
 
 

@@ -190,7 +190,9 @@ class Engine:
             keys = self.model.cross_keys(self.model.encode_rows(batch.inputs.rows, reading), reading)
             hidden = self.model.decode_rows(batch.rows, keys, batch.cross, hooks)
         read = hidden.index_select(0, batch.head_rows)  # [M', width]
-        head_groups = batch.head_groups() if self.model.head_size else ()
+        acting = [table[group.bank] for group in batch.groups for table in (self._banks, self._under)]
+        at_head = any(residents is not None and residents.at_head for residents in acting)
+        head_groups = batch.head_groups() if at_head else ()
         logits = self.model.head(read, self._hooks(head_groups, steps))  # [M', vocab]
         return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
 
@@ -496,7 +498,7 @@ class Engine:
         raise InputError(f"user {job.key!r}: {under} cannot lie under {upper}: {reason}; share a LoRA, say")
 
 
-def predict(
+def label_scores(
     model: Base, labels: LabelSet | Classes, adapters: dict[str, Adapter],
     questions: dict[str, Sequence[Question]], passes: PassConfig | None = None,
 ) -> dict[str, np.ndarray]:

@@ -8,7 +8,9 @@ from typing import Any, get_args, get_origin
 from minipeft.errors import InputError
 from minipeft.methods import METHODS
 from minipeft.methods.method import Method
+from minipeft.models.classifier import Base
 from minipeft.models.hooks import Sites
+from minipeft.running import for_base
 from minipeft.schedule import PassConfig, TrainConfig
 
 NAMES = [name for name in METHODS if name != "stack"]  # what people choose from
@@ -77,14 +79,39 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {field.name: getattr(args, field.name) for field in SETTINGS if field.name in args}
 
 
-def described_methods() -> str:
-    """One line for each method."""
-    return "\n".join(f"  {name:<10} {METHODS[name].summary}" for name in NAMES)
+def described_methods(base: Base | None) -> str:
+    """One line for each method: what it trains and, on this base, how many numbers that is at its defaults."""
+    counts = {} if base is None else {told["name"]: told["count"] for told in counted(base)}
+    shown = {name: "" if base is None else f"{'-' if counts[name] is None else f'{counts[name]:,}':>12}  "
+             for name in NAMES}  # fmt: skip
+    return "\n".join(f"  {name:<10} {shown[name]}{METHODS[name].summary}" for name in NAMES)
+
+
+def counted(base: Base) -> list[dict]:
+    """Every method at its defaults on this base, without the head that an encoder puts beside it.
+
+    count: numbers that one user trains. flops_per_token: Method.flops. virtual_tokens: rows more for every text. sites:
+    where it acts. why_not: None, or why it does not apply; then count, flops_per_token and virtual_tokens are None.
+    """
+    found = []
+    for name in NAMES:
+        method = for_base(METHODS[name](), base)
+        try:
+            method.check(base)
+        except InputError as error:
+            found.append({"name": name, "count": None, "flops_per_token": None, "virtual_tokens": None, "sites": [],
+                          "why_not": str(error)})  # fmt: skip
+            continue
+        own = method.parts[0]
+        found.append({"name": name, "count": own.count(base), "flops_per_token": own.flops(base),
+                      "virtual_tokens": sum(own.virtual(base)), "sites": sites_of(own, base),
+                      "why_not": None})  # fmt: skip
+    return found
 
 
 def sites_of(method: Method, base: Sites) -> list[str]:
     """Where a method acts, by the last words of the sites' names, in forward order."""
-    sites = base.sites | base.norms | base.blocks | base.embeddings
+    sites = base.sites | base.heads | base.norms | base.blocks | base.embeddings
     places = [name.rpartition(".")[0] for name in method.shapes(base)]
     kinds = dict.fromkeys(place.rpartition(".")[2] for place in places if place in sites)
     return list(kinds) or ["embed" if any(method.virtual(base)) else "head"]

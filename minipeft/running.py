@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from minipeft import engine
+from minipeft.engine import label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Question
 from minipeft.methods.head import Head
-from minipeft.methods.method import Method, picks
+from minipeft.methods.method import IfThere, Method
 from minipeft.methods.stack import Stack
 from minipeft.models.bert import Bert
 from minipeft.models.classifier import Base, Classifier
@@ -52,9 +52,9 @@ def for_base(method: Method, base: Base) -> Method:
     Default sites that a base has not are left out: GPT-2's MLP has no gate. Chosen ones stay, for `check` to refuse. On
     an encoder there is a head of one's own beside the method.
     """
-    default = getattr(type(method), "sites", None)
-    if default is not None and method.sites == default:
-        method = replace(method, sites=tuple(name for name in default if any(picks(name, site) for site in base.sites)))
+    sites = getattr(method, "sites", None)
+    if isinstance(sites, IfThere):
+        method = replace(method, sites=sites.on_base(base.sites))
     return Stack((method, Head())) if isinstance(base, Classifier) and not isinstance(method, (Head, Stack)) else method
 
 
@@ -176,7 +176,7 @@ def predict(
     questions: dict[str, list[Question]] = {user: [] for user in adapters}
     for (user, _), (question, _) in zip(asked, encoded):
         questions[user].append(question)
-    scores = engine.predict(base, prompts.labels, adapters, questions, passes)
+    scores = label_scores(base, prompts.labels, adapters, questions, passes)
     rows = {user: iter(own) for user, own in scores.items()}
 
     def reply(user: str, was_cut: bool) -> Reply:

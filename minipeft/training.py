@@ -238,8 +238,8 @@ class Training:
         virtual = config.method.virtual(base)
         prompts.question("", virtual=virtual[0])
         if shared == "on" and any(virtual):
-            raise InputError(f"{config.method.name} cannot lie under another adapter, for it has virtual tokens; start "
-                             "from a shared one instead, or take a method without")  # fmt: skip
+            raise InputError(f"{config.method.title} cannot lie under another adapter, for it has virtual tokens; "
+                             "start from a shared one instead, or take a method without")  # fmt: skip
         users, ranks = sorted(source.users, key=lambda user: -source.num_train(user)), ranks or Ranks()
         training = cls(source, base, prompts, config, users, None, State(Path(store)), shared, again, False, strict,
                        passes, ranks, save_minutes)  # fmt: skip

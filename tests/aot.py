@@ -39,11 +39,11 @@ from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.bgmv import bgmv
 from minipeft_kernels.bottleneck import Bottleneck, BottleneckTensors
 from minipeft_kernels.bottleneck_rows import BottleneckRows, bottleneck_rows
-from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.ia3 import ia3_rows
 from minipeft_kernels.prompts import PromptPlan, PromptRows, prompt_rows
 from minipeft_kernels.segment_lora import Lora, backward_triton, forward_triton
-from minipeft_kernels.segments import Segments
-from minipeft_kernels.shift import ShiftRows, shift_rows
+from minipeft_kernels.segments import Segments, VectorRows
+from minipeft_kernels.shift import shift_rows
 from minipeft_kernels.shrink_expand import site_table
 from minipeft_kernels.wgrad import num_squares
 
@@ -105,14 +105,14 @@ def _ia3(lengths: list[int], D: int, dtype=bf16) -> None:
     (vectors,), (grads,) = _bank(dtype, (D,)), _bank(fp32, (D,))
     x, grad_y = _rows(lengths, D, D, dtype=dtype)
     x.requires_grad_()
-    group = Ia3Rows(0, vectors, Segments.build(range(len(lengths)), lengths), grads)
+    group = VectorRows(0, vectors, Segments.build(range(len(lengths)), lengths), grads)
     ia3_rows(x, torch.ones(1, requires_grad=True), [group]).backward(grad_y)
 
 
 def _shift(lengths: list[int], D: int, dtype=bf16) -> None:
     (vectors,), (grads,) = _bank(dtype, (D,)), _bank(fp32, (D,))
     x, grad_y = _rows(lengths, D, D, dtype=dtype)
-    group = ShiftRows(0, vectors, Segments.build(range(len(lengths)), lengths), grads)
+    group = VectorRows(0, vectors, Segments.build(range(len(lengths)), lengths), grads)
     shift_rows(x, torch.ones(1, requires_grad=True), [group]).backward(grad_y)
 
 

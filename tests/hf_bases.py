@@ -23,10 +23,13 @@ T5_SIZES = {"vocab_size": 61, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers"
             "decoder_start_token_id": 0}  # fmt: skip
 ENCODER_SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
                  "num_attention_heads": 6, "max_position_embeddings": 64}  # fmt: skip
+NEOX_SIZES = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"} | {"rotary_pct": 0.5}
 FAMILIES = {
     "llama": lambda: causal("llama", **SIZES), "qwen2": lambda: causal("qwen2", **SIZES, tie_word_embeddings=True),
     "gpt2": lambda: causal("gpt2", vocab_size=61, n_embd=24, n_head=6, n_layer=2, n_positions=64),
     "phi3": lambda: causal("phi3", **SIZES),
+    "gpt_neox": lambda: causal("gpt_neox", **NEOX_SIZES),
+    "gpt_neox tied": lambda: causal("gpt_neox", **NEOX_SIZES, tie_word_embeddings=True),
     "wide": lambda: causal("llama", **SIZES | {"hidden_size": 30, "head_dim": 4}),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES)),
     "t5 gated": lambda: transformers.T5ForConditionalGeneration(
@@ -91,11 +94,11 @@ def ours(base, adapter=None):
         write, writing = pack(sequences(WRITTEN, 2), own, True)
         cross = Packed.plan(write.lengths, False, "cpu", k_lengths=read.lengths)
         keys = base.cross_keys(base.encode_rows(read, reading), reading)
-        return texts_of(write, base.head(base.decode_rows(write, keys, cross, writing)), own)
+        return texts_of(write, base.head(base.decode_rows(write, keys, cross, writing), writing), own)
     decoder = hasattr(base, "head_linear")
     rows, hooks = pack(texts, own, decoder)
     hidden = base.hidden(rows, hooks)
-    return texts_of(rows, base.head(hidden) if decoder else hidden, own)
+    return texts_of(rows, base.head(hidden, hooks) if decoder else hidden, own)
 
 
 @torch.no_grad()

@@ -69,9 +69,12 @@ class PlainHooks(Hooks):
         return tuple(self._begun(f"{site}.{name}", x.flatten(1)).view_as(x) for name, x in (("k", k), ("v", v)))
 
     def embed(self, x, tokens):
+        return self._begun("embed", self.embed_targets(x, tokens))
+
+    def embed_targets(self, x, tokens):
         if self.method.name == "lora" and "embed.A" in self.t:
             x = x + self.method.scale_of("embed") * self.t["embed.A"].T[tokens] @ self.t["embed.B"].T
-        return self._begun("embed", x)
+        return x
 
     def _begun(self, name, x):
         rows = self.prefixes.get(name)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from linears import hooks_of
 
-from minipeft.engine import Engine, predict
+from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Classes, Question
 from minipeft.methods.head import Head
@@ -128,12 +128,12 @@ def test_rewriting_one_users_texts_changes_nobody_else(trained):
 
 def test_predictions_and_files(trained, tmp_path):
     model, jobs, adapters = trained
-    scores = predict(model, Classes(C), adapters, {job.user: job.val for job in jobs})
+    scores = label_scores(model, Classes(C), adapters, {job.user: job.val for job in jobs})
     for job in jobs:
         save_adapter(tmp_path, adapters[job.user], model)
         loaded = load_adapter(tmp_path, job.user, model)
         assert torch.equal(loaded.row, adapters[job.user].row) and loaded.method == job.config.method
-        again = predict(model, Classes(C), {job.user: loaded}, {job.user: job.val})
+        again = label_scores(model, Classes(C), {job.user: loaded}, {job.user: job.val})
         np.testing.assert_allclose(again[job.user], scores[job.user], atol=1e-5)
         np.testing.assert_allclose(np.exp(scores[job.user]).sum(1), 1, atol=1e-5)
     two = Classifier(model.encoder, 2)

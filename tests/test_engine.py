@@ -12,7 +12,7 @@ from linears import site_by_site
 
 from minipeft import engine as engine_module
 from minipeft.batch import filled
-from minipeft.engine import Adapter, Engine, predict
+from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question
 from minipeft.methods.lora import LoRA
@@ -430,7 +430,7 @@ def test_every_trained_tensor_moved_and_nothing_else(jobs):
 
 
 def test_the_best_row_by_validation_is_kept(model, jobs, alone):
-    scores = predict(model, LABELS, alone, {job.user: job.val for job in jobs})
+    scores = label_scores(model, LABELS, alone, {job.user: job.val for job in jobs})
     for job in jobs:
         metrics = alone[job.user].metrics
         right = [q.label for q in job.val]
@@ -488,7 +488,7 @@ def asked(model, jobs):
 
 def test_predict_scores_as_a_merged_model_does(model, asked):
     adapters, questions = asked
-    scores = predict(model, LABELS, adapters, questions)
+    scores = label_scores(model, LABELS, adapters, questions)
     exact_model, errors, plain_errors = copy.deepcopy(model).double(), [], []
     assert list(scores) == list(questions)
     for user in questions:
@@ -504,8 +504,8 @@ def test_predict_scores_as_a_merged_model_does(model, asked):
 def test_scores_do_not_depend_on_how_they_are_cut_into_passes(model, asked, slots, token_budget):
     adapters, questions = asked
     for deterministic in (False, True):
-        whole = predict(model, LABELS, adapters, questions, PassConfig(32, 100_000, deterministic))
-        cut = predict(model, LABELS, adapters, questions, PassConfig(slots, token_budget, deterministic))
+        whole = label_scores(model, LABELS, adapters, questions, PassConfig(32, 100_000, deterministic))
+        cut = label_scores(model, LABELS, adapters, questions, PassConfig(slots, token_budget, deterministic))
         for user in questions:
             if deterministic:
                 assert np.array_equal(cut[user], whole[user]), user
@@ -639,10 +639,10 @@ def test_jobs_that_make_no_sense_are_refused(model, jobs):
 
 def test_predicting_takes_users_without_questions_but_not_without_adapters(model, asked):
     adapters, questions = asked
-    scores = predict(model, LABELS, adapters, {"user 3": [], "user 1": questions["user 1"]})
+    scores = label_scores(model, LABELS, adapters, {"user 3": [], "user 1": questions["user 1"]})
     assert scores["user 3"].shape == (0, 3) and scores["user 1"].shape == (4, 3)
     with pytest.raises(InputError, match="no adapter of user 'nobody'"):
-        predict(model, LABELS, adapters, {"user 1": questions["user 1"], "nobody": []})
+        label_scores(model, LABELS, adapters, {"user 1": questions["user 1"], "nobody": []})
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "max_grad_norm", "eps"])

@@ -9,7 +9,7 @@ import torch
 from test_engine import LABELS, make_model, make_questions
 
 import minipeft_kernels.backend
-from minipeft.engine import Engine, predict
+from minipeft.engine import Engine, label_scores
 from minipeft.methods.lora import LoRA
 from minipeft.models.decoder import DecoderConfig
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
@@ -45,7 +45,7 @@ def test_adapters_and_answers_are_those_of_plain_pytorch(kernels, monkeypatch):
             model = make_model(0, CONFIG).to("cpu" if not interpret else kernels)
             engine = Engine(model, LABELS, PassConfig())
             adapters = engine.train(jobs)
-            scores = predict(model, LABELS, adapters, {job.user: job.val for job in jobs})
+            scores = label_scores(model, LABELS, adapters, {job.user: job.val for job in jobs})
             results[interpret] = adapters, scores, [args for kind, args in launches if kind == "forward_triton"]
         (plain, plain_scores, none), (kernel, kernel_scores, launched) = results[False], results[True]
         assert not none and launched
@@ -59,7 +59,8 @@ def test_adapters_and_answers_are_those_of_plain_pytorch(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("name, kind", [("gpt2", kind) for kind in test_methods.METHODS if kind != "head"] +
-                         [("t5", "head"), ("t5", "prefix"), ("bert", "head"), ("decoder", "layernorm")])
+                         [("t5", "head"), ("t5", "prefix"), ("t5", "vocabulary"), ("bert", "head"),
+                          ("decoder", "layernorm")])  # fmt: skip
 def test_every_method_does_through_the_kernels_what_it_does_in_plain_pytorch(name, kind, kernels, monkeypatch):
     """The gradients of one step of two users."""
     rows, grads = {}, []

@@ -31,6 +31,15 @@ METHODS = {  # family, method
     "dora": ("qwen2", DoRA(3, 6.0, ("q", "v", "up"), ranks=(("up", 2),))),
     "lora embedding": ("llama", LoRA(3, 9.0, ("embed", "q"), ranks=(("embed", 5),))),
     "lora tied embedding": ("qwen2", LoRA(3, 9.0, ("embed",))),
+    "lora head": ("llama", LoRA(3, 9.0, ("head", "q"), ranks=(("head", 5),))),
+    "lora tied head": ("qwen2", LoRA(3, 9.0, ("head", "embed"), alphas=(("head", 5.0),))),
+    "dora head": ("llama", DoRA(3, 9.0, ("head",))),
+    "dora tied head": ("gpt2", DoRA(3, 9.0, ("head", "up"))),
+    "neox head": ("gpt_neox", LoRA(3, 9.0, ("head", "o"))),
+    "neox tied head": ("gpt_neox tied", LoRA(3, 9.0, ("head", "down"))),
+    "t5 head": ("t5", LoRA(3, 9.0, ("head", "q"))),
+    "t5 own head": ("t5 gated", LoRA(3, 9.0, ("head",))),
+    "t5 embedding": ("t5", LoRA(3, 9.0, ("embed", "head"), ranks=(("embed", 4),))),
     "vera": ("llama", VeRA(8, ("q", "v", "down"), seed=7)),
     "ia3": ("qwen2", IA3()),
     "ia3 of some inputs": ("llama", IA3(("k", "down"), ("layers.1.mlp.down",))),
@@ -65,9 +74,24 @@ METHODS = {  # family, method
     "gpt2 lora": ("gpt2", LoRA(3, 5.0, ("down", "up"))),
     "gpt2 ia3": ("gpt2", IA3(("up", "down"))),
 }  # fmt: skip
+FUSED = {  # sites that are parts of one map there
+    "gpt2 fused": ("gpt2", LoRA(3, 5.0, ("q", "k", "v", "down"))),
+    "gpt2 fused, some parts": ("gpt2", LoRA(3, 5.0, ("v", "layers.0.attn.q"))),
+    "gpt2 fused, parts of their own": ("gpt2", LoRA(
+        3, 5.0, ("q", "k", "v"), scaling="rslora", ranks=(("k", 2), ("layers.1.attn.q", 5)),
+        alphas=(("q", 0.0), ("v", -7.0)))),
+    "gpt2 fused dora": ("gpt2", DoRA(3, 5.0, ("q", "v", "up"), ranks=(("q", 2),))),
+    "gpt2 fused ia3": ("gpt2", IA3()),
+    "phi3 fused": ("phi3", LoRA(3, 5.0, ALL, alphas=(("k", 2.0),))),
+    "phi3 fused dora": ("phi3", DoRA(2, 5.0, ("k", "gate", "up"))),
+    "phi3 fused ia3": ("phi3", IA3(("v", "up", "down"))),
+    "neox fused": ("gpt_neox", LoRA(3, 5.0, ("q", "k", "v", "up"), ranks=(("v", 4),))),
+    "neox fused dora": ("gpt_neox", DoRA(3, 5.0, ("k", "v"))),
+    "neox fused ia3": ("gpt_neox", IA3()),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("case", (METHODS | FUSED).values(), ids=(METHODS | FUSED).keys())
 def test_peft_computes_what_we_do_with_an_exported_adapter(case, tmp_path):
     family, method = case
     model, base = base_of(family)
@@ -98,6 +122,23 @@ def test_an_exported_adapter_comes_back(case, tmp_path):
         assert_same(ours(base, back), ours(base, adapter))
 
 
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED.keys())
+def test_parts_come_back_from_the_map_that_holds_them(case, tmp_path):
+    """Parts without an adapter come back as well: they do nothing."""
+    family, method = case
+    base = base_of(family)[1]
+    adapter = random_adapter(method, base)
+    back = import_peft(export_peft(adapter, base, tmp_path), base, "bob")
+    assert_same(ours(base, back), ours(base, adapter))
+    assert method.chosen(base).keys() <= back.method.chosen(base).keys()
+    if isinstance(method, LoRA):
+        for site in method.chosen(base):
+            if method.scale_of(site) != 0:
+                assert back.method.rank_of(site) == method.rank_of(site), site
+    if case == FUSED["gpt2 fused"]:
+        assert back.method == method and torch.equal(back.row, adapter.row)
+
+
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CONFIGS = {  # family, PEFT's configuration. Patterns take whole words: "proj" is none
     "lora": ("llama", peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)),
@@ -112,6 +153,12 @@ CONFIGS = {  # family, PEFT's configuration. Patterns take whole words: "proj" i
     "dora": ("qwen2", peft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"], use_dora=True)),
     "lora embedding": ("llama", peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"])),
     "lora tied embedding": ("qwen2", peft.LoraConfig(r=3, target_modules=["embed_tokens"])),
+    "lora head": ("llama", peft.LoraConfig(r=3, target_modules=["lm_head"])),
+    "lora tied head": ("qwen2", peft.LoraConfig(r=3, target_modules=["lm_head", "embed_tokens", "q_proj"],
+                                                rank_pattern={"lm_head": 5})),
+    "dora tied head": ("gpt2", peft.LoraConfig(r=3, target_modules=["lm_head"], use_dora=True)),
+    "neox head": ("gpt_neox", peft.LoraConfig(r=3, target_modules=["lm_head"])),
+    "t5 head": ("t5", peft.LoraConfig(r=3, target_modules=["lm_head", "v"], **SEQ2SEQ)),
     "vera": ("llama", peft.VeraConfig(r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=5)),
     "vera, no projections": ("qwen2", peft.VeraConfig(r=6, target_modules=["v_proj"], save_projection=False)),
     "ia3": ("llama", peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
@@ -147,6 +194,20 @@ CONFIGS = {  # family, PEFT's configuration. Patterns take whole words: "proj" i
     "gpt2 lora": ("gpt2", peft.LoraConfig(r=3, target_modules=["mlp.c_proj", "c_fc"], fan_in_fan_out=True)),
     "gpt2 dora": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_fc"], fan_in_fan_out=True, use_dora=True)),
 }  # fmt: skip
+FUSED_CONFIGS = {
+    "gpt2 fused": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True,
+                                           rank_pattern={"h.0.attn.c_attn": 5}, alpha_pattern={"c_attn": 3})),
+    "gpt2 fused rslora": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True,
+                                                  use_rslora=True)),
+    "gpt2 fused dora": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)),
+    "gpt2 fused ia3": ("gpt2", peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)),
+    "phi3 fused": ("phi3", peft.LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
+    "phi3 fused dora": ("phi3", peft.LoraConfig(r=3, target_modules=["gate_up_proj"], use_dora=True)),
+    "phi3 fused ia3": ("phi3", peft.IA3Config(target_modules=["qkv_proj"], feedforward_modules=[])),
+    "neox fused": ("gpt_neox", peft.LoraConfig(r=3, target_modules=["query_key_value", "dense"])),
+    "neox fused dora": ("gpt_neox", peft.LoraConfig(r=3, target_modules=["query_key_value"], use_dora=True)),
+    "neox fused ia3": ("gpt_neox", peft.IA3Config(target_modules=["query_key_value"], feedforward_modules=[])),
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -181,3 +242,16 @@ def test_we_compute_what_peft_does_with_an_imported_adapter(case, tmp_path):
         assert torch.equal(tensor, back[key]), key
     assert own.keys() <= back.keys()
     assert all(key.startswith("base_model.vera_") for key in back.keys() - own.keys())
+
+
+@pytest.mark.parametrize("case", FUSED_CONFIGS.values(), ids=FUSED_CONFIGS.keys())
+def test_an_adapter_of_a_fused_map_becomes_one_of_each_part(case, tmp_path):
+    family, config = case
+    model, base = base_of(family)
+    their_model = trained(model, config)
+    their_model.save_pretrained(tmp_path)
+    adapter = import_peft(tmp_path, base, "ann")
+    expected = theirs(their_model)
+    assert_same(ours(base, adapter), expected)
+    assert_differ(expected, ours(base))
+    assert_same(theirs(loaded(model, export_peft(adapter, base, tmp_path / "again"))), expected)

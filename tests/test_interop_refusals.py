@@ -60,6 +60,7 @@ OPTIONS = {  # option, value, method whose folder it stands in
     "a rank that is a word": ("r", "8", None), "a pattern of words": ("rank_pattern", {"q_proj": "8"}, None),
     "a broken pattern": ("alpha_pattern", {"q_(": 3}, None), "targets that are none": ("target_modules", [3], None),
     "no targets": ("target_modules", None, None), "peft_type": ("peft_type", "LOHA", None),
+    "a rank beyond all memory": ("r", 10**12, VERA), "a rank past int64": ("r", 10**30, None),
     "vera dropout": ("vera_dropout", 0.1, VERA), "vera layers": ("layers_to_transform", 1, VERA),
     "ia3 save": ("modules_to_save", ["x"], IA3()), "ia3 inputs": ("feedforward_modules", [3], IA3()),
     "norms exclude": ("exclude_modules", ["norm"], LayerNormTuning()),
@@ -128,11 +129,13 @@ def test_weights_that_are_pickled_damaged_or_not_there_are_refused(tmp_path):
 
 def test_frozen_tensors_in_the_file_must_be_the_bases_own(tmp_path):
     base, folder = written(tmp_path, method=LoRA(2, sites=("embed",)))
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    change_tensors(folder, **{key: base.embed.weight.clone()})
-    import_peft(folder, base, "ann")
-    change_tensors(folder, **{key: base.embed.weight + 1})
-    refused(folder, base, key)
+    frozen = {"model.embed_tokens": base.embed.weight, "lm_head": base.head_linear.weight}
+    for key, weight in ((f"base_model.model.{path}.base_layer.weight", weight) for path, weight in frozen.items()):
+        change_tensors(folder, **{key: weight.clone()})
+        import_peft(folder, base, "ann")
+        change_tensors(folder, **{key: weight + 1})
+        refused(folder, base, key)
+        change_tensors(folder, **{key: None})
     _, folder = written(tmp_path / "vera", method=VERA)
     change(folder, projection_prng_key=1)
     refused(folder, base, "base_model.vera_A")
@@ -148,8 +151,8 @@ def test_what_peft_has_no_place_for_is_not_exported(tmp_path):
 
     not_exported("bert", Houlsby(), "houlsby", "export_adapterhub")
     not_exported("t5", PrefixTuning(3), "hf_compat")
-    not_exported("gpt2", LoRA(2, sites=("q",)), "layers.0.attn.q is a part of transformer.h.0.attn.c_attn")
-    not_exported("phi3", IA3(("up",), ()), "layers.0.mlp.up is a part of model.layers.0.mlp.gate_up_proj")
+    not_exported("gpt2", VERA, "vera: layers.0.attn.q is a part of transformer.h.0.attn.c_attn")
+    not_exported("phi3", IA3(("up",), ("up",)), "ia3: layers.0.mlp.up is a part of model.layers.0.mlp.gate_up_proj")
     shared = Adapter("all", LoRA(2, sites=("q",)), torch.zeros(1))
     not_exported("llama", LoRA(2, sites=("q",)), "shared", under=shared)
     made_here = Decoder(DecoderConfig(61, 32, 1, 4, 2, 8, 40))
@@ -157,11 +160,27 @@ def test_what_peft_has_no_place_for_is_not_exported(tmp_path):
         export_peft(random_adapter(LoRA(2, sites=("q",)), base_of("llama")[1]), made_here, tmp_path / "x")
 
 
-def test_peft_folders_that_act_at_a_part_of_a_map_are_refused(tmp_path):
+@pytest.mark.parametrize("config, parts", [
+    (peft.VeraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
+     ["vera: layers.0.attn.q", "h.0.attn.c_attn"]),
+    (peft.IA3Config(target_modules=["c_attn"], feedforward_modules=["c_attn"], fan_in_fan_out=True),
+     ["ia3: layers.0.attn.q", "with one input"]),
+])  # fmt: skip
+def test_what_is_not_exact_at_a_fused_map_is_refused(config, parts, tmp_path):
     model, base = base_of("gpt2")
-    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
-    refused(tmp_path, base, "transformer.h.0.attn.c_attn, one fused map")
+    refused(tmp_path, base, *parts)
+
+
+def test_a_fused_maps_tensors_have_its_rank_and_its_width(tmp_path):
+    base, folder = written(tmp_path, "gpt2", LoRA(3, sites=("q", "k", "v")))
+    import_peft(folder, base, "ann")
+    key = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change_tensors(folder, **{f"{key}B.weight": tensors[f"{key}B.weight"][:-1]})
+    refused(folder, base, f"{key}B.weight is (71, 9)", "needs (72, 9)")
+    change_tensors(folder, **{f"{key}B.weight": tensors[f"{key}B.weight"], f"{key}A.weight": torch.zeros(8, 24)})
+    refused(folder, base, f"{key}A.weight is (8, 24)", "needs (9, 24)")
 
 
 def test_virtual_tokens_of_a_t5_stand_where_ours_do_or_are_refused(tmp_path):
@@ -177,6 +196,23 @@ def test_virtual_tokens_of_a_t5_stand_where_ours_do_or_are_refused(tmp_path):
     refused(folder, base, "num_transformer_submodules", "cross-attention")
     change(folder, num_transformer_submodules=2, num_layers=1)
     refused(folder, base, "num_layers is 1")
+
+
+def test_a_t5_has_one_embedding_and_so_one_adapter_of_it(tmp_path):
+    """PEFT's `shared` is a module that nobody calls; the encoder and the decoder call one of their own each."""
+    base, folder = written(tmp_path, "t5", LoRA(2, sites=("embed",)))
+    import_peft(folder, base, "ann")
+    path = "base_model.model.decoder.embed_tokens.lora_embedding_"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(folder, alpha_pattern={"decoder.embed_tokens": 3})
+    refused(folder, base, "alpha_pattern gives encoder.embed_tokens and decoder.embed_tokens different numbers")
+    change(folder, alpha_pattern={}, target_modules=["shared"])
+    refused(folder, base, "'shared'", "embed_tokens")
+    change(folder, target_modules=["embed_tokens"])
+    change_tensors(folder, **{f"{path}A": tensors[f"{path}A"] + 1})
+    refused(folder, base, f"{path}A differ", "one place")
+    change_tensors(folder, **{f"{path}A": None, f"{path}B": None})
+    refused(folder, base, f"{path}A is missing")
 
 
 def test_an_encoders_adapter_below_a_head_is_the_same_adapter(tmp_path):

@@ -129,6 +129,10 @@ def test_every_command_in_a_row(kind, task, bases, tmp_path, capsys, monkeypatch
     own = load_task(task).users[:4]
     assert [line["user"] for line in users] == sorted(own)
     assert all(len(line["metrics"]["val_loss"]) == 2 and line["method"] == trained["method"] for line in users)
+    title = "ia3+head" if kind == "bert" else "ia3"
+    assert trained["method"]["name"] == title
+    assert run("users", "--store", store) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{sorted(own)[0]}: {title}, validation loss")
 
     assert run("eval", "--store", store, "--model", base, "--task", task, "--json") == 0
     result = printed(capsys)
@@ -203,8 +207,9 @@ def test_methods_names_the_places(bases, capsys):
     assert sites["houlsby"] == ["attn", "mlp"] and sites["layernorm"] == ["attn_norm", "mlp_norm", "norm"]
     assert sites["prompt"] == ["embed"] and sites["prefix"] == ["attn"] and sites["head"] == []
     assert run("methods", "--model", bases["gpt2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(NAMES) and re.fullmatch(r"lora +4,608  q, k, v, o, up, down", lines[0])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(NAMES) and re.fullmatch(r"lora +4,608 +9,216  q, k, v, o, up, down", lines[0])
+    assert re.fullmatch(r"prompt +640 +0  embed; 20 more rows for each text", lines[NAMES.index("prompt")])
     assert lines[-1].startswith("head ") and "no place for a head" in lines[-1]
 
 
@@ -235,7 +240,7 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
         assert len(list((tmp_path / "a" / "shared").iterdir())) == 1
     assert run("eval", "--store", tmp_path / "a", "--model", bases[kind], "--task", task, "--json") == 0
     whole = load_task(task)
-    scored = minipeft.engine.predict(plan.base, labels, expected, plan.prompts.encode(whole).test)
+    scored = minipeft.engine.label_scores(plan.base, labels, expected, plan.prompts.encode(whole).test)
     right = [(scores.argmax(1) == [whole.labels.index(e.label[0]) for e in whole.test[user]]).mean()
              for user, scores in scored.items()]  # fmt: skip
     assert printed(capsys)["accuracy"]["personal"] == pytest.approx(100 * sum(right) / len(right))
@@ -555,6 +560,23 @@ def test_help_has_a_line_for_each_method(capsys):
     assert ended.value.code == 0
     for name in NAMES:
         assert f"  {name:<10} {METHODS[name].summary}" in lines
+    assert any("with --model FOLDER on the line" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_counts_each_method_on_the_model_at_hand_by_its_config_alone(kind, bases, tmp_path, capsys):
+    assert run("methods", "--model", bases[kind], "--json") == 0
+    told = printed(capsys)["methods"]
+    (tmp_path / "config.json").write_bytes((bases[kind] / "config.json").read_bytes())
+    with pytest.raises(SystemExit) as ended:
+        run("train", "--method", "lora", "--model", tmp_path, "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    for line in told:
+        count = "-" if line["count"] is None else f"{line['count']:,}"
+        assert f"  {line['name']:<10} {count:>12}  {METHODS[line['name']].summary}" in lines
+    assert run("train", "--help", "--model", tmp_path / "nowhere") == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
 
 
 # ---- Other libraries' files -----------------------------------------------------------------------------------------
@@ -658,6 +680,9 @@ def test_a_methods_default_sites_are_those_the_base_has(bases):
     assert for_base(LoRA(), gpt2) == LoRA(sites=("q", "k", "v", "o", "up", "down"))
     chosen = LoRA(sites=("q", "gate"))
     assert for_base(chosen, gpt2) == chosen, "what was chosen is refused by check, not left out"
+    spelled_out = for_base(LoRA(sites=tuple(LoRA().sites)), gpt2)
+    with pytest.raises(InputError, match="no site of this base is called 'gate'"):
+        spelled_out.check(gpt2)
     assert for_base(PromptTuning(), gpt2) == PromptTuning()
 
 

@@ -16,6 +16,15 @@ def test_the_counts_are_what_the_command_prints(capsys):
     assert capsys.readouterr().out in (ROOT / "docs" / "methods.md").read_text()
 
 
+def test_counts_are_the_benchmarks_to_the_number():
+    import methods
+
+    flan_t5_base = methods.shapes()["Flan-T5-base"]
+    for method, published in [*methods.PEFTU.items(), *methods.EQUAL.items()]:
+        method.check(flan_t5_base)
+        assert method.count(flan_t5_base) == published, method
+
+
 def test_every_method_has_a_row():
     page = (ROOT / "docs" / "methods.md").read_text()
     for name in METHODS.keys() - {"stack"}:

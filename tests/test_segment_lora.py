@@ -1,6 +1,7 @@
 """Is the fused LoRA the loop over users, in output and gradients, and is every user's part of it their own?"""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -118,6 +119,7 @@ def test_rows_in_any_layout(device):
 @pytest.mark.parametrize("why, lengths, changes, function", [
     ("ragged", [5, 40], {}, "_GroupedLora"),
     ("whole tiles", [16, 48], {}, "_SegmentLora"),
+    ("long on average", [240, 16], {}, "_GroupedLora"),
     ("odd width", [5, 40], {"sizes": (K, 23)}, "_SegmentLora"),
     ("fp64", [5, 40], {"dtype": torch.float64}, "_SegmentLora"),
     ("more users than grouped_mm takes", [1] * 1024, {"R": 3}, "_SegmentLora"),
@@ -125,6 +127,7 @@ def test_rows_in_any_layout(device):
 def test_which_path_a_cpu_takes(why, lengths, changes, function):
     x, *inputs, _ = make_inputs(lengths, **changes)
     assert type(segment_lora(x.requires_grad_(), *inputs).grad_fn).__name__ == f"{function}Backward", why
+    assert type(segment_lora(x, *inputs, by_pieces=True).grad_fn).__name__ == "_SegmentLoraBackward", why
 
 
 def test_rows_at_odd_addresses(device):
@@ -168,7 +171,8 @@ def test_rewriting_a_users_rows_changes_nobody_else(device, poison):
 
 @pytest.mark.parametrize("ragged", [True, False])
 def test_a_users_bits_do_not_depend_on_company_order_or_threads(device, monkeypatch, ragged):
-    """On a CPU in any company that is ragged, at one number of threads, or in any that is not: two ways to compute."""
+    """On a CPU in any company that is ragged, at one number of threads, or by pieces in any that is not: two ways."""
+    op = partial(segment_lora, by_pieces=not ragged)
     monkeypatch.setattr(segments, "CHUNK", 32)  # so that some users' gradients are summed in parts
     on_cpu = backend(device) == "torch"
     if ragged:
@@ -180,7 +184,7 @@ def test_a_users_bits_do_not_depend_on_company_order_or_threads(device, monkeypa
     try:
         for threads in ((before, before) if ragged else (1, 2, 3)) if on_cpu else (1, 2):
             torch.set_num_threads(threads)
-            runs.append(forward_backward(segment_lora, x, A, Bt, scale, plan, ranks, grad_y))
+            runs.append(forward_backward(op, x, A, Bt, scale, plan, ranks, grad_y))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
@@ -191,9 +195,9 @@ def test_a_users_bits_do_not_depend_on_company_order_or_threads(device, monkeypa
     for slot, start, end in zip(plan.slots, plan.starts[:-1], plan.starts[1:]):
         own_x, own_grad_y = x[start:end], grad_y[start:end]
         one = Segments.build([slot], [end - start], device)
-        alone = forward_backward(segment_lora, own_x, A, Bt, scale, one, ranks, own_grad_y)
+        alone = forward_backward(op, own_x, A, Bt, scale, one, ranks, own_grad_y)
         two = Segments.build([absent, slot], [company, end - start], device)
-        after_another = forward_backward(segment_lora, torch.cat([x[-company:], own_x]), A, Bt, scale, two, ranks,
+        after_another = forward_backward(op, torch.cat([x[-company:], own_x]), A, Bt, scale, two, ranks,
                                          torch.cat([grad_y[-company:], own_grad_y]))  # fmt: skip
         alone_is_as_ragged = not on_cpu or bool((end - start) % TILE) == ragged
         for run in (alone, after_another) if alone_is_as_ragged else (after_another,):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import minipeft_kernels.segments
 from minipeft_kernels import reference
-from minipeft_kernels.segments import Segments
-from minipeft_kernels.shift import ShiftRows, segment_shift, shift_rows
+from minipeft_kernels.segments import Segments, VectorRows
+from minipeft_kernels.shift import segment_shift, shift_rows
 
 DTYPES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16),
           "bf16, vectors fp32": (torch.bfloat16, torch.float32)}  # fmt: skip
@@ -152,7 +152,7 @@ def make_groups(lengths_of_groups, gap, device, dtypes=DTYPES["fp32"]):
     for i, lengths in enumerate(lengths_of_groups):
         x, vectors, segments, grad_y = make_inputs(lengths, device, dtypes, seed=i)
         grads = torch.full((len(vectors), 50), 7.0, device=device)[:, 5:45]
-        groups.append(ShiftRows(first_row, vectors, segments, grads))
+        groups.append(VectorRows(first_row, vectors, segments, grads))
         parts.append((torch.cat([x, loose()]), torch.cat([grad_y, loose()])))
         first_row += len(x) + gap
     parts.append((loose(), loose()))
@@ -265,7 +265,7 @@ def test_inputs_that_disagree_are_errors_of_both_ops(message, device):
     with pytest.raises(ValueError) as error:
         segment_shift(x, vectors, segments)
     assert message in str(error.value) and str(error.value).startswith("segment_shift: ")
-    group = ShiftRows(0, vectors, segments, torch.zeros_like(vectors))
+    group = VectorRows(0, vectors, segments, torch.zeros_like(vectors))
     with pytest.raises(ValueError) as error:
         shift_rows(x, torch.zeros((), requires_grad=True), [group])
     assert str(error.value).startswith("shift_rows: ")
@@ -279,7 +279,7 @@ def test_inputs_that_disagree_are_errors_of_both_ops(message, device):
 ])  # fmt: skip
 def test_groups_that_share_rows_or_lie_outside_are_errors(first_rows, message, device):
     x, vectors, segments, _ = make_inputs([16, 32], device)
-    groups = [ShiftRows(row, vectors, segments, torch.zeros_like(vectors)) for row in first_rows]
+    groups = [VectorRows(row, vectors, segments, torch.zeros_like(vectors)) for row in first_rows]
     for order in itertools.permutations(groups):
         with pytest.raises(ValueError) as error:
             shift_rows(torch.cat([x, x]), torch.zeros((), requires_grad=True), list(order))
@@ -290,7 +290,7 @@ def test_gradients_must_have_the_shape_of_the_vectors(device):
     x, vectors, segments, _ = make_inputs([16, 32], device)
     for grads in (torch.zeros(4, 39, device=device), torch.zeros(40, 4, device=device).T):
         with pytest.raises(ValueError, match=r"shift_rows: grad_vectors is .* needed is \(4, 40\), contiguous within"):
-            shift_rows(x, torch.zeros((), requires_grad=True), [ShiftRows(0, vectors, segments, grads)])
+            shift_rows(x, torch.zeros((), requires_grad=True), [VectorRows(0, vectors, segments, grads)])
 
 
 def test_fp64_is_refused_by_the_kernels_and_exact_without_them(device):

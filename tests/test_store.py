@@ -147,7 +147,7 @@ def test_a_damaged_file_is_an_error(tmp_path, keep):
 
 def test_an_adapter_of_another_base_is_an_error(tmp_path):
     save_adapter(tmp_path, make_adapter(), BASE)
-    SITES, other = BASE.sites, lambda sites: SimpleNamespace(sites=sites, embeddings={})
+    SITES, other = BASE.sites, lambda sites: SimpleNamespace(sites=sites, heads={}, embeddings={})
     wider = other({site: (K + 1, N) for site, (K, N) in SITES.items()})
     with pytest.raises(InputError, match=r"layers.0.attn.q.A is \(3, 32\), this base needs \(3, 33\); was it trained"):
         load_adapter(tmp_path, "ann", wider)

@@ -4,6 +4,7 @@
     peft_config.py  its adapter_config.json <-> a method
     adapterhub.py   AdapterHub's folders, for bottleneck adapters
     modules.py      what Hugging Face calls the places of a base
+    fused.py        adapters of q, k and v <-> one of the map that holds them
     folders.py      options and tensors of an adapter's folder; nothing in it is ignored
 
 Neither library is imported: the tests compare with PEFT itself.

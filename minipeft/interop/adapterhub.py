@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop.folders import ANOTHER, NEEDED, Options, check_tensors, read_options, read_tensors, write_folder
+from minipeft.interop.folders import (
+    ANOTHER,
+    NEEDED,
+    Options,
+    check_alone,
+    check_tensors,
+    read_options,
+    read_tensors,
+    write_folder,
+)
 from minipeft.interop.modules import modules_of, plain
 from minipeft.methods.bottleneck import BottleneckMethod, Houlsby, Parallel, Pfeiffer
 from minipeft.models.bert import Bert
@@ -55,14 +64,12 @@ def export_adapterhub(adapter: Adapter, base: Sites, folder: str | Path, name: s
     base, method, folder = plain(base), adapter.method, Path(folder)
     name = adapter.user if name is None else name
     if not isinstance(method, BottleneckMethod):
-        raise InputError(f"AdapterHub's folders hold houlsby, pfeiffer and parallel here, not {method.name}; see "
+        raise InputError(f"AdapterHub's folders hold houlsby, pfeiffer and parallel here, not {method.title}; see "
                          "export_peft")  # fmt: skip
     _check_base(method, base)
     if not name or "." in name:
         raise InputError(f"adapter name {name!r}: AdapterHub's names have a letter and no dot; give one by name=")
-    if adapter.under is not None:
-        raise InputError(f"adapter of {adapter.user!r} acts over a shared one, and a folder holds one adapter; train "
-                         "it without `under` to export it")
+    check_alone(adapter)
     options = {
         "config": {
             **_placed(method, base), "reduction_factor": method.reduction, "scaling": float(method.scale),
@@ -96,7 +103,7 @@ def import_adapterhub(folder: str | Path, base: Sites, user: str) -> Adapter:
         prefix = "transformer." if isinstance(base, T5) else base.family.prefix  # of a model with a head
         if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        check_tensors(tensors, needed)
+        check_tensors(tensors, {key: tuple(zero.shape) for key, zero in needed.items()})
         own = {ours: (tensors[key].T if ours.endswith(".up") else tensors[key]).float()
                for ours, key in zip(zeros, needed)}  # fmt: skip
         return Adapter(user, method, method.row(own, base))

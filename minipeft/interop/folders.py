@@ -11,6 +11,7 @@ from torch import Tensor
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import one_line, read_json
 from minipeft.models.fields import shown
+from minipeft.schedule import Adapter
 from minipeft.store import read_file, write_file
 
 CONFIG = "adapter_config.json"
@@ -67,6 +68,13 @@ class Options:
                 raise InputError(f"option {name} is {shown(value)}: minipeft's method has no such option")
 
 
+def check_alone(adapter: Adapter) -> None:
+    """Raises InputError if the adapter acts over a shared one: a folder holds one adapter."""
+    if adapter.under is not None:
+        raise InputError(f"adapter of {adapter.user!r} acts over a shared one, and a folder holds one adapter; train "
+                         "it without `under` to export it")
+
+
 def write_folder(folder: Path, options: dict, weights: str, tensors: Mapping[str, Tensor]) -> None:
     """Write both files, each whole or not at all. The options come last: a folder that has them is complete."""
     try:
@@ -99,13 +107,15 @@ def read_tensors(folder: Path, weights: str, pickled: str) -> dict[str, Tensor]:
     raise InputError(f"{folder}: no weights, {weights} is not there. Copy the whole folder.")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], may: Collection[str] = ()) -> None:
-    """The tensors are the needed ones, in their shapes, and none besides. may: those that can be there as well."""
-    for key, tensor in needed.items():
+def check_tensors(
+    tensors: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]], may: Collection[str] = ()
+) -> None:
+    """The tensors are the needed ones, in these shapes, and none besides. may: those that can be there as well."""
+    for key, shape in needed.items():
         if key not in tensors:
-            raise InputError(f"{key} is missing, this base needs {tuple(tensor.shape)}; {ANOTHER}")
-        if tensors[key].shape != tensor.shape:
-            raise InputError(f"{key} is {tuple(tensors[key].shape)}, this base needs {tuple(tensor.shape)}; {ANOTHER}")
+            raise InputError(f"{key} is missing, this base needs {shape}; {ANOTHER}")
+        if (came := tuple(tensors[key].shape)) != shape:
+            raise InputError(f"{key} is {came}, this base needs {shape}; {ANOTHER}")
     if left := [key for key in tensors if key not in needed and key not in may]:
         raise InputError(f"{one_line(left[0])} {tuple(tensors[left[0]].shape)} is in the file, but neither this base "
                          f"nor {CONFIG} has a place for it; {ANOTHER}")  # fmt: skip

@@ -1,27 +1,38 @@
 """What Hugging Face calls the places of a base, and names that pick some of them."""
 
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from minipeft.errors import InputError
 from minipeft.models.bert import Bert
+from minipeft.models.checkpoint import Source
 from minipeft.models.classifier import Classifier
 from minipeft.models.hooks import Sites
+from minipeft.models.t5 import T5
 
 
 class Module(NamedTuple):
     """A module of the transformers model.
 
     path:       e.g. "model.layers.3.self_attn.q_proj".
-    fused:      whether it is only a part of that module: q of GPT-2's c_attn.
+    twins:      other modules that do the same: a T5's decoder reads the one embedding through a module of its own.
+    outputs:    which of the module's outputs are this place's, [N] int64, where it is a part of a fused map as q of
+                GPT-2's c_attn; None: all.
     transposed: whether that module keeps its matrix as [in, out]: GPT-2's Conv1D.
     """
 
     path: str
-    fused: bool
-    transposed: bool
+    outputs: Tensor | None = None
+    transposed: bool = False
+    twins: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.twins)
 
 
 def plain(base: Sites) -> Sites:
@@ -30,7 +41,7 @@ def plain(base: Sites) -> Sites:
 
 
 def modules_of(base: Sites, headless: bool | None = None) -> dict[str, Module]:
-    """Our name of a place -> its module: linear maps, norms and embeddings.
+    """Our name of a place -> its module: linear maps, the head, norms and embeddings.
 
     headless: whether paths are those of the model without a head (AutoModel); None: as export does, of encoders only.
     Raises:
@@ -43,17 +54,23 @@ def modules_of(base: Sites, headless: bool | None = None) -> dict[str, Module]:
     prefix = base.family.prefix if (isinstance(base, Bert) if headless is None else headless) else ""
     sources = {name.removesuffix(".weight"): source for name, source in base.family.sources(base).items()
                if name.endswith(".weight")}  # fmt: skip
-    parts = Counter(source.key for source in sources.values())
-    return {name: Module(source.key.removesuffix(".weight").removeprefix(prefix), parts[source.key] > 1,
-                         source.transposed) for name, source in sources.items()}  # fmt: skip
+    modules = {}
+    for name, source in sources.items():
+        is_part = source.part is not None and name in base.sites  # RoBERTa's positions are a part as well
+        outputs = outputs_of(source, base.sites[name][0]) if is_part else None
+        modules[name] = Module(source.key.removesuffix(".weight").removeprefix(prefix), outputs, source.transposed)
+    modules.pop("head_linear", None)  # there only where it is not tied
+    modules |= {site: Module("lm_head") for site in base.heads}  # in files of GPT-NeoX "embed_out"
+    if isinstance(base, T5):  # whose `shared` holds the weight and is never called
+        modules["embed"] = Module("encoder.embed_tokens", twins=("decoder.embed_tokens",))
+    return modules
 
 
-def check_whole(sites: Collection[str], modules: Mapping[str, Module]) -> None:
-    """Raises InputError if one of these sites is only a part of a module."""
-    for site in sites:
-        if modules[site].fused:
-            raise InputError(f"{site} is a part of {modules[site].path}, one fused map in the Hugging Face model; an "
-                             "adapter of the part has no file of the field, only sites that are whole modules have")
+def outputs_of(source: Source, K: int) -> Tensor:
+    """Which outputs of a fused map are a part's, in the part's order: [N] int64. K: its inputs."""
+    first, length, every = (n if source.transposed else n // K for n in source.part)
+    starts = torch.arange(first, source.shape[source.transposed], every)
+    return (starts[:, None] + torch.arange(length)).flatten()
 
 
 def targeted(targets: list | str, modules: Mapping[str, Module]) -> list[str]:
@@ -65,17 +82,17 @@ def targeted(targets: list | str, modules: Mapping[str, Module]) -> list[str]:
     words = ", ".join(sorted({module.path.rpartition(".")[2] for module in modules.values()}))
     if isinstance(targets, str):
         pattern = compiled("target_modules", targets)
-        sites = [site for site, module in modules.items() if pattern.fullmatch(module.path)]
+        sites = [site for site, module in modules.items() if any(map(pattern.fullmatch, module.paths))]
         if not sites:
             raise InputError(f"target_modules {targets!r} matches no place of this base where the method acts; there "
                              f"are {words}")  # fmt: skip
     else:
         for target in targets:
-            if not any(ends(module.path, target) for module in modules.values()):
+            if not any(ends(path, target) for module in modules.values() for path in module.paths):
                 raise InputError(f"target module {target!r} is no place of this base where the method acts; there are "
                                  f"{words}")  # fmt: skip
-        sites = [site for site, module in modules.items() if any(ends(module.path, target) for target in targets)]
-    check_whole(sites, modules)
+        sites = [site for site, module in modules.items()
+                 if any(ends(path, target) for target in targets for path in module.paths)]  # fmt: skip
     return sites
 
 
@@ -108,6 +125,14 @@ def shortest(chosen: Collection[str], kinds: Mapping[str, str]) -> list[str]:
 def short_sites(sites: Collection[str], places: Collection[str]) -> tuple[str, ...]:
     """Names of sites as methods take them."""
     return tuple(shortest(sites, {site: site.rpartition(".")[2] for site in places}))
+
+
+def own_numbers(
+    values: Mapping[str, float], otherwise: float, places: Collection[str]
+) -> tuple[tuple[str, float], ...]:
+    """LoRA.ranks or LoRA.alphas: names of the sites that have another value than this, and the value."""
+    return tuple((name, value) for value in dict.fromkeys(value for value in values.values() if value != otherwise)
+                 for name in short_sites([site for site in values if values[site] == value], places))  # fmt: skip
 
 
 def short_paths(sites: Collection[str], modules: Mapping[str, Module]) -> list[str]:

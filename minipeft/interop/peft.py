@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop.folders import ANOTHER, check_tensors, read_options, read_tensors, write_folder
+from minipeft.interop import fused
+from minipeft.interop.folders import ANOTHER, check_alone, check_tensors, read_options, read_tensors, write_folder
 from minipeft.interop.modules import Module, modules_of, plain
 from minipeft.interop.peft_config import MANY, method_of, num_pairs, option_values, pair_of
 from minipeft.methods.ia3 import IA3
+from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning
@@ -37,6 +39,7 @@ KEYS = {  # last word of our tensor's name -> PEFT's name of it below its module
     "d": "vera_lambda_d", "d_b": "vera_lambda_b", "l": "ia3_l",
     "weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias",
 }  # fmt: skip
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 EMBEDDING_KEYS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
@@ -50,12 +53,11 @@ def export_peft(adapter: Adapter, base: Sites, folder: str | Path, base_name: st
     Args:
         base_name: what adapter_config.json calls the base, e.g. its hub id; AutoPeftModel goes by it.
     Raises:
-        InputError: PEFT has no such method, the adapter lies over a shared one, or a site is a part of a fused map.
+        InputError: PEFT has no such method, the adapter lies over a shared one, or it acts at a part of a fused map as
+            the whole cannot (fused.py).
     """
     base, method, folder = plain(base), adapter.method, Path(folder)
-    if adapter.under is not None:
-        raise InputError(f"adapter of {adapter.user!r} acts over a shared one, and PEFT's folders hold one adapter; "
-                         "train it without `under` to export it")
+    check_alone(adapter)
     options = option_values(method, base, base_name)
     write_folder(folder, options, WEIGHTS, _written(method, adapter.row, base))
     return folder
@@ -64,7 +66,8 @@ def export_peft(adapter: Adapter, base: Sites, folder: str | Path, base_name: st
 def import_peft(folder: str | Path, base: Sites, user: str) -> Adapter:
     """Read an adapter that PEFT wrote.
 
-    P-tuning becomes prompt tuning and a projected prefix a plain one: PEFT keeps their results alone.
+    P-tuning becomes prompt tuning and a projected prefix a plain one: PEFT keeps their results alone. An adapter of a
+    fused map becomes one for each of its parts.
 
     Raises:
         InputError: no such folder, pickled or damaged weights, another base's adapter (names the first key that
@@ -75,14 +78,17 @@ def import_peft(folder: str | Path, base: Sites, user: str) -> Adapter:
     try:
         headless = base.family is not None and not any(key.startswith(ROOT + base.family.prefix) for key in tensors)
         modules = modules_of(base, headless)
-        method = method_of(options, base, modules)
+        method = whole = method_of(options, base, modules)
+        used = _used_ranks(whole, tensors, base, modules) if isinstance(whole, LoRA) else {}
+        method = fused.narrowed(whole, used, base) if used else whole
+        method.check(base)
         if isinstance(method, PrefixTuning):
             own = _prefixes(method, tensors, options, base)
         elif isinstance(method, PromptTuning):
-            check_tensors(tensors, {PROMPT: torch.empty(method.shapes(base)["prompt"])})
+            check_tensors(tensors, {PROMPT: method.shapes(base)["prompt"]})
             own = {"prompt": tensors[PROMPT]}
         else:
-            own = _at_modules(method, tensors, base, modules)
+            own = _at_modules(method, whole, used, tensors, base, modules)
         return Adapter(user, method, method.row({name: tensor.float() for name, tensor in own.items()}, base))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
@@ -109,34 +115,81 @@ def _written(method: Method, row: Tensor, base: Sites) -> dict[str, Tensor]:
 
 
 def _keyed(method: Method, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
-    """Our tensors, in their order, by PEFT's keys and in its shapes."""
-    keyed = {}
+    """Our tensors by PEFT's keys and in its shapes."""
+    keyed, parts = {}, {}
     for name, tensor in tensors.items():
         site, _, word = name.rpartition(".")
-        key = (EMBEDDING_KEYS if site in base.embeddings else KEYS)[word]
-        if isinstance(method, IA3):
-            tensor = tensor[None] if method.at_input(site) else tensor[:, None]
-        keyed[f"{ROOT}{modules[site].path}.{key}"] = tensor
+        if modules[site].outputs is None:
+            keyed |= {key: _shaped(method, site, tensor) for key in _keys(site, word, base, modules)}
+        else:
+            parts.setdefault(modules[site].path, {}).setdefault(site, {})[word] = tensor
+    for path, adapters in parts.items():
+        site = next(iter(adapters))
+        for word, tensor in fused.join(method, path, adapters, base, modules).items():
+            keyed |= {key: _shaped(method, site, tensor) for key in _keys(site, word, base, modules)}
     return keyed
 
 
-def _at_modules(method: Method, tensors: dict[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
-    """Our tensors by name from PEFT's."""
-    names = method.tensors(torch.zeros(method.layout(base).row_size), base)
-    needed = _keyed(method, names, base, modules)
-    # PEFT writes the frozen table beside an adapter of the embedding.
-    tables = {f"{ROOT}{modules[site].path}.base_layer.weight": base.embed.weight for site in base.embeddings}
+def _shaped(method: Method, site: str, tensor: Tensor) -> Tensor:
+    """In PEFT's shape, and alone in its memory, as a file wants it."""
+    if isinstance(method, IA3):
+        tensor = tensor[None] if method.at_input(site) else tensor[:, None]
+    return tensor.clone()
+
+
+def _keys(site: str, word: str, base: Sites, modules: Mapping[str, Module]) -> list[str]:
+    """Where a tensor of ours lies: once in each of the site's modules."""
+    key = (EMBEDDING_KEYS if site in base.embeddings else KEYS)[word]
+    return [f"{ROOT}{path}.{key}" for path in modules[site].paths]
+
+
+def _used_ranks(method: LoRA, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
+    """Site -> which ranks of a fused map's adapter it uses, where the file has such an adapter in the right shape."""
+    used = {}
+    for site in (site for site in method.chosen(base) if modules[site].outputs is not None):
+        B = tensors.get(*_keys(site, "B", base, modules))
+        if B is not None and B.shape == fused.shape(method, "B", site, base, modules):
+            used[site] = fused.used_ranks(B, modules[site].outputs)
+    return used
+
+
+def _at_modules(
+    method: Method, whole: Method, used: Mapping[str, Tensor], tensors: dict[str, Tensor], base: Sites,
+    modules: Mapping[str, Module],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Our tensors by name from PEFT's. whole: as PEFT has it, before parts of fused maps were left their used ranks."""
+    zeros, needed = method.tensors(torch.zeros(method.layout(base).row_size), base), {}
+    for name, zero in zeros.items():
+        site, _, word = name.rpartition(".")
+        is_whole = modules[site].outputs is None
+        shape = (tuple(_shaped(method, site, zero).shape) if is_whole else
+                 fused.shape(whole, word, site, base, modules))  # fmt: skip
+        needed |= dict.fromkeys(_keys(site, word, base, modules), shape)
+    # PEFT writes the frozen table beside an adapter of the embedding or the head.
+    frozen = dict.fromkeys(base.embeddings, base.embed) | {site: base.linears[site] for site in base.heads}
+    tables = {f"{ROOT}{path}.base_layer.weight": table.weight for site, table in frozen.items()
+              for path in modules[site].paths}  # fmt: skip
+    check_tensors(tensors, needed, may=[*tables, *(PROJECTIONS if isinstance(method, VeRA) else ())])
     projections = _projections(method, base) if isinstance(method, VeRA) else {}
-    check_tensors(tensors, needed, may=tables.keys() | projections.keys())
     for key, own in (tables | projections).items():
         if key in tensors and not torch.equal(own.detach().cpu().to(tensors[key].dtype), tensors[key]):
             raise InputError(f"{key} is not what this base has; was it trained on another base, or with an embedding "
                              "or projections of its own?")  # fmt: skip
-    return {name: tensors[key].reshape(tensor.shape) for (name, tensor), key in zip(names.items(), needed)}
+    own = {}
+    for name, zero in zeros.items():
+        site, _, word = name.rpartition(".")
+        key, *twins = _keys(site, word, base, modules)
+        if other := [twin for twin in twins if not torch.equal(tensors[twin], tensors[key])]:
+            raise InputError(f"{key} and {other[0]} differ; here they are one place, which has one adapter")
+        part = tensors[key]
+        if (outputs := modules[site].outputs) is not None:
+            part = fused.part(word, part, outputs, used.get(site))
+        own[name] = part.reshape(zero.shape)
+    return own
 
 
 def _projections(method: VeRA, base: Sites) -> dict[str, Tensor]:
-    return dict(zip(("base_model.vera_A", "base_model.vera_B"), method.projections(base)))
+    return dict(zip(PROJECTIONS, method.projections(base)))
 
 
 def _prefixes(method: PrefixTuning, tensors: dict[str, Tensor], options: dict, base: Sites) -> dict[str, Tensor]:
@@ -146,6 +199,6 @@ def _prefixes(method: PrefixTuning, tensors: dict[str, Tensor], options: dict, b
     pairs = options.get("num_layers") or layers
     if type(pairs) is not int or not layers <= pairs <= MANY or not (pairs == layers or method.hf_compat):
         raise InputError(f"option num_layers is {pairs}, this base has {layers}; {ANOTHER}")
-    check_tensors(tensors, {PROMPT: torch.empty(V, pairs * 2 * width)})
+    check_tensors(tensors, {PROMPT: (V, pairs * 2 * width)})
     P = tensors[PROMPT].view(V, pairs, 2, width)
     return {name: P[:, pair_of(i // 2, pairs, base), i % 2] for i, name in enumerate(shapes)}

@@ -7,11 +7,12 @@ from collections.abc import Collection, Mapping
 
 from minipeft.errors import InputError
 from minipeft.interop.folders import ANOTHER, NEEDED, Options
+from minipeft.interop.fused import check_fused, rank_and_alpha
 from minipeft.interop.modules import (
     Module,
-    check_whole,
     compiled,
     modules_of,
+    own_numbers,
     short_paths,
     short_sites,
     targeted,
@@ -46,7 +47,7 @@ def option_values(method: Method, base: Sites, base_name: str | None) -> dict:
     about = {"task_type": task, "inference_mode": True, "base_model_name_or_path": base_name}
     if isinstance(method, LoRA | VeRA | IA3 | LayerNormTuning):
         modules, sites = modules_of(base), list(method.chosen(base))
-        check_whole(sites, modules)
+        check_fused(method, sites, modules)
         about |= {"target_modules": short_paths(sites, modules), "modules_to_save": None}
         if not isinstance(method, LayerNormTuning):
             about["fan_in_fan_out"] = any(modules[site].transposed for site in sites)
@@ -77,21 +78,28 @@ def option_values(method: Method, base: Sites, base_name: str | None) -> dict:
                 return about | {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
             return about | {"peft_type": "P_TUNING", "encoder_reparameterization_type": method.encoder.upper(),
                             "encoder_hidden_size": method.hidden, "encoder_num_layers": method.layers}  # fmt: skip
-    raise InputError(f"PEFT has no {method.name}; it has lora, dora, vera, ia3, layernorm, prompt, ptuning and prefix"
+    raise InputError(f"PEFT has no {method.title}; it has lora, dora, vera, ia3, layernorm, prompt, ptuning and prefix"
                      ". AdapterHub has houlsby, pfeiffer and parallel: export_adapterhub")  # fmt: skip
 
 
 def _lora_values(method: LoRA, base: Sites) -> dict:
     modules, sites = modules_of(base), method.chosen(base)
-    ranks = {modules[site].path: method.rank_of(site) for site in sites if method.rank_of(site) != method.rank}
-    alphas = {modules[site].path: method.alpha_of(site) for site in sites if method.alpha_of(site) != method.alpha}
-    return {"r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout, "rank_pattern": ranks,
-            "alpha_pattern": alphas, "use_rslora": method.scaling == "rslora", "bias": "none",
-            "init_lora_weights": True}  # fmt: skip
+
+    of_path: dict[str, list[str]] = {}
+    for site in sites:
+        for path in modules[site].paths:
+            of_path.setdefault(path, []).append(site)
+    numbers = {path: rank_and_alpha(method, own) for path, own in of_path.items()}
+    return {"r": method.rank, "lora_alpha": method.alpha, "lora_dropout": method.dropout,
+            "rank_pattern": {path: rank for path, (rank, _) in numbers.items() if rank != method.rank},
+            "alpha_pattern": {path: alpha for path, (_, alpha) in numbers.items() if alpha != method.alpha},
+            "use_rslora": method.scaling == "rslora", "bias": "none", "init_lora_weights": True}  # fmt: skip
 
 
 def method_of(fields: dict, base: Sites, modules: Mapping[str, Module]) -> Method:
-    """The method that adapter_config.json describes, checked on this base.
+    """The method that adapter_config.json describes, not yet checked on this base.
+
+    At the parts of a fused map the rank is the map's: fused.narrowed.
 
     Raises:
         InputError: a method, a target or an option that minipeft has not: it is named.
@@ -103,7 +111,8 @@ def method_of(fields: dict, base: Sites, modules: Mapping[str, Module]) -> Metho
         raise InputError(f"peft_type is {kind!r}; supported are {', '.join(READERS)}")
     method = READERS[kind](options, base, modules)
     options.refuse_rest()
-    method.check(base)
+    if isinstance(method, VeRA | IA3):
+        check_fused(method, list(method.chosen(base)), modules)
     return method
 
 
@@ -114,7 +123,7 @@ def _targets(options: Options, modules: Mapping[str, Module], places: Collection
 
 
 def _lora(options: Options, base: Sites, modules: Mapping[str, Module]) -> LoRA:
-    places = [*base.sites, *base.embeddings]
+    places = LoRA.places(base)
     sites = _targets(options, modules, places)
     options.must_be("init_lora_weights", *KEEPS_BASE, default=True,
                     why="this start changes the base's own weights; save the adapter converted to plain LoRA: "
@@ -127,11 +136,14 @@ def _lora(options: Options, base: Sites, modules: Mapping[str, Module]) -> LoRA:
         if wrong := [value for value in given.values() if type(value) not in kinds]:
             raise InputError(f"option {option} has the value {shown(wrong[0])}, needed numbers")
         patterns = [(compiled(option, rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items()]
-        values = {site: next((v for pattern, v in patterns if pattern.match(modules[site].path)), otherwise)
-                  for site in sites}  # fmt: skip
-        own = dict.fromkeys(value for value in values.values() if value != otherwise)
-        return tuple((name, value) for value in own
-                     for name in short_sites([site for site in sites if values[site] == value], places))  # fmt: skip
+        values = {}
+        for site in sites:
+            values[site], *others = (next((v for pattern, v in patterns if pattern.match(path)), otherwise)
+                                     for path in modules[site].paths)  # fmt: skip
+            if any(other != values[site] for other in others):
+                raise InputError(f"option {option} gives {' and '.join(modules[site].paths)} different numbers; here "
+                                 "they are one place")  # fmt: skip
+        return own_numbers(values, otherwise, places)
 
     return (DoRA if options.take("use_dora", False, bool) else LoRA)(
         rank=rank, alpha=float(alpha), sites=short_sites(sites, places),

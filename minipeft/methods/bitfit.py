@@ -38,6 +38,9 @@ class BitFit(Method):
     def shapes(self, base: Sites) -> dict[str, tuple[int, ...]]:
         return {f"{site}.bias": tuple(bias.shape) for site, bias in self._own(base).items()}
 
+    def flops(self, base: Sites) -> int:
+        return self.count(base)
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         return {f"{site}.bias": bias.float().cpu() for site, bias in self._own(base).items()}
 

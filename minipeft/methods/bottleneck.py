@@ -83,6 +83,9 @@ class BottleneckMethod(Method):
     def count(self, base: Sites) -> int:
         return sum(math.prod(shape) for shape in self.trained(base).values())
 
+    def flops(self, base: Sites) -> int:
+        return sum(4 * self.width(width) * width for width in self.chosen(base).values())
+
     def tensors(self, row: Tensor, base: Sites) -> dict[str, Tensor]:
         padded = super().tensors(row, base)
         return {name: padded[name][: shape[0]].contiguous() for name, shape in self.trained(base).items()}

@@ -4,7 +4,8 @@
     trained       A [rank, K], B [N, rank] and m [N] at every chosen site
     start         LoRA's, and m = |W|: g is one and the base's output is unchanged
     numbers       rank * (K + N) + N per site
-    cost          LoRA's, and per pass and user about 2 * rank * K * N FLOPs per site for the lengths
+    cost          LoRA's and N multiplications per row and site, and per pass and user about 2 * rank * K * N FLOPs per
+                  site for the lengths
 
 As the paper proposes (section 4.3) and Hugging Face PEFT does, no gradient passes through the length. It is
 |W|^2 + 2 s sum(B * (W A^T)) + s^2 sum((B A A^T) * B) for each row, for all users at once; W + s B A is never formed.
@@ -40,6 +41,9 @@ class DoRA(LoRA):
 
     def count(self, base: Sites) -> int:
         return super().count(base) + sum(N for _, N in self.chosen(base).values())
+
+    def flops(self, base: Sites) -> int:
+        return super().flops(base) + sum(N for _, N in self.chosen(base).values())
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         weights = {site: base.linears[site].weight.detach().float() for site in self.chosen(base)}

@@ -10,8 +10,9 @@ from minipeft.models.attention import Packed
 from minipeft.models.layers import SwiGLU, gelu_tanh, rms_norm
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5
-from minipeft_kernels.ia3 import Ia3Rows, ia3_rows
+from minipeft_kernels.ia3 import ia3_rows
 from minipeft_kernels.segment_matmul import segment_matmul
+from minipeft_kernels.segments import VectorRows
 
 PREFIX = "encoder.extra."
 
@@ -24,6 +25,11 @@ class ExtraBlock(Actor):
         """"encoder.extra.attn.q" [K, N] and so on, as the base's last encoder layer, transposed; norms as they are."""
         return {PREFIX + name.removesuffix(".weight"): tuple(weight.shape[::-1])
                 for name, weight in base.encoder.layers[-1].named_parameters()}  # fmt: skip
+
+    @staticmethod
+    def flops(base: T5) -> int:
+        """Per input token, attention's scores aside: they depend on the text's length."""
+        return sum(weight.ndim * weight.numel() for weight in base.encoder.layers[-1].parameters())
 
     @staticmethod
     def start(base: T5) -> dict[str, Tensor]:
@@ -51,7 +57,7 @@ class ExtraBlock(Actor):
         def norm(name: str, h: Tensor) -> Tensor:
             gains = self.own[name]
             h = rms_norm(h, torch.ones_like(self.last.attn_norm.weight), self.base.config.norm_eps)
-            return ia3_rows(h, share.anchor, [Ia3Rows(0, gains.values, share.segments, gains.grads)])
+            return ia3_rows(h, share.anchor, [VectorRows(0, gains.values, share.segments, gains.grads)])
 
         h, D = norm("attn_norm", x), self.base.config.head_dim
         q, k, v = (linear(f"attn.{name}", h).unflatten(1, (-1, D)) for name in "qkv")

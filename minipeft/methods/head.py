@@ -6,6 +6,7 @@ On an encoder with classes (models/classifier.py):
     trained       W [C, width] and b [C]
     start         zero: every class is as likely
     numbers       C * (width + 1)
+    cost          2 * C * (width + 1) FLOPs per text
 
 On a T5 (PEFT-U's personalised head): one encoder block of one's own after the base's last, before its final norm:
 
@@ -13,6 +14,7 @@ On a T5 (PEFT-U's personalised head): one encoder block of one's own after the b
     trained       all matrices and norms of the block; the bias of positions is the base's
     start         as the base's last block, but o and down zero: the base's output is unchanged
     numbers       those of an encoder layer: 7,079,424 on a Flan-T5-base
+    cost          2 FLOPs per number of the matrices and input token, 1 per number of the norms, and attention's own
 """
 
 from dataclasses import dataclass
@@ -53,6 +55,12 @@ class Head(Method):
             return super().count(base)
         K, C = base.head_size
         return K * C
+
+    def flops(self, base: Sites) -> int:
+        if isinstance(base, T5):
+            return ExtraBlock.flops(base)
+        K, C = base.head_size
+        return 2 * K * C
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         if isinstance(base, T5):

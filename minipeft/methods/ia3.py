@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minipeft.bank import Bank
 from minipeft.errors import InputError
-from minipeft.methods.method import Actor, Draw, Method, choose, picks, vectors
+from minipeft.methods.method import Actor, Draw, IfThere, Method, choose, picks, vectors
 from minipeft.models.hooks import Sites
 
 
@@ -31,7 +31,7 @@ class IA3(Method):
     name: ClassVar[str] = "ia3"
     summary: ClassVar[str] = "vectors that rescale keys, values and inner activations"
 
-    sites: tuple[str, ...] = ("k", "v", "down")
+    sites: tuple[str, ...] = IfThere(("k", "v", "down"))
     inputs: tuple[str, ...] = ("down",)
 
     def check(self, base: Sites) -> None:
@@ -48,6 +48,9 @@ class IA3(Method):
 
     def shapes(self, base: Sites) -> dict[str, tuple[int, ...]]:
         return {f"{site}.l": (K if self.at_input(site) else N,) for site, (K, N) in self.chosen(base).items()}
+
+    def flops(self, base: Sites) -> int:
+        return self.count(base)
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         return {name: torch.ones(shape) for name, shape in self.shapes(base).items()}

@@ -2,13 +2,15 @@
 
     equation      y = W x + b + s B A drop(x)       s = alpha / rank                         eq. 3
                                                     s = alpha / sqrt(rank)                   rsLoRA (arXiv:2312.03732)
-                  e = E[token] + s B A[token]       at the embedding, whose input is a token's number
+                  e = E[token] + s B A[token]       at the embedding, whose input is a token's number; on a T5 it is one
+                                                    for inputs and targets
     trained       A [rank, K] and B [N, rank] at every chosen site (B is stored transposed)
     start         A uniform in +-1/sqrt(K), B zero: the base's output is unchanged. The paper draws A from a normal;
                   this is Hugging Face PEFT's and the authors' code's choice (Kaiming uniform with a = sqrt 5). At the
                   embedding, as there, A is zero and B normal
     numbers       rank * (K + N) per site; at the embedding rank * (vocabulary + width)
-    cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward
+    cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward; at the embedding
+                  2 * rank * width, at the head only for rows that predict a target
 """
 
 import math
@@ -23,8 +25,9 @@ from torch import Tensor
 from minipeft.bank import Bank
 from minipeft.errors import InputError
 from minipeft.methods.embedding import EmbeddingUpdate
-from minipeft.methods.method import Actor, Draw, Method, Share, choose, picks, vectors
+from minipeft.methods.method import Actor, Draw, IfThere, Method, SecondUse, Share, choose, picks, vectors
 from minipeft.models.hooks import Sites
+from minipeft.models.t5 import T5
 from minipeft.randomness import keys_of
 from minipeft_kernels.backend import backend
 from minipeft_kernels.segment_lora import Lora
@@ -40,7 +43,7 @@ class LoRA(Method):
     rank:  inner width of the update, no unit.
     alpha: the update is scaled by alpha / rank.
     sites: last words of the site names it acts at, e.g. ("q", "v"); a full name like "layers.3.attn.q" picks one;
-           "embed" is the token embedding.
+           "embed" is the token embedding, "head" the map to the vocabulary.
     dropout: share of the update's input that is dropped in training, a multiple of 1/256 (dropout.py).
     scaling: "rslora": alpha / sqrt(rank) instead.
     ranks, alphas: (site name, number) pairs: another rank or alpha where the name picks.
@@ -51,7 +54,7 @@ class LoRA(Method):
 
     rank: int = 8
     alpha: float = 16.0
-    sites: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    sites: tuple[str, ...] = IfThere(("q", "k", "v", "o", "gate", "up", "down"))
     dropout: float = 0.0
     scaling: str = "lora"
     ranks: tuple[tuple[str, int], ...] = ()
@@ -78,7 +81,16 @@ class LoRA(Method):
 
     def chosen(self, base: Sites) -> dict[str, tuple[int, int]]:
         """The sites it acts at, with their (K, N)."""
-        return choose("LoRA", self.sites, base.sites | base.embeddings)
+        return choose("LoRA", self.sites, self.places(base))
+
+    @staticmethod
+    def places(base: Sites) -> dict[str, tuple[int, int]]:
+        """All sites at which a LoRA could act."""
+        return base.sites | base.heads | base.embeddings
+
+    def linear(self, base: Sites) -> dict[str, tuple[int, int]]:
+        """Those of them that are linear maps."""
+        return {site: size for site, size in self.chosen(base).items() if site not in base.embeddings}
 
     def rank_of(self, site: str) -> int:
         return next((rank for name, rank in self.ranks if picks(name, site)), self.rank)
@@ -89,6 +101,10 @@ class LoRA(Method):
     def scale_of(self, site: str) -> float:
         rank = self.rank_of(site)
         return self.alpha_of(site) / (rank**0.5 if self.scaling == "rslora" else rank)
+
+    def alpha_for(self, scale: float, rank: int) -> float:
+        """Undoes scale_of: which alpha gives this scale at this rank."""
+        return scale * (rank**0.5 if self.scaling == "rslora" else rank)
 
     def rank_class(self, site: str = "") -> int:
         """The rank its bank is padded to: the next power of two from 8. A function of this user's rank alone."""
@@ -103,7 +119,7 @@ class LoRA(Method):
 
         As lie one below the other, so that sites that share their input are one matrix to a kernel; Bts too.
         """
-        linear = {site: size for site, size in self.chosen(base).items() if site in base.sites}
+        linear = self.linear(base)
         shapes = {f"{site}.A": (self.rank_class(site), K) for site, (K, _) in linear.items()}
         shapes |= {f"{site}.Bt": (self.rank_class(site), N) for site, (_, N) in linear.items()}
         for site, (vocab_size, width) in self.chosen(base).items():
@@ -114,6 +130,10 @@ class LoRA(Method):
 
     def count(self, base: Sites) -> int:
         return sum(self.rank_of(site) * (K + N) for site, (K, N) in self.chosen(base).items())
+
+    def flops(self, base: Sites) -> int:
+        return sum(2 * self.rank_of(site) * (N if site in base.embeddings else K + N)
+                   for site, (K, N) in self.chosen(base).items())  # fmt: skip
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         tensors = {}
@@ -172,16 +192,20 @@ class LoraActor(Actor):
         own = {name for pattern in (method.ranks, method.alphas) for name, _ in pattern}
         self.settings = {site: make() if any(picks(name, site) for name in own) else shared for site in chosen}
         self.thresholds = np.zeros(U, dtype=np.int64)
-        self.input_of = {site: group[0] for group in base.shared_inputs for site in group}
-        linear = {site: size for site, size in chosen.items() if site in base.sites}
+        self.input_of = {site: group[0] for group in (*base.shared_inputs, *zip(base.heads)) for site in group}
+        linear = method.linear(base)
         self.loras = {(site,): self._view((site,), linear) for site in linear}
         for group in base.shared_inputs:
             acting = tuple(site for site in group if site in linear)
             if len(acting) > 1 and self._can_join(acting, linear):
                 self.loras[acting] = self._view(acting, linear)
         for site in chosen.keys() & base.embeddings.keys():
-            update = EmbeddingUpdate(vectors(bank, f"{site}.At"), vectors(bank, f"{site}.Bt"), self.settings[site][0])
-            self.embeds = update
+            At, Bt, scale = vectors(bank, f"{site}.At"), vectors(bank, f"{site}.Bt"), self.settings[site][0]
+            self.embeds["embed"] = EmbeddingUpdate(At, Bt, scale)
+            if isinstance(base, T5):
+                again = SecondUse(At), SecondUse(Bt)
+                self.embeds["targets"] = EmbeddingUpdate(*(use.vectors for use in again), scale)
+                self.derived += again
 
     def _can_join(self, sites: tuple[str, ...], sizes: dict[str, tuple[int, int]]) -> bool:
         """Whether these sites' matrices lie one after another without a gap, and a kernel can take them at once."""

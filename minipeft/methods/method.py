@@ -62,6 +62,11 @@ class Method:
         """The methods that act together, of each of `actors`: a stack has several (stack.py)."""
         return (self,)
 
+    @property
+    def title(self) -> str:
+        """What people call it: "lora", or "lora+head" of methods that act together."""
+        return "+".join(part.name for part in self.parts)
+
     def kind(self, base: Sites) -> tuple:
         """Users of equal kinds share a bank. A function of this configuration and the base alone."""
         return (self,)
@@ -104,6 +109,13 @@ class Method:
         """Trained numbers of one user."""
         return sum(math.prod(shape) for shape in self.shapes(base).values())
 
+    def flops(self, base: Sites) -> int:
+        """FLOPs that it adds to the forward pass for one token, at every site once; on a T5 one token of each side.
+
+        What virtual tokens cost is not in it: each is one more row that runs through the base.
+        """
+        raise NotImplementedError
+
     def described(self) -> dict:
         """As plain values, for files. `method_from` undoes it."""
         return {"name": self.name, **asdict(self)}
@@ -120,6 +132,16 @@ class Method:
 def _frozen(value):
     """Lists, which is what JSON makes of tuples, as tuples."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+class IfThere(tuple):
+    """Names of sites that a base may lack: a method's defaults, which `on_base` cuts to what there is.
+
+    A plain tuple is somebody's choice: where a base lacks one of it, that is an error.
+    """
+
+    def on_base(self, places: dict) -> tuple[str, ...]:
+        return tuple(name for name in self if any(picks(name, place) for place in places))
 
 
 def choose(method: str, names: tuple[str, ...], places: dict) -> dict:
@@ -203,10 +225,11 @@ class Actor:
                   the share [T_g, K], share) -> [T_g, N].
     bottlenecks:  block site.
     prompts:      "embed", or an attention's "<site>.k" and "<site>.v" -> rows of the virtual tokens, [U, V, width].
-    embeds:       what is added to embedded tokens: a function of (tokens [T_g], share) -> [T_g, width]; or None.
+    embeds:       "embed", or an encoder-decoder's "targets" -> what is added to embedded tokens: a function of
+                  (tokens [T_g], share) -> [T_g, width].
     tail:         what a T5's stream becomes after its encoder's last layer: a function of (the share's rows of it
                   [T_g, width], the pass's rows, share) -> [T_g, width]; or None.
-    derived:      parameters that are functions of trained ones.
+    derived:      parameters that are functions of trained ones, and second uses of some.
     """
 
     def __init__(self):
@@ -217,9 +240,9 @@ class Actor:
         self.deltas: dict[str, Callable[[Tensor, Share], Tensor]] = {}
         self.bottlenecks: dict[str, Bottlenecks] = {}
         self.prompts: dict[str, Vectors] = {}
-        self.embeds: Callable[[Tensor, Share], Tensor] | None = None
+        self.embeds: dict[str, Callable[[Tensor, Share], Tensor]] = {}
         self.tail: Callable[[Tensor, Rows, Share], Tensor] | None = None
-        self.derived: list[Derived] = []
+        self.derived: list[Derived | SecondUse] = []
         self.loras: dict[tuple[str, ...], dict] = {}  # sites that share an input -> fields of a kernel's `Lora`
 
     def admit(self, slot: int, method: Method) -> None:
@@ -259,6 +282,11 @@ class Residents:
         for view, of_view in zip(views, counts):
             view["squares"] = tuple(part if part.shape[1] else None for part in (next(columns) for _ in of_view))
 
+    @property
+    def at_head(self) -> bool:
+        """Whether they act at the head, on the rows that are read."""
+        return any(("head",) in actor.loras for actor in self.actors)
+
     def admit(self, user: str, method: Method, row: Tensor, key: int) -> int:
         """Put a user's row [P] into a free slot and return the slot."""
         slot = self.bank.admit(user, row)
@@ -279,7 +307,7 @@ class Residents:
         for derived in self._derived():
             derived.end(self._on(slots))
 
-    def _derived(self) -> "list[Derived]":
+    def _derived(self) -> "list[Derived | SecondUse]":
         return [derived for actor in self.actors for derived in actor.derived]
 
     def _on(self, slots: np.ndarray) -> Tensor:
@@ -336,6 +364,23 @@ class Derived:
             if grad is not None:  # f may read a parameter without passing gradients on: DoRA's norm does
                 self.bank.layout.view(self.bank.grads, name)[slots] = grad
         self._trained = self._made = None
+
+
+class SecondUse:
+    """A parameter's second use in a pass: ops store gradients, so this one's go beside the first's and are added after.
+
+    Both uses store gradients of the same slots, all that are in the pass.
+    """
+
+    def __init__(self, first: Vectors):
+        self._first = first
+        self.vectors = Vectors(first.values, torch.zeros_like(first.grads))
+
+    def begin(self, slots: Tensor, training: bool) -> None:
+        """Nothing to do before a pass."""
+
+    def end(self, slots: Tensor) -> None:
+        self._first.grads[slots] += self.vectors.grads[slots]
 
 
 def method_from(described: dict) -> Method:

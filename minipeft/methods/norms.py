@@ -41,6 +41,9 @@ class LayerNormTuning(Method):
                  for kind in ("weight", "bias")}  # fmt: skip
         return {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
 
+    def flops(self, base: Sites) -> int:
+        return self.count(base)
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         return {name: tensor.float().cpu() for name, tensor in self._own(base).items()}
 

@@ -69,6 +69,9 @@ class PrefixTuning(Method):
         return {"embedding": (self.tokens, width), "W1": (self.hidden, width), "b1": (self.hidden,),
                 "W2": (total, self.hidden), "b2": (total,)}  # fmt: skip
 
+    def flops(self, base: Sites) -> int:
+        return 0
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         tensors = {}
         for name, shape in self.shapes(base).items():

@@ -62,6 +62,9 @@ class PromptTuning(Method):
     def shapes(self, base: Sites) -> dict[str, tuple[int, ...]]:
         return {"prompt": (self.tokens, base.embed.weight.shape[1])}
 
+    def flops(self, base: Sites) -> int:
+        return 0
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         table = base.embed.weight
         if self.start_from == "normal":

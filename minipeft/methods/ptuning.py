@@ -69,6 +69,9 @@ class PTuning(Method):
             shapes |= {f"mlp.{i}.weight": (N, K), f"mlp.{i}.bias": (N,)}
         return shapes
 
+    def flops(self, base: Sites) -> int:
+        return 0
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         shapes, tensors = self.shapes(base), {}
         for name, shape in shapes.items():

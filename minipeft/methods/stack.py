@@ -51,6 +51,9 @@ class Stack(Method):
     def count(self, base: Sites) -> int:
         return sum(part.count(base) for part in self.members)
 
+    def flops(self, base: Sites) -> int:
+        return sum(part.flops(base) for part in self.members)
+
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         return {name: tensor for part in self.members
                 for name, tensor in part.start(base, lambda *purpose, own=part: draw(own.name, *purpose)).items()}

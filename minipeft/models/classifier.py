@@ -31,7 +31,8 @@ class Classifier(Sites, nn.Module):
                                                                 dtype=encoder.embed.weight.dtype))  # fmt: skip
         self.sites, self.shared_inputs, self.linears = encoder.sites, encoder.shared_inputs, encoder.linears
         self.norms, self.blocks, self.attentions = encoder.norms, encoder.blocks, encoder.attentions
-        self.embeddings, self.head_size = encoder.embeddings, (encoder.config.width + 1, num_classes)
+        self.heads, self.embeddings = encoder.heads, encoder.embeddings
+        self.head_size = (encoder.config.width + 1, num_classes)
         self.origin = encoder.origin
         self.requires_grad_(False)
 

@@ -108,9 +108,9 @@ class Decoder(Causal):
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.name_sites(
-            g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
-                                             (a.mlp.gate, a.mlp.up), (a.mlp.down,)))  # fmt: skip
+        groups = (g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
+                                                   (a.mlp.gate, a.mlp.up), (a.mlp.down,)))  # fmt: skip
+        self.name_sites(groups, self.head_linear)
         self.requires_grad_(False)
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:

@@ -110,9 +110,9 @@ class GPT2(Causal):
         self.head_linear = Linear("head", config.width, config.vocab_size, bias=False)
         if config.tied_head:
             self.head_linear.weight = self.embed.weight
-        self.name_sites(
-            g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,), (a.mlp.up,), (a.mlp.down,))
-        )
+        groups = (g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
+                                                   (a.mlp.up,), (a.mlp.down,)))  # fmt: skip
+        self.name_sites(groups, self.head_linear)
         self.requires_grad_(False)
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:

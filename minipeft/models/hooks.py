@@ -5,6 +5,7 @@
     block    y, what an attention or MLP block adds to its stream      "layers.3.attn", "layers.3.mlp"
     keys     k and v of an attention, position encoding applied        "layers.3.attn"
     embed    the rows of the token embedding                           "embed"
+             on an encoder-decoder those of inputs, and targets' beside them
     tail     the stream after an encoder-decoder's last encoder layer
 
 `Hooks` itself does what the base alone does. A pass of many users gives the base hooks of its own, which add each row's
@@ -53,6 +54,10 @@ class Hooks:
         """Embedded tokens [T, width], before positions are added. tokens [T] int64."""
         return x
 
+    def embed_targets(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """An encoder-decoder's embedded target tokens [T, width], of the same table. tokens [T] int64."""
+        return x
+
     def tail(self, x: Tensor, rows: Rows) -> Tensor:
         """A T5's stream [T, width] between its encoder's last layer and the norm after it."""
         return x
@@ -84,7 +89,8 @@ class Sites:
 
     sites:         linear site -> (in features K, out features N), in forward order.
     shared_inputs: the same sites, in groups that share their input: what `Hooks.linear` is called with.
-    linears:       linear site -> its frozen map.
+    heads:         "head" -> (width, vocabulary): the map to the vocabulary, where rows are read; {}: there is none.
+    linears:       linear site, or head -> its frozen map.
     norms:         norm site -> its frozen norm.
     blocks:        block site -> width of the stream that it adds to.
     attentions:    block site of an attention -> (heads of its keys, head width).
@@ -96,6 +102,7 @@ class Sites:
 
     sites: dict[str, tuple[int, int]]
     shared_inputs: tuple[tuple[str, ...], ...]
+    heads: dict[str, tuple[int, int]]
     linears: dict[str, Linear]
     norms: dict[str, nn.Module]
     blocks: dict[str, int]
@@ -105,12 +112,14 @@ class Sites:
     family: "Family | None" = None
     origin: "Origin | None" = None
 
-    def name_sites(self, groups: Iterable[Sequence[Linear]]) -> None:
-        """Fill in the tables. groups: the linear maps that share their input, in forward order."""
+    def name_sites(self, groups: Iterable[Sequence[Linear]], head: Linear | None = None) -> None:
+        """Fill in the tables. groups: the linear maps that share their input, in forward order. head: if it speaks."""
         groups = [tuple(group) for group in groups]
         self.linears = {m.site: m for group in groups for m in group}
         self.sites = {site: (m.weight.shape[1], m.weight.shape[0]) for site, m in self.linears.items()}
         self.shared_inputs = tuple(tuple(m.site for m in group) for group in groups)
+        self.heads = {} if head is None else {head.site: (head.weight.shape[1], head.weight.shape[0])}
+        self.linears |= {} if head is None else {head.site: head}
         self.norms, self.blocks, self.attentions = {}, {}, {}
         self.embeddings = {"embed": tuple(self.embed.weight.shape)}
         for name, module in self.named_modules():

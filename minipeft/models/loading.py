@@ -78,12 +78,7 @@ def load_model(
     checkpoint = Checkpoint(folder)
     heads = checkpoint.prepare(family)
     check_sizes(config, checkpoint)
-    try:
-        with torch.device("meta"), _NoStartValues():
-            model = family.model(family.complete(config, checkpoint.keys))
-    except RuntimeError as error:  # a weight of 2**63 bytes
-        raise InputError(f"{folder / 'config.json'}: no such model can be made ({one_line(error)}). "
-                         "Download it again.") from None  # fmt: skip
+    model = _unset(family, family.complete(config, checkpoint.keys), folder)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     sources = family.sources(model)
     checkpoint.check({source.key: source.shape or shapes[name] for name, source in sources.items()},
@@ -113,6 +108,26 @@ def load_model(
         model.stop_tokens = _stop_tokens(folder)
     model.origin = Origin(folder.absolute(), asked_for, model)
     return model.to(device)  # buffers
+
+
+def load_shape(name: str | Path) -> nn.Module:
+    """The base that a folder's config.json describes, on the meta device: all sizes and no numbers. For counting.
+
+    Raises:
+        InputError: as `load_model`, of the folder and its config.json.
+    """
+    folder = find_folder(name)
+    return _unset(*read_config(folder), folder)
+
+
+def _unset(family: Family, config: object, folder: Path) -> nn.Module:
+    """The base of this config, on the meta device."""
+    try:
+        with torch.device("meta"), _NoStartValues():
+            return family.model(config)
+    except RuntimeError as error:  # a weight of 2**63 bytes
+        raise InputError(f"{folder / 'config.json'}: no such model can be made ({one_line(error)}). "
+                         "Download it again.") from None  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -226,8 +226,7 @@ class T5(Sites, nn.Module):
         groups += [g for a in self.decoder.layers
                    for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,), (a.cross.q,), (a.cross.o,),
                              ups(a), (a.mlp.down,))]  # fmt: skip
-        self.name_sites(groups)
-        self.embeddings = {}  # one table for inputs and targets: what acted on it would act on both kinds of rows
+        self.name_sites(groups, self.head_linear)
         self.requires_grad_(False)
 
     def encode_rows(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
@@ -261,7 +260,8 @@ class T5(Sites, nn.Module):
         Returns:
             [T_out, width], dtype of the weights.
         """
-        x, biases = self.embed(rows.tokens), rows.attend.scores_bias(self.decoder.bias)
+        x = hooks.embed_targets(self.embed(rows.tokens), rows.tokens)
+        biases = rows.attend.scores_bias(self.decoder.bias)
         for layer, seen in zip(self.decoder.layers, keys, strict=True):
             x = run(self, layer, x, rows, biases, seen, cross, hooks)
         return hooks.norm(self.decoder.norm, x)
