@@ -36,7 +36,7 @@ from minipeft.options import (
     settings_of,
     sites_of,
 )
-from minipeft.ranks import Ranks, joined
+from minipeft.ranks import Ranks, joined, own_device
 from minipeft.running import evaluate, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
 from minipeft.store import Store
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         result = COMMANDS[args.command](args, finished)
-        if args.json:
+        if args.json and result is not None:
             print(json.dumps(result, ensure_ascii=False))
         sys.stdout.flush()
     except InputError as error:
@@ -162,7 +162,7 @@ def told(method: Method) -> dict:
 # ---- The commands: each prints for people, and returns what --json prints -------------------------------------------
 
 
-def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
+def run_train(args: argparse.Namespace, finished: list[str]) -> dict | None:
     """Appends to `finished` each user whose adapter is on disk."""
     method = method_of(args)
     if args.start_text is not None:
@@ -177,9 +177,15 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
         return train_users(args, config, finished, ranks, scalar)
 
 
-def train_users(args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks, scalar) -> dict:
+def train_users(
+    args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks,
+    scalar: Callable[[str, float, float], None] | None,
+) -> dict | None:  # fmt: skip
+    """One rank's part. None at ranks other than 0, which print nothing."""
     task = TaskFolder(args.task, args.users)
-    training = Training.plan(load(args), task, config, args.store, args.shared, args.again, passes_of(args),
+    check_device(args.device)
+    model = load_model(args.model, device=own_device(args.device))
+    training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),
                              resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
                              save_minutes=args.save_minutes)  # fmt: skip
     method, base = training.method, training.base
@@ -191,8 +197,9 @@ def train_users(args: argparse.Namespace, config: TrainConfig, finished: list[st
               f"{method.count(base):,} ({acts})", flush=True)  # fmt: skip
     summary = training.run(lambda adapter: finished.append(adapter.user), progress if ranks.writes else silent,
                            scalar=scalar)  # fmt: skip
-    if ranks.writes:
-        show_summary(summary, args.store)
+    if not ranks.writes:
+        return None
+    show_summary(summary, args.store)
     quarantined = [{"user": user, "reason": reason} for user, reason in summary.quarantined.items()]
     return {"store": str(args.store), "base": base.origin.name, "task": task.header.name, "method": told(method),
             "num_users": summary.trained, "adapter_numbers": method.count(base), "num_cut_texts": summary.num_cut,
@@ -337,7 +344,7 @@ def run_import(args: argparse.Namespace, _) -> dict:
             "adapter_numbers": adapter.method.count(base)}  # fmt: skip
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], dict]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], dict | None]] = {
     "train": run_train, "eval": run_eval, "predict": run_predict, "users": run_users, "methods": run_methods,
     "export": run_export, "import": run_import,
 }  # fmt: skip

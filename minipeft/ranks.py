@@ -39,6 +39,11 @@ def share_out(users: Sequence[str], sizes: Sequence[int], num_ranks: int) -> lis
     return shares
 
 
+def own_device(device: str) -> str:
+    """Which of a machine's GPUs is this process's, where `device` says only that it is one."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
 class Ranks:
     """One process of several, or the only one.
 

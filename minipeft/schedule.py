@@ -75,7 +75,7 @@ class TrainConfig:
 class PassConfig:
     """How users share passes. None of this changes anybody's adapter beyond the last bits of fp32."""
 
-    slots: int = 32  # users resident at a time
+    slots: int | str = 32  # users resident at a time; "auto", where a store is trained: see memory.py
     token_budget: int = 2048  # rows in a pass, at least one user's minibatch whatever its size
     deterministic: bool = False  # also the last bits: products in fixed tiles of one user's rows
     recompute: bool = False  # activation checkpointing: less memory, a third more work, the same bits
@@ -83,8 +83,8 @@ class PassConfig:
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""
         for name in ("slots", "token_budget"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not (isinstance(value := getattr(self, name), int) and value >= 1):
+                raise InputError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from minipeft.engine import Engine
 from minipeft.errors import InputError
-from minipeft.labels import Question
 from minipeft.log import Log
+from minipeft.memory import fitted
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
@@ -36,6 +37,7 @@ from minipeft.tasks.task import Task
 EVERYONE = "(everyone)"  # the one "user" of a shared adapter
 SHARED = {"epochs": 1, "batch_size": 64}  # what is different in training for the one adapter of everybody
 SAVE_MINUTES = 10.0  # between two savings of what is under way
+PROBED = 8  # users whose first minibatches tell how much memory a pass takes
 MINUTE = 60.0  # seconds between two lines of statistics in the log
 
 Show = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # a title -> a function of (done, total)
@@ -44,10 +46,6 @@ Show = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # a 
 def silent(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
     """A `Show` that shows nothing."""
     return nullcontext(lambda done, total: None)
-
-
-def pooled(split: dict[str, list[Question]]) -> list[Question]:
-    return [question for questions in split.values() for question in questions]
 
 
 # ---- Stopping in order ---------------------------------------------------------------------------------------------
@@ -132,26 +130,19 @@ class Desk:
             for each in news:
                 self._ranks.send(packed(each))
             return
-        done: list[tuple[str, str]] = []
-        finished: list[Adapter] = []
-        for each in news:
-            if isinstance(each, Adapter):
-                try:
-                    self._store.add(replace(each, under=self.under), self._base)
-                except InputError as error:  # an id that the store does not take, say
-                    each = Fault(each.user, str(error))
-            if isinstance(each, Adapter):
-                finished.append(each)
-                done.append((each.user, ""))
-            elif isinstance(each, Fault):
-                self._quarantine(each)
-                done.append((each.user, each.reason))
-            else:
-                self.count(each["num_cut"], each["splits"])
-        if done:
-            self._state.note(done)
+        news = list(news)
+        finished = [each for each in news if isinstance(each, Adapter)]
+        faults = [each for each in news if isinstance(each, Fault)]
+        for adapter in finished:
+            self._store.add(replace(adapter, under=self.under), self._base)
+        if finished or faults:
+            self._state.note([*((a.user, "") for a in finished), *((f.user, f.reason) for f in faults)])
         for adapter in finished:
             self._count_finished(adapter)
+        for fault in faults:
+            self._quarantine(fault)
+        for counts in (each for each in news if isinstance(each, dict)):
+            self.count(counts["num_cut"], counts["splits"])
 
     def _quarantine(self, fault: Fault) -> None:
         self.summary.quarantined[fault.user] = fault.reason
@@ -234,7 +225,7 @@ class Training:
         config.check()
         config.method.check(base)
         passes = passes or PassConfig()
-        passes.check()
+        replace(passes, slots=1 if passes.slots == "auto" else passes.slots).check()
         virtual = config.method.virtual(base)
         prompts.question("", virtual=virtual[0])
         if shared == "on" and any(virtual):
@@ -245,6 +236,11 @@ class Training:
                        passes, ranks, save_minutes)  # fmt: skip
         if strict:
             training.check_users()
+        if passes.slots == "auto":
+            some = list(islice(training.readable(), PROBED))
+            if not some:
+                training.check_users()
+            training = replace(training, passes=fitted(passes, base, prompts.labels, some))
         if not ranks.writes:
             return training
         begun = training.state.begun
@@ -275,11 +271,22 @@ class Training:
                                                 for examples in self.source.examples(user))  # fmt: skip
         return Job(user, train, val, self.config), num_cut + num_val_cut
 
+    def readable(self) -> Iterator[Job]:
+        """The jobs of users who can be trained, as far as can be seen; the others are reported in their own turn."""
+        check = Engine(self.base, self.prompts.labels, PassConfig()).check
+        for user in self.users:
+            try:
+                job, _ = self.job(user)
+                check(job)
+            except InputError:
+                continue
+            yield job
+
     def check_users(self) -> None:
         """Raises InputError for the first user who cannot be trained, as far as that can be seen."""
-        engine = Engine(self.base, self.prompts.labels, self.passes)
+        check = Engine(self.base, self.prompts.labels, PassConfig()).check
         for user in self.users:
-            engine.check(self.job(user)[0])
+            check(self.job(user)[0])
 
     # ---- Running -----------------------------------------------------------------------------------------------------
 
@@ -353,15 +360,12 @@ class Training:
 
     def train_shared(self, show: Show, desk: Desk, stop: Stop) -> Adapter:
         """The one adapter of all users, on their pooled examples: of those whose examples can be read."""
-        train, val = {}, {}
-        for user in self.users:
-            try:
-                job, _ = self.job(user)
-            except InputError:
-                continue  # is reported when the user's own turn comes
-            train[user], val[user] = job.train, job.val
+        train, val = [], []
+        for job in self.readable():
+            train += job.train
+            val += job.val
         standing = self.state.standings({EVERYONE}).get(EVERYONE)
-        job = Job(EVERYONE, pooled(train), pooled(val), replace(self.config, **SHARED), standing=standing)
+        job = Job(EVERYONE, train, val, replace(self.config, **SHARED), standing=standing)
         came: list[Adapter | Fault] = []
         self._train([job], came.extend, desk, stop, show, "training one adapter for all", job.planned_examples)
         if isinstance(came[0], Fault):

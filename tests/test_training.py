@@ -423,3 +423,10 @@ def test_memory_holds_the_jobs_of_residents_alone(task, base, tmp_path, monkeypa
     plan = Training.plan(base, task, CONFIG, tmp_path / "store", passes=EXACT)
     plan.run(lambda adapter: behind.append(len(read)))
     assert behind[0] == EXACT.slots and behind[-1] == NUM_USERS and len(read) == NUM_USERS
+
+
+def test_slots_auto_gives_the_same_bits(task, base, whole, tmp_path):
+    plan = Training.plan(base, task, CONFIG, tmp_path / "store", passes=replace(EXACT, slots="auto"))
+    assert plan.passes.slots >= NUM_USERS and plan.passes.token_budget > EXACT.token_budget
+    plan.run()
+    assert_same(adapters(tmp_path / "store", base), whole)
