@@ -5,7 +5,8 @@
 Every rank has the whole frozen base, an engine and users of its own; no gradient ever leaves a rank, so they need not
 keep step. Rank 0 alone writes the store: the others send it what is finished, as bytes of safetensors, over gloo. Ranks
 on GPUs do the same: nothing that is sent lies on a GPU, so NCCL would have nothing to do. The store's folder need not
-be shared between machines. If a rank dies, torchrun starts all of them again, and with --resume they go on.
+be shared between machines. If a rank dies, torchrun (--max-restarts) starts all of them again, and with --resume they
+go on. On several machines that needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: a new meeting place after each restart.
 """
 
 import heapq
@@ -118,7 +119,11 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=FOREVER)
+    store, rank, number = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # one machine: its count of restarts is everybody's
+        # torchrun's store outlives a restart, and the addresses of those who died are still in it.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=FOREVER)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

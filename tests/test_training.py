@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,6 +312,34 @@ def test_any_number_of_processes_gives_the_same_bits(task, model, base, whole, t
     assert log_of(tmp_path / "store", "start")[0]["ranks"] == ranks
 
 
+def test_a_rank_that_is_killed_comes_back_and_nobody_is_lost(task, model, base, whole, tmp_path):
+    """torchrun ends the others by SIGTERM, which they save at, and starts all of them again."""
+    argv, store = command(task, model, tmp_path / "store", "--resume", ranks=2), tmp_path / "store"
+    argv[argv.index("--standalone")] = "--standalone --max-restarts=2"
+    process = subprocess.Popen(" ".join(argv), shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (store / "log.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(rank_of(store, 1), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert len(log_of(store, "start")) == 2 and len(log_of(store, "end")) == 1
+    finished = [line["user"] for line in log_of(store, "finished")]
+    assert sorted(finished) == sorted(whole), "nobody is trained twice"
+    assert_same(adapters(store, base), whole)
+
+
+def rank_of(store, rank):
+    """The process id of this rank of the training into this store."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:  # it has ended meanwhile, or is somebody else's
+            continue
+        if str(store).encode() in command and f"RANK={rank}".encode() in environment:
+            return int(process.name)
+    raise AssertionError("that rank does not run")
+
+
 def test_shares_are_balanced_and_a_function_of_the_users_alone():
     users, sizes = [f"user {i}" for i in range(40)], [1000 // (i + 1) for i in range(40)]
     for number in (1, 2, 3, 5):
@@ -409,7 +438,7 @@ def test_numbers_of_the_log_go_to_tensorboard(task, base, tmp_path, monkeypatch)
     seen = []
     plan = Training.plan(base, task, CONFIG, tmp_path / "store", passes=EXACT)
     plan.run(scalar=lambda name, number, now: seen.append((name, number)))
-    assert ("finished/best_epoch", 1) in seen and ("end/trained", NUM_USERS) in seen
+    assert {"finished/best_epoch", "passes/rows"} <= {name for name, _ in seen} and ("end/trained", NUM_USERS) in seen
     statistics = log_of(tmp_path / "store", "passes")
     assert [line["passes"] for line in statistics] == list(range(1, len(statistics) + 1))
     assert statistics[-1]["worked_off"] == statistics[-1]["planned"]
