@@ -3,8 +3,8 @@
     python benchmarks/many_users.py [--quick]
 
 Synthetic users with 10 to 60 examples, skewed, at most 3 epochs, on the default base, on this machine's cores. Each
-size is trained by a process of its own, which reads its memory whenever a user finishes: `rss_mb` is the resident memory
-when a tenth, a half and all of the users are done. The base is trained beforehand, on the first users' examples.
+size is trained by a process of its own, which reads its memory whenever a user finishes: `rss_mb` is the resident
+memory when a tenth, a half and all of the users are done. The base is trained beforehand, on the fewer users' examples.
 """
 
 import argparse

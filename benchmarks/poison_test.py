@@ -74,7 +74,7 @@ def main() -> None:
             summary = training.plan(base, source, config, store, passes=PASSES).run()
             same.append(identical(rows_of(store, base), expected) and list(summary.quarantined) == [POISONED])
             print(f"{kind}: {'others identical' if same[-1] else 'DIFFERENT'}; {summary.quarantined}", flush=True)
-    print(json.dumps({"users": USERS, "poisoned": len(kinds) - 1, "others_identical": all(same)}))
+    print(json.dumps({"users": USERS, "poisoned": len(kinds), "others_identical": all(same)}))
 
 
 if __name__ == "__main__":
