@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
         if adapter.metrics["skipped_steps"]:
             skipped[adapter.user] = adapter.metrics["skipped_steps"]
 
-    training.run(keep, progress)
+    with closing(training.store):
+        training.run(keep, progress)
     if skipped:
         print(f"{len(skipped)} users skipped steps whose gradient was not finite, e.g. {next(iter(skipped))!r}")
     print(f"{len(finished)} users' adapters are in {args.store}")

@@ -29,13 +29,15 @@ from typing import NamedTuple
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.index import Configuration, Entry, Index, ShardEntry, named, only_writer
+from minipeft.index import Configuration, Entry, Form, Index, ShardEntry, named, only_writer
 from minipeft.models.checkpoint import sync
 from minipeft.models.fields import shown
 from minipeft.shards import KINDS, MAX_BYTES, Shard, check_folder, remove_others, shard_path, write_shard
 
 MAX_WAITING = 4 << 20  # bytes of a configuration's rows that wait for a shard
 MAX_MAPPED = 64  # shards that a reader keeps open
+FAULT = 64 << 10  # bytes of a file that become memory of the process when one of them is read
+MAX_TOUCHED = 16 << 20  # bytes that do so before they are given back
 MOVE = "UPDATE adapters SET shard = ?, row = ? WHERE id = ?"
 PUT = """INSERT INTO adapters VALUES (?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (id) DO UPDATE SET
          configuration = excluded.configuration, shard = excluded.shard, row = excluded.row,
@@ -83,7 +85,9 @@ class Archive:
                              f"{', '.join(KINDS)}")  # fmt: skip
         self._shards = folder / "shards"
         self._mapped: OrderedDict[int, tuple[int, Shard]] = OrderedDict()
+        self._touched = 0
         self._configurations: dict[int, Configuration] = {}  # numbers are never given twice
+        self._forms: dict[int, Form] = {}
         self._seeds: dict[tuple[int, int], int] = {}
         self._is_clean = False
 
@@ -108,6 +112,11 @@ class Archive:
         if number not in self._configurations:
             self._configurations[number] = self.index.configuration(number)
         return self._configurations[number]
+
+    def form(self, number: int) -> Form:
+        if number not in self._forms:
+            self._forms[number] = self.index.form(number)
+        return self._forms[number]
 
     def read(self, entry: Entry) -> tuple[Entry, np.ndarray]:
         """A row's bytes, uint8, and its entry, which is another if somebody has moved or replaced the row meanwhile.
@@ -139,9 +148,12 @@ class Archive:
         configuration, shard = self._shard(entry.shard)
         if shard is None or configuration != entry.configuration or not 0 <= entry.row < shard.n:
             return None
-        data = shard.row(entry.row)
-        shard.forget()
-        return data
+        self._touched += max(shard.row_bytes, FAULT)
+        if self._touched > MAX_TOUCHED:
+            for _, mapped in self._mapped.values():
+                mapped.forget()
+            self._touched = 0
+        return shard.row(entry.row)
 
     def _row_bytes(self, configuration: int) -> int:
         return self.configuration(configuration).width * KINDS[self.kind][1]
@@ -170,7 +182,7 @@ class Archive:
         away, who could write the index as well.
         """
         if (configuration, of.form) not in self._seeds:
-            parts = (*self.configuration(configuration)[1:], *self.index.form(of.form)[1:])
+            parts = (*self.configuration(configuration)[1:], *self.form(of.form)[1:])
             self._seeds[configuration, of.form] = zlib.crc32(repr(parts).encode())
         seed = zlib.crc32(of.key + of.numbers, self._seeds[configuration, of.form])
         return zlib.crc32(data, seed) - (1 << 31)  # signed: SQLite keeps it in 4 bytes
@@ -210,8 +222,8 @@ class Archive:
                                  "whole") from None  # fmt: skip
             finally:
                 if not self._is_clean:  # numbers that were taken back are given again
-                    self._configurations.clear()
-                    self._seeds.clear()
+                    for known in (self._configurations, self._forms, self._seeds):
+                        known.clear()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -228,7 +240,8 @@ class Archive:
     def put(self, configuration: int, items: Sequence[Item]) -> None:
         """Enter rows of one configuration; they replace earlier ones of the same keys. Inside `writing`."""
         items = sorted(items, key=lambda item: item.key)  # neighbours in the index, written together
-        self.index.write("DELETE FROM waiting WHERE id = ?", [(item.key,) for item in items])
+        if self.index.rows("SELECT 1 FROM waiting LIMIT 1"):
+            self.index.write("DELETE FROM waiting WHERE id = ?", [(item.key,) for item in items])
         may_wait = MAX_WAITING // self._row_bytes(configuration)
         if self.index.num_waiting(configuration, at_most=may_wait) + len(items) <= may_wait:
             places = [(0, 0)] * len(items)

@@ -6,6 +6,7 @@ import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from json.encoder import encode_basestring_ascii as text
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from minipeft.errors import InputError
 from minipeft.methods.method import Method
 from minipeft.models.hooks import Sites
 
-INTEGERS = {"b": 1 << 7, "h": 1 << 15, "i": 1 << 31, "q": 1 << 63}  # struct's code -> the first number too large for it
+INTEGERS = (("b", 1 << 7), ("h", 1 << 15), ("i", 1 << 31), ("q", 1 << 63))  # struct's code, the first too large for it
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------------
@@ -94,29 +95,32 @@ def take_apart(metrics: dict) -> tuple[str, str, bytes]:
     """
     numbers: list[int | float] = []
 
-    def without(value):
-        if isinstance(value, dict):
-            return {name: without(part) for name, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [without(part) for part in value]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+    def skeleton(value: object) -> str:
+        kind = type(value)
+        if kind is int or kind is float:
             numbers.append(value)
-            return 0
-        return value
+            return "0"
+        if kind is bool:
+            return "true" if value else "false"
+        if kind is list or kind is tuple:
+            return f"[{', '.join(map(skeleton, value))}]"
+        if kind is dict:
+            return f"{{{', '.join([f'{text(name)}: {skeleton(part)}' for name, part in value.items()])}}}"
+        return json.dumps(value)
 
     try:
-        skeleton = json.dumps(without(metrics))
+        whole = skeleton(metrics)
         codes = "<" + "".join(map(_code, numbers))
-        return skeleton, codes, struct.pack(codes, *numbers)
+        return whole, codes, struct.pack(codes, *numbers)
     except (TypeError, ValueError) as error:
         raise InputError(f"metrics must be what JSON can hold: {error}") from None
 
 
 def _code(number: int | float) -> str:
     """The shortest that holds it."""
-    if isinstance(number, float):
+    if type(number) is float:
         return "d"
-    for code, end in INTEGERS.items():
+    for code, end in INTEGERS:
         if -end <= number < end:
             return code
     raise ValueError(f"{number} has more than 64 bits")

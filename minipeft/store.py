@@ -354,7 +354,7 @@ class Store:
         return self._methods[entry.configuration]
 
     def _metrics(self, entry: Entry) -> dict:
-        form = self._archive.index.form(entry.form)
+        form = self._archive.form(entry.form)
         try:
             return put_together(form.skeleton, form.codes, entry.numbers)
         except ValueError as error:

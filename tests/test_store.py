@@ -477,7 +477,8 @@ def test_a_flipped_bit_is_found_and_its_user_named(store, base, monkeypatch):
 
 @pytest.mark.parametrize("damage", [
     "UPDATE waiting SET row = zeroblob(length(row))", "DELETE FROM waiting", "UPDATE adapters SET shard = 7",
-    "UPDATE adapters SET numbers = CAST(x'00' || substr(numbers, 2) AS BLOB)", "UPDATE adapters SET id = CAST(x'7a' || id AS BLOB)",
+    "UPDATE adapters SET numbers = CAST(x'00' || substr(numbers, 2) AS BLOB)",
+    "UPDATE adapters SET id = CAST(x'7a' || id AS BLOB)",
     "UPDATE adapters SET configuration = 3 - configuration", "UPDATE forms SET codes = replace(codes, 'd', 'q')",
     "UPDATE configurations SET method = replace(method, '7.0', '9.0')", "DELETE FROM configurations",
     "UPDATE forms SET skeleton = replace(skeleton, 'steps', 'pasta')", "DELETE FROM forms",
