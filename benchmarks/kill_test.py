@@ -53,6 +53,12 @@ class Found:
     damaged: int = 0
 
 
+def base_of(folder: Path) -> Decoder:
+    base = initialise(Decoder(DecoderConfig(8, 64, 1, 1, 1, 64, 64, max_positions=96)), seed=0)
+    base.origin = Origin(folder, "base", base)
+    return base
+
+
 def adapter_of(user: str, operation: int) -> Adapter:
     which = int(user.split()[1]) % 3 > 0
     return Adapter(user, METHODS[which], ROWS[which] + operation, {"operation": operation})
@@ -175,20 +181,24 @@ def killed(folder: Path, base: Decoder, kills: int, seed: int, found: Found) -> 
             print(f"{kill + 1} kills, {operation} operations, {len(there)} users; {found}", flush=True)
 
 
+def until_full(folder: Path, base: Decoder, seed: int, found: Found, limit: int | None = None) -> None:
+    """Write until there is no room. limit: bytes of the largest file; None: until the disk is full."""
+    Store.make(folder, base).close()
+    with writer(folder, base, seed, 0, {}, limit=limit) as (process, pipe):
+        operation, states = possible(seed, 0, {}, read_all(pipe))
+        os.waitpid(process, 0)
+    there = compare(folder, base, states[:1], found)
+    print(f"full after {operation} operations, {len(there)} users; {found}", flush=True)
+
+
 def filled(folder: Path, base: Decoder, megabytes: int, seed: int, found: Found) -> None:
-    """Write until the disk is full."""
+    """Fill a small disk, or, without the right to mount one, write until a file is as large."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "minipeft", folder],
                              capture_output=True).returncode == 0  # fmt: skip
+    print(f"a disk of {megabytes} MB" if mounted else f"files of at most {megabytes} MB", end=" ", flush=True)
     try:
-        store, limit = folder / "store", None if mounted else megabytes << 19
-        Store.make(store, base).close()
-        with writer(store, base, seed, 0, {}, limit=limit) as (process, pipe):
-            operation, states = possible(seed, 0, {}, read_all(pipe))
-            os.waitpid(process, 0)
-        there = compare(store, base, states[:1], found)
-        kind = f"a disk of {megabytes} MB" if mounted else f"files of at most {megabytes / 2} MB"
-        print(f"{kind}: full after {operation} operations, {len(there)} users; {found}", flush=True)
+        until_full(folder / "store", base, seed, found, limit=None if mounted else megabytes << 20)
     finally:
         if mounted:
             subprocess.run(["umount", folder], check=True)
@@ -202,8 +212,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     kills, disks, found = args.kills or (40 if args.quick else 200), 2 if args.quick else 10, Found()
-    base = initialise(Decoder(DecoderConfig(8, 64, 1, 1, 1, 64, 64, max_positions=96)), seed=0)
-    base.origin = Origin(args.folder, "base", base)
+    base = base_of(args.folder)
     torch.set_num_threads(1)  # a process with threads should not fork
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         killed(Path(folder) / "store", base, kills, args.seed, found)

@@ -111,6 +111,8 @@ def only_writer(folder: Path, timeout: float) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path} cannot be opened ({error.strerror}); is the folder yours to write?") from None
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path} is no plain file; remove it")
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,7 +191,7 @@ class Index:
             yield
         except sqlite3.ProgrammingError:  # a closed store, another thread: the caller's mistake
             raise
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
             name = getattr(error, "sqlite_errorname", "")
             if re.match("SQLITE_(FULL|IOERR|CANTOPEN|READONLY|BUSY|LOCKED|TOOBIG)", name):
                 raise InputError(f"{self.path} cannot be used ({error}); is the disk full, or the folder not yours to "
