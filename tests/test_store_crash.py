@@ -1,9 +1,14 @@
 """Does a store survive kill -9, a full disk and an enemy? Small runs of benchmarks/kill_test.py and fuzz_store.py."""
 
+import os
+import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -28,6 +33,26 @@ def test_nothing_reported_is_lost_when_writers_are_killed(tmp_path):
     found = kill_test.Found()
     kill_test.killed(tmp_path / "store", kill_test.base_of(tmp_path), 8, 5, found)
     assert found == kill_test.Found(lost=0, damaged=0)
+
+
+def test_readers_go_on_while_a_writer_adds_replaces_deletes_and_compacts(tmp_path):
+    base = kill_test.base_of(tmp_path)
+    Store.make(tmp_path / "store", base).close()
+    with kill_test.writer(tmp_path / "store", base, 11, 0, {}) as (process, _):
+        store, read, until = Store(tmp_path / "store"), 0, time.monotonic() + 3
+        while time.monotonic() < until:
+            there = store.users()
+            for user in random.sample(there, min(20, len(there))):
+                try:
+                    adapter = store.get(user, base)
+                except InputError as error:
+                    assert "no adapter of user" in str(error), "only deleted meanwhile"
+                    continue
+                read += 1
+                assert torch.equal(adapter.row, kill_test.adapter_of(user, adapter.metrics["operation"]).row)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert read > 50 and store.verify() == []
 
 
 @pytest.mark.parametrize("size", [1 << 20, 5 << 20])
