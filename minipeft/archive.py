@@ -291,7 +291,7 @@ class Archive:
         with self._locked():
             self.index.check()
             with self.index.transaction():
-                self.index.delete_unused()
+                self.index.delete_adapters_under_none()
             before = list(self.index.shards())
             live = self.index.num_live()
             sources = self._to_rewrite(before, live)
@@ -304,6 +304,8 @@ class Archive:
                         self.index.write(MOVE, [(*place, entry.key) for place, entry in zip(places, chunk)])
                     self._remove(sources, up_to=(configuration, chunk[-1].shard))
             self._remove(sources)
+            with self.index.transaction():
+                self.index.delete_descriptions_of_none()
             rows_removed = sum(shard.n - live.get(shard.number, 0) for shard in before)
             return Compacted(len(before), len(list(self.index.shards())), rows_removed, self.index.rewrite())
 

@@ -160,7 +160,7 @@ class Index:
             self._db = self._connect()
             if create is not None:
                 self._create(create)
-        found = self.rows("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL AND name != 'sqlite_sequence' LIMIT 99")
+        found = self.rows("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'sqlite_sequence' LIMIT 99")
         right = sorted(found) == sorted((sql,) for sql in STATEMENTS)
         if not right or (self.rows("PRAGMA journal_mode") != [("wal",)] and self._mode != "immutable=1"):
             raise InputError(f"{self.path} is no index of this version of minipeft; name another folder")
@@ -174,12 +174,13 @@ class Index:
         return db
 
     def _create(self, about: dict[str, str]) -> None:
+        if self.rows("SELECT 1 FROM sqlite_master LIMIT 1"):
+            return
         self._db.execute("PRAGMA journal_mode=WAL")
         with self.transaction():
-            if not self.rows("SELECT 1 FROM sqlite_schema LIMIT 1"):
-                for sql in STATEMENTS:
-                    self._db.execute(sql)
-                self._db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            for sql in STATEMENTS:
+                self._db.execute(sql)
+            self._db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
 
     def close(self) -> None:
         self._db.close()
@@ -334,11 +335,14 @@ class Index:
         with self._errors():
             return self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", (*values.values(),)).lastrowid
 
-    def delete_unused(self) -> None:
-        """Adapters that lie under nobody's, and configurations and forms that nobody has. `check` first."""
+    def delete_adapters_under_none(self) -> None:
+        """Shared ones that nobody's lies on any more. `check` first: it reads the index whole."""
         used = "SELECT under FROM configurations WHERE number IN (SELECT configuration FROM adapters WHERE id < x'ff')"
         for table in ("adapters", "waiting"):
             self.rows(f"DELETE FROM {table} WHERE id >= x'ff' AND id NOT IN ({used})")
+
+    def delete_descriptions_of_none(self) -> None:
+        """Configurations and forms that nobody has. `check` first: it reads the index whole."""
         for table, column in (("configurations", "configuration"), ("forms", "form")):
             self.rows(f"DELETE FROM {table} WHERE number NOT IN (SELECT {column} FROM adapters)")
 

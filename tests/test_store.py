@@ -371,7 +371,7 @@ def test_compact_makes_few_full_shards_and_changes_nobody(store, base, monkeypat
     assert same(reader.get("user 000", base), kept["user 000"])  # it has a shard mapped that goes away
     monkeypatch.setattr(archive, "MAX_BYTES", 7 * 4 * make_adapter().method.count(base))
     before = len(shard_files(store))
-    done = store.compact()
+    done = Store(store.folder).compact()
     assert done.shards_before == before == 41 and done.rows_removed == 20
     assert done.shards_after == len(shard_files(store)) == 6
     assert holds(store, base, kept) and holds(reader, base, kept) and holds(Store(store.folder), base, kept)
@@ -381,7 +381,7 @@ def test_compact_makes_few_full_shards_and_changes_nobody(store, base, monkeypat
     assert shard_files(store) == names, "full shards are left alone"
     for user in list(kept):
         store.delete(user)
-    assert store.compact().shards_after == 0 and shard_files(store) == [] and reader.users() == []
+    assert Store(store.folder).compact().shards_after == 0 and shard_files(store) == [] and reader.users() == []
     with sqlite3.connect(store.folder / "index.sqlite") as index:
         for table in ("adapters", "configurations", "forms"):
             assert index.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), table
