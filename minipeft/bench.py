@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ from minipeft.report import plot_gains, table
 from minipeft.running import EVERYONE, SHARED, check_splits, first_users, for_base, open_base, pooled, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
-from minipeft.store import adapter_path, save_adapter
+from minipeft.store import Store, is_store, key_of
 from minipeft.tasks.synthetic import (
     SyntheticConfig,
     Truth,
@@ -103,14 +104,15 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     began = time.perf_counter()
     task, truth = get_task(args)
     for user in task.users:
-        adapter_path(args.out, user)  # an id that is too long for a file name is an error now, not after training
+        key_of(user)  # an id that cannot be kept is an error now, not after training
     model, encoded, base_name = get_base(args, task)
-    for old in (args.out / "adapters").glob("*.safetensors"):  # of an earlier run in this folder
-        old.unlink()
+    if is_store(args.out / "adapters"):  # of an earlier run in this folder
+        shutil.rmtree(args.out / "adapters")
+    store = Store.make(args.out / "adapters", model, task.header)
     print(describe(args, task, model, base_name, encoded), flush=True)
 
     def keep(adapter: Adapter) -> None:
-        save_adapter(args.out / "adapters", adapter, model)
+        store.add(adapter, model)
         finished.append(adapter.user)
 
     plan = plan_for(model, args.seed)

@@ -25,7 +25,7 @@ from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
 from minipeft.models.t5 import T5
 from minipeft.prompts import Prompts
 from minipeft.schedule import Adapter, Job, PassConfig, TrainConfig
-from minipeft.store import Store, adapter_path
+from minipeft.store import Store, key_of
 from minipeft.tasks.task import Header, Task, load_task, majority_answers, user_accuracy
 
 EVERYONE = "(everyone)"  # the one "user" of a shared adapter
@@ -132,7 +132,7 @@ class Training:
     @classmethod
     def plan(
         cls, model: str | Path | Base, task: str | Path | Task, config: TrainConfig, store: str | Path,
-        shared: str = "", again: bool = False, passes: PassConfig | None = None,
+        shared: str = "", again: bool = False, passes: PassConfig | None = None, rows: str | None = None,
     ) -> "Training":  # fmt: skip
         """Everything that can be wrong with the input is found out here; see `train`."""
         if shared not in ("", "on", "from"):
@@ -152,8 +152,8 @@ class Training:
         jobs = [Job(user, encoded.train[user], encoded.val[user], config) for user in task.users]
         jobs.sort(key=lambda job: -len(job.train))
         for user in task.users:
-            adapter_path(store, user)  # an id that is too long for a file name is an error now, not after training
-        made = Store.make(store, base, task.header)
+            key_of(user)  # an id that cannot be kept is an error now, not after training
+        made = Store.make(store, base, task.header, rows)
         there = [user for user in task.users if user in made]
         if there and not again:
             raise InputError(f"{store} has an adapter of {len(there)} of these users already, e.g. {there[0]!r}; name "
@@ -196,7 +196,7 @@ class Training:
 
 def train(
     model: str | Path | Base, task: str | Path | Task, method: Method = LoRA(), *, store: str | Path,  # noqa: B008
-    shared: str = "", again: bool = False, passes: PassConfig | None = None,
+    shared: str = "", again: bool = False, passes: PassConfig | None = None, rows: str | None = None,
     on_finish: Callable[[Adapter], None] | None = None, **settings: float,
 ) -> Store:  # fmt: skip
     """Every user of the task gets an adapter of their own, all trained together in fused passes.
@@ -209,6 +209,7 @@ def train(
         shared:    "on": first one adapter for all users together, then each user's own on top; "from": each user's own
                    starts from it.
         again:     replace adapters of users who are in the store already.
+        rows:      how a new store keeps numbers: "float32", "bfloat16" or "int8"; None: "float32", or as it does.
         on_finish: called with each adapter once it is in the store.
         settings:  fields of TrainConfig: learning_rate, epochs, batch_size, seed...
     Returns:
@@ -217,7 +218,7 @@ def train(
         InputError: a folder, the task or a setting cannot be used, the store belongs to another base or task, or a user
             is in it already.
     """
-    training = Training.plan(model, task, TrainConfig(method=method, **settings), store, shared, again, passes)
+    training = Training.plan(model, task, TrainConfig(method=method, **settings), store, shared, again, passes, rows)
     training.run(on_finish)
     return training.store
 
@@ -307,7 +308,8 @@ def predict(
     store, asked = store if isinstance(store, Store) else Store(store), list(asked)
     task = task or store.known_task()
     base = open_base(model, len(task.labels))
-    adapters = {user: store.get(user, base) for user in dict.fromkeys(user for user, _ in asked)}
+    users = list(dict.fromkeys(user for user, _ in asked))
+    adapters = dict(zip(users, store.get_many(users, base)))
     prompts = prompts_of(base, task)
     virtual = {user: adapter.method.virtual(base)[0] for user, adapter in adapters.items()}
     encoded = [prompts.question(text, virtual=virtual[user]) for user, text in asked]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linears import hooks_of
+from stores import through_a_store
 
 from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
@@ -19,7 +20,7 @@ from minipeft.models.classifier import Classifier
 from minipeft.models.loading import fingerprint
 from minipeft.models.rows import Rows
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
-from minipeft.store import load_adapter, save_adapter
+from minipeft.store import Store
 
 C = 3
 CONFIG = TrainConfig(method=Stack((LoRA(rank=4, sites=("q", "v", "down")), Head())), learning_rate=1e-2, epochs=2,
@@ -129,16 +130,15 @@ def test_rewriting_one_users_texts_changes_nobody_else(trained):
 def test_predictions_and_files(trained, tmp_path):
     model, jobs, adapters = trained
     scores = label_scores(model, Classes(C), adapters, {job.user: job.val for job in jobs})
-    for job in jobs:
-        save_adapter(tmp_path, adapters[job.user], model)
-        loaded = load_adapter(tmp_path, job.user, model)
+    for job, loaded in zip(jobs, through_a_store(tmp_path, [adapters[job.user] for job in jobs], model)):
         assert torch.equal(loaded.row, adapters[job.user].row) and loaded.method == job.config.method
         again = label_scores(model, Classes(C), {job.user: loaded}, {job.user: job.val})
         np.testing.assert_allclose(again[job.user], scores[job.user], atol=1e-5)
         np.testing.assert_allclose(np.exp(scores[job.user]).sum(1), 1, atol=1e-5)
     two = Classifier(model.encoder, 2)
-    with pytest.raises(InputError, match=r"user%200\.safetensors: head.weight is \(3, 24\), this base needs \(2, 24\)"):
-        load_adapter(tmp_path, "user 0", two)
+    two.origin = model.origin
+    with pytest.raises(InputError, match=r"user 'user 0': its row has \d+ numbers, this base needs \d+, or others"):
+        Store(tmp_path).get("user 0", two)
 
 
 def test_users_with_and_without_early_stop_and_other_ranks_share_passes(trained):
