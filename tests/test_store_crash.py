@@ -98,5 +98,5 @@ def test_a_method_that_would_take_all_memory_is_an_error(tmp_path, base, monkeyp
     for described in ('{"name": "prompt", "tokens": 1152921504606846976}', '{"name": "vera", "rank": 1099511627776}',
                       '{"name": "ptuning", "layers": 1152921504606846976}'):  # fmt: skip
         store._archive.index.write("UPDATE configurations SET method = ?, layout = number", [(described,)])
-        with pytest.raises(InputError, match=r"positions|numbers|layers"):
+        with pytest.raises(InputError, match=r"positions|rank must be|layers"):
             Store(tmp_path / "whole").get("user 1", base)
