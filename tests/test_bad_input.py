@@ -58,6 +58,12 @@ def examples_of(task):
     return {(line["user"], line["id"]): (line["text"], line["label"]) for line in lines}
 
 
+def examples_after(prepared):
+    result, task = prepared
+    assert result.returncode == 0, result.stderr
+    return examples_of(task)
+
+
 def facts_of(task):
     return json.loads((task / "task.json").read_text())["statistics"]
 
@@ -150,16 +156,13 @@ def test_a_second_annotation_of_a_text_replaces_the_first_in_its_place_and_is_co
 def test_byte_order_mark_line_ends_and_gzip_change_nothing(tmp_path):
     embedded = [[i, text.replace(", ", "\nand "), *labels] for i, text, *labels in ROWS]
     content = as_csv(embedded).encode()
-    _, task = prepare(tmp_path, content)
-    expected = examples_of(task)
+    expected = examples_after(prepare(tmp_path, content))
     assert expected["ann", "t2"] == ('day 2\nand "quoted"', ["Hateful"])
     for same in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.replace(b"\n", b"\r"),
                  content.removesuffix(b"\n")):
-        prepare(tmp_path, same)
-        assert examples_of(task) == expected
+        assert examples_after(prepare(tmp_path, same)) == expected
     (tmp_path / "raw/tweeteval/annotations_g3.csv").unlink()
-    prepare(tmp_path, gzip.compress(content), name="annotations_g3.csv.gz")
-    assert examples_of(task) == expected
+    assert examples_after(prepare(tmp_path, gzip.compress(content), name="annotations_g3.csv.gz")) == expected
 
 
 def test_a_gzip_file_cut_off_or_damaged(tmp_path):

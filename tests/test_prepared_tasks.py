@@ -145,9 +145,12 @@ def test_equal_examples_are_stored_once_and_further_fields_are_kept(tmp_path):
     collect = Collector()
     for user in ("u", "v"):
         for text in range(12):
-            collect.add(user, f"t{text}", f"text {text}", ["blue"], **({"round": text} if text % 2 else {}))
+            if text % 2:
+                collect.add_example(user, f"t{text}", {"text": f"text {text}", "label": ["blue"], "round": text})
+            else:
+                collect.add(user, f"t{text}", f"text {text}", ["blue"])
     own = collect.examples
-    assert own["u"]["t0"] is own["v"]["t0"] and own["u"]["t1"] == own["v"]["t1"] != own["u"]["t3"]
+    assert own["u"]["t0"] is own["v"]["t0"] and own["u"]["t0"] != own["u"]["t2"]
     assert ("u", "t0") in collect and ("u", "t99") not in collect and ("w", "t0") not in collect
     _, out = prepare(tmp_path, made_up_task(own), "--layout", "original")
     leaked = json.loads((out / "user_data_leaked.json").read_text())["u"]
