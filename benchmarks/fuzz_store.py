@@ -299,14 +299,14 @@ def fuzz(numbers: range, seed: int, folder: Path) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, help="how many (default: 10000; with --quick 1500)")
+    parser.add_argument("--cases", type=int, help="how many (default: 10000; with --quick 2500)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--first", type=int, default=0, help="the first case's number")
     parser.add_argument("--seed", type=int, default=0)
     memory = Path("/dev/shm")
     parser.add_argument("--folder", type=Path, default=memory if memory.is_dir() else Path(tempfile.gettempdir()))
     args = parser.parse_args()
-    number = args.cases or (1_500 if args.quick else 10_000)
+    number = args.cases or (2_500 if args.quick else 10_000)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         crashes = fuzz(range(args.first, args.first + number), args.seed, Path(folder))
     print(json.dumps({"cases": number, "crashes": len(crashes)}))

@@ -33,7 +33,7 @@ from minipeft.schedule import Adapter
 from minipeft.store import Store
 
 WIDTH, SMALL, LARGE = 64, 256, 73_728  # of the base; numbers of a user
-BATCH = {SMALL: 5_000, LARGE: 100}  # rows added at a time
+BATCH = {SMALL: 8_000, LARGE: 100}  # rows added at a time
 TURN = 3_000  # large rows between two plain files
 READS = 5_000
 STRIDE = 7_368_787  # a prime: users in an order that is none

@@ -19,7 +19,7 @@ shard gone looks the row up again; one that has it mapped reads on.
 import sys
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from operator import itemgetter
@@ -250,21 +250,24 @@ class Archive:
         else:
             waiting = self.index.waiting_rows(configuration, self._row_bytes(configuration))
             rows = [row for _, row in waiting] + [item.data for item in items]
-            places = self._write_shards(configuration, rows)
+            places = self._write_shards(configuration, len(rows), rows)
             self.index.write(MOVE, [(*place, key) for place, (key, _) in zip(places, waiting)])
             self.index.write("DELETE FROM waiting WHERE configuration = ?", [(configuration,)])
             places = places[len(waiting) :]
         self.index.write(PUT, [(item.key, configuration, *place, self._checksum(configuration, item, item.data),
                                 item.form, item.numbers) for item, place in zip(items, places)])  # fmt: skip
 
-    def _write_shards(self, configuration: int, rows: Sequence[bytes | np.ndarray]) -> list[tuple[int, int]]:
+    def _write_shards(
+        self, configuration: int, num_rows: int, rows: Iterable[bytes | np.ndarray]
+    ) -> list[tuple[int, int]]:
         """New shards of these rows, on disk. Returns each row's (shard, row)."""
         width, capacity, places = self.configuration(configuration).width, self._capacity(configuration), []
-        for first in range(0, len(rows), capacity):
-            part = rows[first : first + capacity]
-            number = self.index.insert("shards", configuration=configuration, n=len(part))
-            write_shard(shard_path(self._shards, number), len(part), width, self.kind, part)
-            places += [(number, i) for i in range(len(part))]
+        rows = iter(rows)
+        for first in range(0, num_rows, capacity):
+            n = min(capacity, num_rows - first)
+            number = self.index.insert("shards", configuration=configuration, n=n)
+            write_shard(shard_path(self._shards, number), n, width, self.kind, islice(rows, n))
+            places += [(number, i) for i in range(n)]
         sync(self._shards)
         return places
 
@@ -300,7 +303,8 @@ class Archive:
             for configuration, entries in groupby(moving, key=lambda entry: entry.configuration):
                 while chunk := list(islice(entries, self._capacity(configuration))):
                     with self.index.transaction():
-                        places = self._write_shards(configuration, [self.read(entry)[1] for entry in chunk])
+                        rows = (self.read(entry)[1] for entry in chunk)
+                        places = self._write_shards(configuration, len(chunk), rows)
                         self.index.write(MOVE, [(*place, entry.key) for place, entry in zip(places, chunk)])
                     self._remove(sources, up_to=(configuration, chunk[-1].shard))
             self._remove(sources)

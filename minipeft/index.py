@@ -45,7 +45,8 @@ CREATE TABLE waiting (id BLOB PRIMARY KEY, configuration INTEGER, row BLOB);
 CREATE INDEX waiting_of ON waiting (configuration);
 """
 STATEMENTS = [" ".join(sql.split()) for sql in SCHEMA.split(";") if sql.strip()]
-PRAGMAS = ("trusted_schema=OFF", "cell_size_check=ON", "synchronous=FULL", "secure_delete=ON", "cache_size=-8000")
+PRAGMAS = ("trusted_schema=OFF", "cell_size_check=ON", "synchronous=FULL", "secure_delete=ON", "cache_size=-8000",
+           "wal_autocheckpoint=8000")  # 32 MB of log: batches of users all over the index change the same pages
 MAX_VALUE = 16 << 20  # bytes of a single value; the largest that is written is a row that waits
 MAX_SMALL = 64 << 10  # bytes of a user's id, and of the numbers of their metrics
 PAGE = 256  # rows fetched at a time
