@@ -24,7 +24,7 @@ if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os
 _MODULES = {
     "Engine": "engine", "Job": "schedule", "LoRA": "methods.lora", "Store": "store", "TrainConfig": "schedule",
     "evaluate": "running", "load_model": "models.loading", "load_task": "tasks.task", "predict": "running",
-    "train": "running",
+    "train": "training",
 }
 __all__ = list(_MODULES)
 

@@ -13,9 +13,10 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,38 +25,54 @@ from torch import nn
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.errors import InputError
 from minipeft.files import folder_name, write_file
+from minipeft.log import tensorboard
 from minipeft.methods import Method, PromptTuning
 from minipeft.models.checkpoint import one_line
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.loading import load_model, load_shape, load_tokenizer
-from minipeft.options import add_options, counted, described_methods, method_of, settings_of, sites_of
-from minipeft.running import SHARED, Training, evaluate, first_users, open_base, predict, without_head
+from minipeft.options import (
+    add_options,
+    add_pass_options,
+    counted,
+    described_methods,
+    method_of,
+    passes_of,
+    settings_of,
+    sites_of,
+)
+from minipeft.ranks import Ranks, joined, own_device
+from minipeft.running import evaluate, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
 from minipeft.shards import KINDS
 from minipeft.store import Store, is_store
+from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.task import load_task
+from minipeft.training import SAVE_MINUTES, SHARED, Interrupted, Summary, Training, silent
 
+SHOWN = 20  # users left out whose reasons are printed
 MIN_LABELS = 2  # what `methods` supposes: no task has fewer
 FORMATS = ("peft", "adapterhub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 1 if `store verify` found damage, 2 for bad input (one line on stderr),
-    130 after Ctrl-C, 141 if whoever read the output went away."""
+    130 after Ctrl-C, 143 after SIGTERM, 141 if whoever read the output went away. `train` is 0 if anybody has an
+    adapter, whoever was left out."""
     args, finished = None, []
     try:
         args = parse(argv)
         result = COMMANDS[args.command](args, finished)
-        if args.json:
+        if args.json and result is not None:
             print(json.dumps(result, ensure_ascii=False))
         sys.stdout.flush()
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        kept = f" {len(finished)} users had finished; their adapters are in {args.store}" if finished else ""
-        print(f"\nminipeft: interrupted.{kept}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        kept = f" {len(finished)} users had finished; their adapters are in {args.store}." if finished else ""
+        saved = " Go on with --resume." if isinstance(stopped, Interrupted) else ""
+        print(f"\nminipeft: interrupted.{kept}{saved}", file=sys.stderr)
+        return 128 + (stopped.signum if isinstance(stopped, Interrupted) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush again, and fail
         return 141
@@ -89,6 +106,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--again", action="store_true", help="replace the adapters of users who are in the store already")
     own.add_argument("--rows", choices=list(KINDS), help="how a new store keeps numbers (default: float32); the others "
                                                          "are smaller, and not exact")  # fmt: skip
+    own.add_argument("--resume", action="store_true",
+                     help="go on with the same training where it was interrupted; begin it if there is none")
+    own.add_argument("--save-minutes", type=float, default=SAVE_MINUTES, metavar="X",
+                     help=f"how often what is under way is saved (default: {SAVE_MINUTES:g}; and when interrupted)")
+    own.add_argument("--on-bad", choices=["quarantine", "stop"], default="quarantine",
+                     help="leave users out who cannot be trained (default), or stop")
+    own.add_argument("--tensorboard", type=Path, metavar="DIR", help="write the log's numbers for TensorBoard, too")
+    add_pass_options(own)
     own.add_argument("--start-text", metavar="TEXT", help="prompt: start from this text's tokens, as the base reads it")
     both = own.add_mutually_exclusive_group()
     both.add_argument("--on-shared", dest="shared", action="store_const", const="on", default="",
@@ -154,7 +179,7 @@ def told(method: Method) -> dict:
 # ---- The commands: each prints for people, and returns what --json prints -------------------------------------------
 
 
-def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
+def run_train(args: argparse.Namespace, finished: list[str]) -> dict | None:
     """Appends to `finished` each user whose adapter is on disk."""
     method = method_of(args)
     if args.start_text is not None:
@@ -164,31 +189,56 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
         method = replace(method, start_from="text", text=tuple(tokens))
     config = TrainConfig(method=method, **settings_of(args))
     config.check()
-    task = load_task(args.task)
-    task = task if args.users is None else first_users(task, args.users)
-    training = Training.plan(load(args), task, config, args.store, args.shared, args.again, rows=args.rows)
+    scalar = tensorboard(args.tensorboard) if args.tensorboard else None
+    with joined() as ranks:
+        return train_users(args, config, finished, ranks, scalar)
+
+
+def train_users(
+    args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks,
+    scalar: Callable[[str, float, float], None] | None,
+) -> dict | None:  # fmt: skip
+    """One rank's part. None at ranks other than 0, which print nothing."""
+    task = TaskFolder(args.task, args.users)
+    check_device(args.device)
+    model = load_model(args.model, device=own_device(args.device))
+    training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),
+                             resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
+                             save_minutes=args.save_minutes, rows=args.rows)  # fmt: skip
     method, base = training.method, training.base
     acts = "; ".join(f"{part.name} at {', '.join(sites_of(part, base))}" for part in method.parts)
-    print(f"task {task.name}: {len(task.users)} users, {len(task.pooled('train'))} training examples, labels "
-          f"{', '.join(task.labels)}\nbase {base.origin.name}: {sum(p.numel() for p in base.parameters()):,} frozen "
-          f"numbers; each user trains {method.count(base):,} ({acts})", flush=True)  # fmt: skip
-    if training.num_cut:
-        print(f"{training.num_cut} texts were too long for the base and were cut at their end")
-    skipped = {}
+    if ranks.writes:
+        print(f"task {task.header.name}: {len(task.users)} users, {sum(map(task.num_train, task.users))} training "
+              f"examples, labels {', '.join(task.header.labels)}\nbase {base.origin.name}: "
+              f"{sum(p.numel() for p in base.parameters()):,} frozen numbers; each user trains "
+              f"{method.count(base):,} ({acts})", flush=True)  # fmt: skip
+    with closing(training.store) if ranks.writes else nullcontext():
+        summary = training.run(lambda adapter: finished.append(adapter.user), progress if ranks.writes else silent,
+                               scalar=scalar)  # fmt: skip
+    if not ranks.writes:
+        return None
+    show_summary(summary, args.store)
+    quarantined = [{"user": user, "reason": reason} for user, reason in summary.quarantined.items()]
+    return {"store": str(args.store), "base": base.origin.name, "task": task.header.name, "method": told(method),
+            "num_users": summary.trained, "adapter_numbers": method.count(base), "num_cut_texts": summary.num_cut,
+            "skipped_steps": summary.skipped_steps, "skipped": summary.skipped, "quarantined": quarantined,
+            "stopped_early": summary.stopped_early}  # fmt: skip
 
-    def keep(adapter) -> None:
-        finished.append(adapter.user)
-        if adapter.metrics["skipped_steps"]:
-            skipped[adapter.user] = adapter.metrics["skipped_steps"]
 
-    with closing(training.store):
-        training.run(keep, progress)
-    if skipped:
-        print(f"{len(skipped)} users skipped steps whose gradient was not finite, e.g. {next(iter(skipped))!r}")
-    print(f"{len(finished)} users' adapters are in {args.store}")
-    return {"store": str(args.store), "base": base.origin.name, "task": task.name, "method": told(method),
-            "num_users": len(finished), "adapter_numbers": method.count(base), "num_cut_texts": training.num_cut,
-            "skipped_steps": skipped}  # fmt: skip
+def show_summary(summary: Summary, store: str) -> None:
+    if summary.num_cut:
+        print(f"{summary.num_cut} texts were too long for the base and were cut at their end")
+    if summary.splits:
+        print(f"memory did not hold {summary.splits} passes, which went in parts; a smaller --token-budget spares that")
+    if summary.skipped_steps:
+        print(f"{len(summary.skipped_steps)} users skipped steps whose gradient was not finite, e.g. "
+              f"{next(iter(summary.skipped_steps))!r}")  # fmt: skip
+    for user, reason in list(summary.quarantined.items())[:SHOWN]:
+        print(f"left out: {user!r}: {reason}")
+    if len(summary.quarantined) > SHOWN:
+        print(f"and {len(summary.quarantined) - SHOWN} more, see --json or log.jsonl in {store}")
+    print(f"trained {summary.trained} users ({summary.stopped_early} stopped early), left out "
+          f"{len(summary.quarantined)}, {summary.skipped} were done before; their adapters are in {store}")  # fmt: skip
 
 
 def run_eval(args: argparse.Namespace, _) -> dict:
@@ -367,7 +417,7 @@ def run_import(args: argparse.Namespace, _) -> dict:
             "adapter_numbers": adapter.method.count(base)}  # fmt: skip
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], dict]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], dict | None]] = {
     "train": run_train, "eval": run_eval, "predict": run_predict, "users": run_users, "store": run_store,
     "methods": run_methods,
     "export": run_export, "import": run_import,

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from minipeft.models.loading import load_model
 from minipeft.profiling import profiled, region
 from minipeft.prompts import Encoded
 from minipeft.report import plot_gains, table
-from minipeft.running import EVERYONE, SHARED, check_splits, first_users, for_base, open_base, pooled, prompts_of
+from minipeft.running import check_splits, first_users, for_base, open_base, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
 from minipeft.store import Store, is_store, key_of
@@ -46,6 +47,7 @@ from minipeft.tasks.synthetic import (
     make_synthetic,
 )
 from minipeft.tasks.task import Task, load_task, majority_answers, nominal_alpha, user_accuracy
+from minipeft.training import EVERYONE, SHARED
 
 PERSONAL = TrainConfig(
     method=LoRA(rank=8, alpha=16, sites=("v", "o", "down")), learning_rate=5e-3, batch_size=4, epochs=3
@@ -124,7 +126,8 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     together = timed_training(model, encoded, jobs, PASSES, f"{len(jobs)} users together", keep)
     some = jobs[:: -(-len(jobs) // NUM_ALONE)]
     alone = timed_training(model, encoded, some, ALONE, f"{len(some)} of the users alone")
-    everyone = Job(EVERYONE, pooled(encoded.train), pooled(encoded.val), replace(plan, **SHARED))
+    pooled = [list(chain.from_iterable(split.values())) for split in (encoded.train, encoded.val)]
+    everyone = Job(EVERYONE, *pooled, replace(plan, **SHARED))
     shared = timed_training(model, encoded, [everyone], ALONE, "one shared LoRA")
 
     correct = {

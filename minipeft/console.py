@@ -10,6 +10,8 @@ from tqdm import tqdm
 from minipeft.errors import InputError
 from minipeft_kernels.backend import backend
 
+MINUTE = 60.0  # seconds between two lines where there is no terminal
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Bad options are one line, like all bad input."""
@@ -27,14 +29,20 @@ def check_device(device: str) -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, one line when done elsewhere. Yields a function of (done, total)."""
-    began = time.perf_counter()
+    """A progress bar on a terminal; elsewhere a line a minute and one when done. Yields a function of (done, total)."""
+    began = shown = time.perf_counter()
     form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}"
     with tqdm(desc=title, disable=None, leave=False, bar_format=form) as bar:
 
         def update(done: int, total: int) -> None:
+            nonlocal shown
             bar.total = total
             bar.update(done - bar.n)
+            now = time.perf_counter()
+            if bar.disable and now - shown > MINUTE and done:
+                left = (now - began) * (total - done) / done
+                print(f"{title}: {100 * done / total:.0f} %, {tqdm.format_interval(left)} left", flush=True)
+                shown = now
 
         yield update
     print(f"{title}: {time.perf_counter() - began:.1f} s", flush=True)

@@ -4,11 +4,12 @@
     gradient  : each user's is what they would have had alone, because nobody else's loss depends on their row
     step      : one AdamW launch over the rows in the pass, each with its own step count and learning rate
 
-`train` runs many users to the end of their own plans (schedule.py). `score` asks trained users' models questions.
+`run` takes many users to the end of their own plans (schedule.py), a pass at a time; `train` is that in one call.
+`score` asks trained users' models questions. Where memory does not hold a pass, its halves go one after the other.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,23 +26,52 @@ from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
 from minipeft.models.hooks import Hooks
 from minipeft.models.t5 import T5
 from minipeft.randomness import key_of
-from minipeft.schedule import Adapter, Job, PassConfig, Run, choose
+from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.segments import TILE, Segments
 
 
 @dataclass
 class Totals:
-    """What a call did: passes run, rows in them (training and evaluation) and how many of those were real tokens."""
+    """What a call did: passes run, rows in them (training and evaluation) and how many of those were real tokens.
+
+    splits: passes that memory did not hold.
+    """
 
     passes: int = 0
     rows: int = 0
     tokens: int = 0
+    splits: int = 0
 
     def count(self, batch: Batch) -> None:
         self.passes += 1
         self.rows += batch.num_rows
         self.tokens += batch.num_real_rows
+
+
+class DoesNotFit(InputError):
+    """What one user asks for at a time does not fit into memory, even alone. place: (bank, slot)."""
+
+    def __init__(self, user: str, place: tuple[int, int]):
+        super().__init__(f"user {user!r}: one question or minibatch of theirs alone does not fit into memory; shorten "
+                         "their texts or lower the batch size")  # fmt: skip
+        self.place = place
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What has happened since the last one: one pass, and who left and why.
+
+    finished:   runs at the end of their plans; `adapter` is what came of each.
+    faults:     users who cannot be trained.
+    runs:       who is resident now.
+    worked_off: training examples of the plan that are behind us, those of users who left early included.
+    """
+
+    finished: list[Run]
+    faults: list[Fault]
+    runs: list[Run]
+    worked_off: int
 
 
 class Engine:
@@ -58,6 +88,7 @@ class Engine:
         passes.check()
         self.model, self.labels, self.passes = model, labels, passes
         self.totals = Totals()
+        self._token_budget = passes.token_budget  # of a pass; less once memory did not hold one
         self._bank_of: dict[tuple, int] = {}  # (method's kind, the shared adapter under it) -> bank number
         self._banks: list[Residents] = []
         self._under: list[Residents | None] = []  # of each bank: the shared adapter under its users'
@@ -97,6 +128,21 @@ class Engine:
 
     def evict(self, bank: int, slot: int) -> None:
         self._banks[bank].bank.evict(slot)
+
+    def begin(self, job: Job) -> Run:
+        """Make a job's user resident, where they stand. Raises InputError if the job makes no sense for this base."""
+        self.check(job)
+        row = job.start if job.standing is None else job.standing.tensors["row"]
+        place = self.admit(job.user, job.config.method, row, job.config.seed, job.under, job.key)
+        if job.standing is not None:
+            bank, slot = self._banks[place[0]].bank, place[1]
+            bank.exp_avg[slot], bank.exp_avg_sq[slot] = (job.standing.tensors[n] for n in ("exp_avg", "exp_avg_sq"))
+        return Run(job, *place, self.virtual(place[0]))
+
+    def standing(self, run: Run) -> Standing:
+        """Where a run stands and its numbers: as its job's `standing` it goes on from there, to the bit."""
+        bank = self._banks[run.bank].bank
+        return run.standing(bank.weights[run.slot], bank.exp_avg[run.slot], bank.exp_avg_sq[run.slot])
 
     def gradients(self, runs: Sequence[Run]) -> Tensor:
         """What the last step left of these residents of one bank: [runs, P] fp32, before clipping."""
@@ -173,8 +219,34 @@ class Engine:
                            squares=residents.squares, compute=bank.copy)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
-        for run in chosen:
-            run.advance()
+                run.advance()  # at once: who has stepped shall not step again if memory runs out in the next bank
+
+    def _step_in_parts(self, chosen: Sequence[Run]) -> None:
+        """`train_step` of each of these, in halves where memory does not hold the pass. Raises DoesNotFit."""
+        if not self._fits(lambda: self.train_step(chosen)):
+            left = [run for run in chosen if run.part is not None]  # who has not stepped
+            if len(chosen) == 1:
+                raise DoesNotFit(chosen[0].job.key, (chosen[0].bank, chosen[0].slot))
+            self._lower_budget(sum(run.part.num_rows for run in left))
+            for half in _halves(left):
+                self._step_in_parts(half)
+
+    def _fits(self, step: Callable[[], None]) -> bool:
+        """Whether memory held this step. What it had allocated is free again when this returns."""
+        try:
+            step()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _lower_budget(self, num_rows: int) -> None:
+        """Remember that memory does not hold a pass of so many rows."""
+        self.totals.splits += 1
+        self._token_budget = max(1, min(self._token_budget, num_rows) // 2)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def score(self, asked: Iterable[tuple[int, int, Sequence[Question]]]) -> Iterator[tuple[int, np.ndarray]]:
         """Label scores of residents' questions, in as few passes as the token budget allows.
@@ -203,20 +275,45 @@ class Engine:
             taken, left, used, owners = [], [], 0, set()
             for position, part in pieces:  # at most one piece of a user in a pass
                 owner = (part.bank, part.slot)
-                if owner not in owners and (not taken or used + part.num_rows <= self.passes.token_budget):
+                if owner not in owners and (not taken or used + part.num_rows <= self._token_budget):
                     taken.append((position, part))
                     used += part.num_rows
                 else:
                     left.append((position, part))
                 owners.add(owner)
             taken.sort(key=lambda piece: (piece[1].bank, piece[1].slot))
-            with torch.no_grad():
-                batch = pack([part for _, part in taken], self.model.device, self.model.causal)
-                scores = self.labels.scores(self._log_probs(batch))
-            sizes = [len(part.reads) // self.labels.reads_per_question for _, part in taken]
-            for (position, _), piece in zip(taken, scores.split(sizes)):
-                yield position, piece.cpu().numpy()
+            yield from self._score_in_parts(taken)
             pieces = left
+
+    def _score_in_parts(self, pieces: list[tuple[int, Part]]) -> Iterator[tuple[int, np.ndarray]]:
+        """The scores of these pieces, in halves where memory does not hold the pass; of one user, half the questions.
+
+        Raises:
+            DoesNotFit: not even one question of a user.
+        """
+        found: list[tuple[int, np.ndarray]] = []
+        sizes = [len(part.reads) // self.labels.reads_per_question for _, part in pieces]
+
+        def score() -> None:
+            with torch.no_grad():
+                batch = pack([part for _, part in pieces], self.model.device, self.model.causal)
+                scores = self.labels.scores(self._log_probs(batch))
+            found.extend((position, own.cpu().numpy()) for (position, _), own in zip(pieces, scores.split(sizes)))
+
+        if self._fits(score):
+            yield from found
+            return
+        position, part = pieces[0]
+        if len(pieces) > 1:
+            self._lower_budget(sum(part.num_rows for _, part in pieces))
+            halves = _halves(pieces)
+        elif sizes[0] > 1:
+            middle = sizes[0] // 2 * self.labels.reads_per_question
+            halves = [[(position, replace(part, reads=reads))] for reads in (part.reads[:middle], part.reads[middle:])]
+        else:
+            raise DoesNotFit(self._banks[part.bank].bank.users[part.slot], (part.bank, part.slot))
+        for half in halves:
+            yield from self._score_in_parts(half)
 
     def generate(
         self, asked: Sequence[tuple[int, int, Sequence[Sequence[int]]]], max_new_tokens: int,
@@ -258,49 +355,95 @@ class Engine:
         jobs: Sequence[Job],
         on_finish: Callable[[Adapter], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
+        on_fault: Callable[[Fault], None] | None = None,
     ) -> dict[str, Adapter]:
         """Train every job to the end of its own plan, many in each pass. Returns job key -> best adapter by validation.
-
-        Users are admitted in the order given as slots come free. Neither that order nor the company changes anybody's
-        adapter: in fp32 beyond rounding, with passes.deterministic not in a single bit.
 
         Args:
             on_finish:   called with each adapter the moment its user is done.
             on_progress: called with the number of training examples just worked off (all planned ones of a user who
-                         stops early count as worked off).
+                         leaves early count as worked off).
+            on_fault:    called with each user who cannot be trained; everybody else is.
         Raises:
-            InputError: a user twice, without training or validation questions, with an empty prompt or an unknown
-                label, or with a configuration that makes no sense for this base.
+            InputError: a user twice. Without on_fault: a user who cannot be trained, before anybody else is if that can
+                be seen: no training or validation questions, an empty prompt, an unknown label, a configuration that
+                makes no sense for this base; or else when it is seen: the user diverges.
         """
-        self._check(jobs)
-        waiting, runs, adapters = list(reversed(jobs)), [], {}
-        while waiting or runs:
-            while waiting and len(runs) < self.passes.slots:
-                job = waiting.pop()
-                place = self.admit(job.user, job.config.method, job.start, job.config.seed, job.under, job.key)
-                runs.append(Run(job, *place, self.virtual(place[0])))
-            training = [run for run in runs if not run.wants_evaluation]
-            # Evaluations wait until they fill a pass or nobody can train.
-            if training and len(training) > len(runs) // 2:
-                chosen = choose(training, self.labels, self.passes.token_budget)
-                worked_off = sum(len(run.minibatch(self.labels).reads) for run in chosen)
-                self.train_step(chosen)
-            else:
-                evaluating = [run for run in runs if run.wants_evaluation]
-                worked_off = self._evaluate(evaluating)
-                for run in evaluating:
-                    if run.done:
-                        adapters[run.job.key] = adapter = _adapter(run)
-                        self.evict(run.bank, run.slot)
-                        if on_finish is not None:
-                            on_finish(adapter)
-                runs = [run for run in runs if not run.done]
+        seen = set()
+        for job in jobs:
+            if job.key in seen:
+                raise InputError(f"user {job.key!r} is listed twice; join the user's examples into one job, or give "
+                                 "jobs by several methods names of their own")
+            seen.add(job.key)
+            if on_fault is None:
+                self.check(job)
+        adapters = {}
+        for done in self.run(jobs):
+            for run in done.finished:
+                adapters[run.job.key] = adapter = run.adapter
+                if on_finish is not None:
+                    on_finish(adapter)
+            for fault in done.faults:
+                if on_fault is None:
+                    raise InputError(fault.reason)
+                on_fault(fault)
             if on_progress is not None:
-                on_progress(worked_off)
+                on_progress(done.worked_off)
         return adapters
 
-    def _evaluate(self, runs: Sequence[Run]) -> int:
-        """Close the epoch of these runs. Returns how many planned examples those who are done left undone."""
+    def run(self, jobs: Iterable[Job]) -> Iterator[Pass]:
+        """Train every job to the end of its own plan, many in each pass, and report after each pass.
+
+        Jobs are drawn one by one as slots come free, and nothing is kept of who has left: memory does not grow with
+        their number. Neither their order nor the company changes anybody's adapter: in fp32 beyond rounding, with
+        passes.deterministic not in a single bit. Who cannot be trained leaves; nobody else notices. Between two passes
+        a caller may ask for `standing`, or stop.
+
+        Raises:
+            ValueError: a user who is resident already.
+        """
+        waiting, runs = iter(jobs), []
+        while True:
+            faults, finished, worked_off = [], [], 0
+            while len(runs) < self.passes.slots and (job := next(waiting, None)) is not None:
+                try:
+                    runs.append(self.begin(job))
+                except InputError as error:
+                    faults.append(Fault(job.key, str(error)))
+                    worked_off += job.planned_examples
+            if not (runs or faults):
+                return
+            left, leaving = sum(run.examples_left for run in runs), {}
+            try:
+                for run in self._pass(runs) if runs else ():
+                    if run.fault:
+                        faults.append(Fault(run.job.key, run.fault))
+                    elif run.done:
+                        finished.append(run)
+                    else:
+                        continue
+                    leaving[run.job.key] = run
+            except DoesNotFit as error:
+                leaving = {run.job.key: run for run in runs if (run.bank, run.slot) == error.place}
+                faults += [Fault(user, str(error)) for user in leaving]
+            for run in leaving.values():
+                self.evict(run.bank, run.slot)
+            runs = [run for run in runs if run.job.key not in leaving]
+            yield Pass(finished, faults, runs, worked_off + left - sum(run.examples_left for run in runs))
+
+    def _pass(self, runs: Sequence[Run]) -> list[Run]:
+        """A training step of some of these or the evaluation of some. Returns those whose epoch was closed."""
+        training = [run for run in runs if not run.wants_evaluation]
+        # Evaluations wait until they fill a pass or nobody can train.
+        if len(training) > len(runs) // 2:
+            self._step_in_parts(choose(training, self.labels, self._token_budget))
+            return []
+        evaluating = [run for run in runs if run.wants_evaluation]
+        self._evaluate(evaluating)
+        return evaluating
+
+    def _evaluate(self, runs: Sequence[Run]) -> None:
+        """Close the epoch of these runs."""
         nats: list[list[np.ndarray]] = [[] for _ in runs]
         for position, scores in self.score((run.bank, run.slot, run.job.val) for run in runs):
             done = sum(len(piece) for piece in nats[position])
@@ -309,31 +452,31 @@ class Engine:
         for run, pieces in zip(runs, nats):
             loss = float(np.concatenate(pieces).astype(np.float64).mean())
             run.evaluated(loss, self._banks[run.bank].bank.weights[run.slot])
-        return sum((run.job.config.epochs - run.epoch) * len(run.job.train) for run in runs if run.done)
 
-    def _check(self, jobs: Sequence[Job]) -> None:
-        seen = set()
-        for job in jobs:
-            if job.key in seen:
-                raise InputError(f"user {job.key!r} is listed twice; join the user's examples into one job, or give "
-                                 "jobs by several methods names of their own")
-            seen.add(job.key)
-            for name, questions in (("training", job.train), ("validation", job.val)):
-                if not questions:
-                    raise InputError(f"user {job.user!r} has no {name} example; leave the user out or add one")
-                for question in questions:
-                    if not question.prompt:
-                        raise InputError(f"user {job.user!r} has a {name} example without a token; leave it out")
-                    if not 0 <= question.label < len(self.labels.labels):
-                        raise InputError(f"user {job.user!r} has a {name} example with label number {question.label}; "
-                                         f"this task's labels are 0 to {len(self.labels.labels) - 1}")
-            job.config.check()
-            job.config.method.check(self.model)
-            if job.start is not None and len(job.start) != (size := job.config.method.layout(self.model).row_size):
-                raise InputError(f"user {job.key!r}: start has {len(job.start)} numbers, a row by this method has "
-                                 f"{size}; start from a row of the same method and base")
-            if job.under is not None:
-                self._check_under(job)
+    def check(self, job: Job) -> None:
+        """Raises InputError for a job that makes no sense for this base: see `train`."""
+        for name, questions in (("training", job.train), ("validation", job.val)):
+            if not questions:
+                raise InputError(f"user {job.user!r} has no {name} example; leave the user out or add one")
+            for question in questions:
+                if not question.prompt:
+                    raise InputError(f"user {job.user!r} has a {name} example without a token; leave it out")
+                if not 0 <= question.label < len(self.labels.labels):
+                    raise InputError(f"user {job.user!r} has a {name} example with label number {question.label}; "
+                                     f"this task's labels are 0 to {len(self.labels.labels) - 1}")
+        job.config.check()
+        job.config.method.check(self.model)
+        size = job.config.method.layout(self.model).row_size
+        if job.start is not None and len(job.start) != size:
+            raise InputError(f"user {job.key!r}: start has {len(job.start)} numbers, a row by this method has "
+                             f"{size}; start from a row of the same method and base")
+        if job.standing is not None:
+            job.check_standing()
+            if any(tensor.shape != (size,) for tensor in job.standing.tensors.values()):
+                raise InputError(f"user {job.key!r}: the saved state has no rows of {size} numbers; was it saved for "
+                                 "another method or base?")  # fmt: skip
+        if job.under is not None:
+            self._check_under(job)
 
     def _check_under(self, job: Job) -> None:
         """A shared adapter acts first, the personal one on what it makes: some methods cannot be put so."""
@@ -399,13 +542,11 @@ def _settings(runs: Sequence[Run]) -> AdamWSettings:
     )
 
 
-def _adapter(run: Run) -> Adapter:
-    metrics = {
-        "best_epoch": run.best_epoch,
-        "epochs": run.epoch,
-        "steps": run.step,
-        "val_loss": run.history,
-        "stopped_early": run.stopped_early,
-        "skipped_steps": run.skipped_steps,
-    }
-    return Adapter(run.job.user, run.job.config.method, run.best, metrics, run.job.under)
+def _halves(items: Sequence) -> list[Sequence]:
+    middle = (len(items) + 1) // 2
+    return [half for half in (items[:middle], items[middle:]) if half]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA's, NumPy's, or that of PyTorch on a CPU, which has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -11,10 +11,11 @@ from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
 from minipeft.models.hooks import Sites
 from minipeft.running import for_base
-from minipeft.schedule import TrainConfig
+from minipeft.schedule import PassConfig, TrainConfig
 
 NAMES = [name for name in METHODS if name != "stack"]  # what people choose from
 SETTINGS = [field for field in fields(TrainConfig) if field.name != "method"]
+AUTO = {"slots": "; auto: this and the token budget from the memory that is free"}
 SHAPES = {int: "N", float: "X", str: "NAME"}
 
 
@@ -36,6 +37,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         own.add_argument(flag(name), dest=_dest(name), default=argparse.SUPPRESS,
                          help="; ".join(f"{', '.join(methods)}: {value}" for value, methods in defaults.items()),
                          **_reading(next(iter(by_method.values())).type))  # fmt: skip
+
+
+def add_pass_options(parser: argparse.ArgumentParser) -> None:
+    """--slots, --token-budget...: every field of PassConfig."""
+    together = parser.add_argument_group("how users share passes: no user's adapter depends on it, but for rounding")
+    for field in fields(PassConfig):
+        reading = {"type": _number_or_auto, "metavar": "N"} if field.name == "slots" else _reading(field.type)
+        together.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS,
+                              help=f"default {field.default}{AUTO.get(field.name, '')}", **reading)  # fmt: skip
+
+
+def passes_of(args: argparse.Namespace) -> PassConfig:
+    """What `add_pass_options` read."""
+    return PassConfig(**{field.name: getattr(args, field.name) for field in fields(PassConfig) if field.name in args})
 
 
 def options() -> dict[str, dict[str, Field]]:
@@ -106,6 +121,10 @@ def sites_of(method: Method, base: Sites) -> list[str]:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _dest(name: str) -> str:

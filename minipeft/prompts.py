@@ -15,7 +15,7 @@ reads the text alone, between its own special tokens, and its head knows the cla
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 
@@ -24,6 +24,7 @@ from minipeft.labels import Classes, LabelSet, Question
 from minipeft.tasks.task import SPLITS, Example, Header, Task
 
 ANSWER = "<|answer|>"
+REMEMBERED = 4096  # texts in tokens: users share texts
 
 
 def label_token(label: str) -> str:
@@ -65,6 +66,7 @@ class Prompts:
         if task.multi_label:
             raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
         self.task, self.tokenizer, self.max_tokens = task, tokenizer, max_tokens
+        self._ask = lru_cache(REMEMBERED)(self.question)
         framed = tokenizer.encode("a")
         text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
         opening, closing = (framed.ids[: text[0]], framed.ids[text[-1] + 1 :]) if text else ([], [])
@@ -107,19 +109,15 @@ class Prompts:
 
     def encode(self, task: Task, virtual: int = 0) -> Encoded:
         """All questions of a task with these labels. virtual: see `question`."""
-        num_cut, ask = 0, cache(self.question)  # users share texts
+        asked = [{user: self.questions(examples, virtual) for user, examples in task.split(name).items()}
+                 for name in SPLITS]  # fmt: skip
+        num_cut = sum(was_cut for split in asked for _, was_cut in split.values())
+        return Encoded(self.labels, *({user: own for user, (own, _) in split.items()} for split in asked), num_cut)
 
-        def question(example: Example) -> Question:
-            nonlocal num_cut
-            asked, was_cut = ask(example.text, self.task.labels.index(example.label[0]), virtual)
-            num_cut += was_cut
-            return asked
-
-        splits = [
-            {user: [question(example) for example in examples] for user, examples in task.split(name).items()}
-            for name in SPLITS
-        ]
-        return Encoded(self.labels, *splits, num_cut)
+    def questions(self, examples: Sequence[Example], virtual: int = 0) -> tuple[list[Question], int]:
+        """The questions of some examples with these labels, and how many texts were cut. virtual: see `question`."""
+        asked = [self._ask(example.text, self.task.labels.index(example.label[0]), virtual) for example in examples]
+        return [question for question, _ in asked], sum(was_cut for _, was_cut in asked)
 
 
 def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int | None, speaks: bool = True) -> Encoded:

@@ -1,22 +1,19 @@
-"""From a model folder and a task to users' adapters, and from adapters to answers: the Python API and the commands.
+"""From a base and a task to questions, and from users' adapters to answers: the Python API and the commands.
 
-    train      every user of a task -> a store with an adapter for each
     evaluate   a store's users on their own test examples
     predict    (user, text) pairs -> each user's answer, many users in one pass
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from minipeft.engine import Engine, label_scores
+from minipeft.engine import label_scores
 from minipeft.errors import InputError
-from minipeft.labels import Classes, LabelSet, Question
+from minipeft.labels import Question
 from minipeft.methods.head import Head
-from minipeft.methods.lora import LoRA
 from minipeft.methods.method import IfThere, Method
 from minipeft.methods.stack import Stack
 from minipeft.models.bert import Bert
@@ -24,20 +21,9 @@ from minipeft.models.classifier import Base, Classifier
 from minipeft.models.loading import check_vocabulary, load_model, load_tokenizer
 from minipeft.models.t5 import T5
 from minipeft.prompts import Prompts
-from minipeft.schedule import Adapter, Job, PassConfig, TrainConfig
-from minipeft.store import Store, key_of
+from minipeft.schedule import Adapter, PassConfig
+from minipeft.store import Store
 from minipeft.tasks.task import Header, Task, load_task, majority_answers, user_accuracy
-
-EVERYONE = "(everyone)"  # the one "user" of a shared adapter
-SHARED = {"epochs": 1, "batch_size": 64}  # what is different in training for the one adapter of everybody
-
-Show = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # a title -> a function of (done, total)
-
-
-def silent(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """A `Show` that shows nothing."""
-    return nullcontext(lambda done, total: None)
-
 
 # ---- A base and its questions --------------------------------------------------------------------------------------
 
@@ -96,131 +82,6 @@ def first_users(task: Task, number: int) -> Task:
     if not 1 <= number <= len(task.users):
         raise InputError(f"--users {number}: task {task.name!r} has {len(task.users)} users")
     return task.subset(task.users[:number])
-
-
-def pooled(split: dict[str, list[Question]]) -> list[Question]:
-    return [question for questions in split.values() for question in questions]
-
-
-# ---- Training ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training that was checked and can begin: `run` it.
-
-    jobs:    one for each user, those with the most examples first: nobody is left to finish alone.
-    shared:  "on": one adapter of all users is trained first and lies under everybody's own; "from": everybody's own
-             starts from it; "": neither.
-    num_cut: examples whose text did not fit the base and lost its end.
-    """
-
-    task: Task
-    base: Base
-    labels: LabelSet | Classes
-    config: TrainConfig
-    jobs: list[Job]
-    store: Store
-    shared: str
-    num_cut: int
-    passes: PassConfig
-
-    @property
-    def method(self) -> Method:
-        return self.config.method
-
-    @classmethod
-    def plan(
-        cls, model: str | Path | Base, task: str | Path | Task, config: TrainConfig, store: str | Path,
-        shared: str = "", again: bool = False, passes: PassConfig | None = None, rows: str | None = None,
-    ) -> "Training":  # fmt: skip
-        """Everything that can be wrong with the input is found out here; see `train`."""
-        if shared not in ("", "on", "from"):
-            raise InputError(f"shared is {shared!r}; needed \"on\", \"from\" or \"\"")
-        task = task if isinstance(task, Task) else load_task(task)
-        check_splits(task, ("val",))
-        base = open_base(model, len(task.labels))
-        prompts = prompts_of(base, task.header)
-        config = replace(config, method=for_base(config.method, base))
-        config.check()
-        config.method.check(base)
-        virtual = config.method.virtual(base)
-        if shared == "on" and any(virtual):
-            raise InputError(f"{config.method.title} cannot lie under another adapter, for it has virtual tokens; "
-                             "start from a shared one instead, or take a method without")  # fmt: skip
-        encoded = prompts.encode(task, virtual[0])
-        jobs = [Job(user, encoded.train[user], encoded.val[user], config) for user in task.users]
-        jobs.sort(key=lambda job: -len(job.train))
-        for user in task.users:
-            key_of(user)  # an id that cannot be kept is an error now, not after training
-        made = Store.make(store, base, task.header, rows)
-        there = [user for user in task.users if user in made]
-        if there and not again:
-            raise InputError(f"{store} has an adapter of {len(there)} of these users already, e.g. {there[0]!r}; name "
-                             "another store, or train them --again")  # fmt: skip
-        return cls(task, base, encoded.labels, config, jobs, made, shared, encoded.num_cut, passes or PassConfig())
-
-    def run(self, on_finish: Callable[[Adapter], None] | None = None, show: Show = silent) -> None:
-        """Train everybody. Each adapter is in the store, and on_finish called with it, as soon as its user is done."""
-
-        def keep(adapter: Adapter) -> None:
-            self.store.add(adapter, self.base)
-            if on_finish is not None:
-                on_finish(adapter)
-
-        jobs = self.jobs
-        if self.shared:
-            everyone = self.train_shared(show)
-            jobs = [replace(job, under=everyone) if self.shared == "on" else replace(job, start=everyone.row)
-                    for job in jobs]  # fmt: skip
-        self._train(jobs, show, f"training {len(jobs)} users", keep)
-
-    def train_shared(self, show: Show) -> Adapter:
-        """The one adapter of all users, on their pooled examples."""
-        train, val = (pooled({job.user: split(job) for job in self.jobs})
-                      for split in (lambda job: job.train, lambda job: job.val))  # fmt: skip
-        job = Job(EVERYONE, train, val, replace(self.config, **SHARED))
-        return self._train([job], show, "training one adapter for all")[EVERYONE]
-
-    def _train(self, jobs, show, title, on_finish=None) -> dict[str, Adapter]:
-        total, done = sum(len(job.train) * job.config.epochs for job in jobs), 0
-        with show(title) as update:
-
-            def count(examples: int) -> None:
-                nonlocal done
-                done += examples
-                update(done, total)
-
-            return Engine(self.base, self.labels, self.passes).train(jobs, on_finish, count)
-
-
-def train(
-    model: str | Path | Base, task: str | Path | Task, method: Method = LoRA(), *, store: str | Path,  # noqa: B008
-    shared: str = "", again: bool = False, passes: PassConfig | None = None, rows: str | None = None,
-    on_finish: Callable[[Adapter], None] | None = None, **settings: float,
-) -> Store:  # fmt: skip
-    """Every user of the task gets an adapter of their own, all trained together in fused passes.
-
-    Args:
-        model:     a model folder, a hub id, or what load_model gave.
-        task:      a prepared task's folder, or what load_task gave.
-        method:    what a user trains, of minipeft.methods; on an encoder a head comes with it.
-        store:     the folder where each adapter is kept as its user is done; made if it is not there.
-        shared:    "on": first one adapter for all users together, then each user's own on top; "from": each user's own
-                   starts from it.
-        again:     replace adapters of users who are in the store already.
-        rows:      how a new store keeps numbers: "float32", "bfloat16" or "int8"; None: "float32", or as it does.
-        on_finish: called with each adapter once it is in the store.
-        settings:  fields of TrainConfig: learning_rate, epochs, batch_size, seed...
-    Returns:
-        the store.
-    Raises:
-        InputError: a folder, the task or a setting cannot be used, the store belongs to another base or task, or a user
-            is in it already.
-    """
-    training = Training.plan(model, task, TrainConfig(method=method, **settings), store, shared, again, passes, rows)
-    training.run(on_finish)
-    return training.store
 
 
 # ---- Answering -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ works as a serving engine admits requests: users wait, occupy a slot while they 
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from minipeft.methods.method import Method
 from minipeft.randomness import generator
 
 MIN_IMPROVEMENT = 1e-4  # relative: a later epoch must beat the best validation loss by this to count as better
+LARGEST = 1e18  # a number beyond it cannot be squared in fp32: whatever a row holds it for, it is no adapter
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class TrainConfig:
 class PassConfig:
     """How users share passes. None of this changes anybody's adapter beyond the last bits of fp32."""
 
-    slots: int = 32  # users resident at a time
+    slots: int | str = 32  # users resident at a time; "auto", where a store is trained: see memory.py
     token_budget: int = 2048  # rows in a pass, at least one user's minibatch whatever its size
     deterministic: bool = False  # also the last bits: products in fixed tiles of one user's rows
     recompute: bool = False  # activation checkpointing: less memory, a third more work, the same bits
@@ -81,17 +83,47 @@ class PassConfig:
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""
         for name in ("slots", "token_budget"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not (isinstance(value := getattr(self, name), int) and value >= 1):
+                raise InputError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A user who cannot be trained, and why: one line that quotes no text."""
+
+    user: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a user stands in the middle of their plan: all that it takes to go on as if nothing had happened.
+
+    Shuffles and dropout are functions of (seed, user, place), so no generator has a state.
+
+    place:   the fields of PLACE.
+    tensors: row, exp_avg, exp_avg_sq [P] fp32 on the CPU, and best [P] once an epoch was evaluated.
+    """
+
+    place: dict
+    tensors: dict[str, Tensor]
+
+    def examples(self, num_train: int) -> int:
+        """Training examples that are behind the user, who has so many."""
+        return self.place["epoch"] * num_train + self.place["next_example"]
+
+
+PLACE = ("epoch", "step", "next_example", "skipped_steps", "skipped_before", "history", "best_epoch")  # of a Run
 
 
 @dataclass(frozen=True)
 class Job:
     """A user who wants an adapter: training and validation questions, and how to train.
 
-    name:  what the result is called; "": the user's id. One user may have several jobs, one for each method say.
-    start: a row [P] to start from, e.g. of an adapter that all users share; None: the method's own start.
-    under: an adapter that acts under this one and is not trained: shared + personal.
+    name:     what the result is called; "": the user's id. One user may have several jobs, one for each method say.
+    start:    a row [P] to start from, e.g. of an adapter that all users share; None: the method's own start.
+    under:    an adapter that acts under this one and is not trained: shared + personal.
+    standing: where the user stood when training was interrupted; None: at the beginning.
     """
 
     user: str
@@ -101,10 +133,32 @@ class Job:
     name: str = ""
     start: Tensor | None = None
     under: Adapter | None = None
+    standing: Standing | None = None
 
     @property
     def key(self) -> str:
         return self.name or self.user
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train) / self.config.batch_size)
+
+    @property
+    def planned_examples(self) -> int:
+        """Training examples to work off, if nobody stops early."""
+        return len(self.train) * self.config.epochs
+
+    def check_standing(self) -> None:
+        """Raises InputError if no user with this plan can stand where `standing` says."""
+        place, spe = self.standing.place, self.steps_per_epoch
+        begun = place["step"] - place["epoch"] * spe  # steps of this epoch
+        expected = min(begun * self.config.batch_size, len(self.train)) % len(self.train)
+        if not (0 <= place["epoch"] < self.config.epochs and 0 <= begun <= spe and place["next_example"] == expected
+                and len(place["history"]) == place["epoch"] and 0 <= place["best_epoch"] <= place["epoch"]
+                and (place["best_epoch"] > 0) == ("best" in self.standing.tensors) == (place["epoch"] > 0)
+                and 0 <= place["skipped_before"] <= place["skipped_steps"] <= place["step"]):  # fmt: skip
+            raise InputError(f"user {self.key!r} cannot stand at step {place['step']} of epoch {place['epoch'] + 1} "
+                             f"with {len(self.train)} examples; was the state saved for other examples or settings?")
 
 
 @dataclass
@@ -123,19 +177,40 @@ class Run:
     step: int = 0  # steps finished
     next_example: int = 0  # of this epoch's order
     skipped_steps: int = 0  # steps whose gradient was not finite
+    skipped_before: int = 0  # as many of them before this epoch
     history: list[float] = field(default_factory=list)
     best: Tensor | None = None
     best_epoch: int = 0
     order: list[int] = field(default_factory=list)
     part: Part | None = None  # the next minibatch, once it was asked for
+    idle_epoch: bool = False  # whether not one step of the epoch evaluated last was finite
+
+    def __post_init__(self):
+        if self.job.standing is not None:
+            for name in PLACE:
+                setattr(self, name, copy(self.job.standing.place[name]))
+            self.best = self.job.standing.tensors.get("best")
+
+    def standing(self, row: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Standing:
+        """Where the user stands now, with these numbers; copies on the CPU."""
+        tensors = {"row": row, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        tensors |= {"best": self.best} if self.best is not None else {}
+        place = {name: copy(getattr(self, name)) for name in PLACE}
+        return Standing(place, {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()})
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.job.train) / self.job.config.batch_size)
+        return self.job.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.job.config.epochs
+
+    @property
+    def examples_left(self) -> int:
+        """Of the planned ones."""
+        epochs = self.step // self.steps_per_epoch  # whose steps are all taken
+        return self.job.planned_examples - epochs * len(self.job.train) - self.next_example
 
     @property
     def wants_evaluation(self) -> bool:
@@ -144,7 +219,7 @@ class Run:
     def minibatch(self, labels: LabelSet | Classes) -> Part:
         """The user's next step: a slice of this epoch's order, which is a function of (seed, user, epoch)."""
         if self.part is None:
-            if self.next_example == 0:
+            if not self.order:
                 shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
                 self.order = shuffle.permutation(len(self.job.train)).tolist()
             chosen = self.order[self.next_example : self.next_example + self.job.config.batch_size]
@@ -157,7 +232,7 @@ class Run:
         self.step += 1
         self.next_example += len(self.part.reads)
         if self.next_example == len(self.job.train):
-            self.next_example = 0
+            self.next_example, self.order = 0, []
         self.part = None
 
     @property
@@ -170,6 +245,8 @@ class Run:
     def evaluated(self, loss: float, row: Tensor) -> None:
         """An epoch ended with this validation loss and this row: keep the row if it is the best."""
         self.epoch += 1
+        self.idle_epoch = self.skipped_steps - self.skipped_before == self.steps_per_epoch
+        self.skipped_before = self.skipped_steps
         best_loss = self.history[self.best_epoch - 1] if self.best_epoch else math.inf
         best_loss = best_loss if math.isfinite(best_loss) else math.inf
         self.history.append(loss)
@@ -183,6 +260,32 @@ class Run:
     @property
     def done(self) -> bool:
         return self.epoch == self.job.config.epochs or self.stopped_early
+
+    @property
+    def fault(self) -> str:
+        """Asked after an evaluation: why nothing will come of this user; "": nothing is wrong."""
+        if self.idle_epoch:
+            what = f"not one step of epoch {self.epoch} had a finite gradient"
+        elif self.done and not math.isfinite(self.history[self.best_epoch - 1]):
+            what = "the validation loss was never finite"
+        elif self.done and not (largest := float(self.best.abs().max())) < LARGEST:
+            what = f"the adapter holds numbers of {largest:.0e}"
+        else:
+            return ""
+        return f"user {self.job.key!r} diverged: {what}; lower the learning rate"
+
+    @property
+    def adapter(self) -> Adapter:
+        """What the user gets: the best row so far."""
+        metrics = {
+            "best_epoch": self.best_epoch,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "val_loss": self.history,
+            "stopped_early": self.stopped_early,
+            "skipped_steps": self.skipped_steps,
+        }
+        return Adapter(self.job.user, self.job.config.method, self.best, metrics, self.job.under)
 
 
 def choose(runs: Sequence[Run], labels: LabelSet | Classes, token_budget: int) -> list[Run]:

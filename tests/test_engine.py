@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from linears import site_by_site
 
+from minipeft import engine as engine_module
 from minipeft.batch import filled
 from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
@@ -251,15 +252,47 @@ def test_deterministic_mode_isolates_whatever_the_lengths_and_the_company(model,
         assert_same(together[user], exactly_alone[user])
 
 
-def test_a_user_who_diverges_is_reported_and_changes_nobody_else(model, jobs):
-    tame = replace(jobs[0], config=replace(jobs[0].config, patience=99))
-    wild = replace(tame, config=replace(tame.config, learning_rate=math.inf))
-    one, other = train(model, [tame, *jobs[1:8]], 4, 400), train(model, [wild, *jobs[1:8]], 4, 400)
-    skipped = other["user 0"].metrics["skipped_steps"]
-    assert skipped == other["user 0"].metrics["steps"] - 1  # the first step ruins the row, every later one is skipped
-    for bystander in one.keys() - {"user 0"}:
-        assert one[bystander].metrics["skipped_steps"] == 0
-        assert_same(one[bystander], other[bystander])
+POISONS = {
+    "an infinite learning rate": lambda job: replace(job, config=replace(job.config, learning_rate=math.inf)),
+    "a learning rate of 1e30": lambda job: replace(job, config=replace(job.config, learning_rate=1e30)),
+    "a loss that is no number": lambda job: replace(job, start=torch.full((job.config.method.layout(make_model())
+                                                                           .row_size,), math.nan)),
+    "a text without a token": lambda job: replace(job, train=[*job.train, Question((), 0)]),
+    "a label outside the set": lambda job: replace(job, val=[*job.val, Question((10,), 3)]),
+    "no example": lambda job: replace(job, train=[]),
+    "a setting that makes no sense": lambda job: replace(job, config=replace(job.config, method=LoRA(rank=0))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_poisoned_user_leaves_with_a_reason_and_changes_nobody_else(model, jobs, exactly_alone, poison):
+    """Slots are few: the poisoned one's is taken by others, so whatever was left in it would show."""
+    poisoned, faults = list(jobs[:5]), []
+    poisoned[1] = POISONS[poison](jobs[1])
+    engine = Engine(model, LABELS, PassConfig(2, 400, deterministic=True))
+    progress = []
+    adapters = engine.train(poisoned, on_fault=faults.append, on_progress=progress.append)
+    (fault,) = faults
+    assert fault.user == "user 1" and fault.reason.count("\n") == 0
+    assert ("diverged" in fault.reason) == (poison in list(POISONS)[:3])
+    assert adapters.keys() == {job.user for job in poisoned} - {"user 1"}
+    for user in adapters:
+        assert_same(adapters[user], exactly_alone[user])
+    assert all(bank.bank.users == [None] * 2 for bank in engine._banks)
+    assert sum(progress) == sum(job.planned_examples for job in poisoned)
+    with pytest.raises(InputError) as raised:  # unless somebody asks to be told
+        Engine(model, LABELS).train([poisoned[1]])
+    assert str(raised.value) == fault.reason
+
+
+def test_who_diverges_leaves_after_one_epoch_without_a_finite_step(model, jobs):
+    wild = replace(jobs[0], config=replace(jobs[0].config, learning_rate=math.inf, epochs=9, patience=9))
+    seen = [done for done in Engine(model, LABELS).run([wild])]
+    assert [fault.user for fault in seen[-1].faults] == ["user 0"] and not seen[-1].runs
+    assert sum(len(done.faults) + len(done.finished) for done in seen) == 1
+    steps = math.ceil(len(wild.train) / wild.config.batch_size)
+    assert len(seen) == 2 * (steps + 1)  # the first step ruins the row; in the second epoch none is finite
+    assert sum(done.worked_off for done in seen) == wild.planned_examples
 
 
 @pytest.mark.parametrize("factor", [math.nan, 10.0], ids=["nan", "large"])
@@ -512,6 +545,74 @@ def test_the_head_runs_only_on_rows_that_are_read(model, jobs, monkeypatch):
     assert bodies == [sum(num_rows)] and heads[0] < bodies[0]
     list(engine.score([(run.bank, run.slot, run.job.val) for run in runs]))
     assert heads[1] == sum(filled(len(job.val) * LABELS.rows_per_question) for job in jobs) < bodies[1]
+
+
+# ---- Memory that does not hold a pass -------------------------------------------------------------------------------
+
+
+def short_of_memory(monkeypatch, most_rows, at="hidden"):
+    """No pass of more rows than this from now on: as PyTorch says it on a CPU, in the middle of the forward pass, or
+    after it, in the step of the pass's last bank. Returns the numbers of rows that did not fit."""
+    hidden, step, refused = Decoder.hidden, engine_module.adamw_, []
+
+    def refuse(num_rows):
+        refused.append(num_rows)
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
+
+    def cramped_hidden(model, rows, *hooks):
+        cramped_hidden.rows = len(rows.tokens)
+        if at == "hidden" and len(rows.tokens) > most_rows:
+            refuse(len(rows.tokens))
+        return hidden(model, rows, *hooks)
+
+    def cramped_step(weights, *rest, **more):
+        if at == "step" and cramped_hidden.rows > most_rows and weights.shape[1] == cramped_step.width:
+            refuse(cramped_hidden.rows)
+        return step(weights, *rest, **more)
+
+    method = LoRA(RANKS[3], sites=SITES[0])
+    cramped_step.width = method.layout(make_model()).row_size  # of the last user's bank
+    monkeypatch.setattr(Decoder, "hidden", cramped_hidden)
+    monkeypatch.setattr(engine_module, "adamw_", cramped_step)
+    return refused
+
+
+@pytest.mark.parametrize("at", ["hidden", "step"])
+def test_a_pass_that_memory_does_not_hold_goes_in_parts_and_changes_nobody(model, jobs, exactly_alone, monkeypatch, at):
+    """In the step: some banks' users have stepped by then and must not step twice."""
+    refused = short_of_memory(monkeypatch, 250, at)
+    engine = Engine(model, LABELS, PassConfig(16, 2048, deterministic=True))
+    adapters = engine.train(jobs[:6])
+    assert refused and engine.totals.splits > 0
+    assert len(refused) < engine.totals.passes / 4, "it remembers what did not fit"
+    for user, adapter in adapters.items():
+        assert_same(adapter, exactly_alone[user])
+
+
+def test_whose_share_alone_does_not_fit_leaves_and_nobody_else(model, jobs, exactly_alone, monkeypatch):
+    rng = np.random.default_rng(1)
+    large = replace(jobs[0], train=make_questions(rng, 8, 0, longest=60), config=replace(jobs[0].config, batch_size=8))
+    asks = replace(jobs[1], val=[*jobs[1].val, Question(tuple(range(10, 50)) * 4, 0)])  # beyond training's rows
+    largest = max(Run(job, 0, 0).minibatch(LABELS).num_rows for job in jobs[2:6])
+    short_of_memory(monkeypatch, max(144, largest))
+    faults = []
+    engine = Engine(model, LABELS, PassConfig(16, 2048, deterministic=True))
+    adapters = engine.train([large, asks, *jobs[2:6]], on_fault=faults.append)
+    assert {fault.user for fault in faults} == {"user 0", "user 1"}
+    assert all("alone does not fit into memory" in fault.reason for fault in faults)
+    assert adapters.keys() == {job.user for job in jobs[2:6]}
+    for user, adapter in adapters.items():
+        assert_same(adapter, exactly_alone[user])
+    assert all(bank.bank.users == [None] * 16 for bank in engine._banks)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model, jobs, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Decoder, "hidden", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        train(model, jobs[:3], 3)
 
 
 # ---- Errors --------------------------------------------------------------------------------------------------------

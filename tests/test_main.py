@@ -28,11 +28,12 @@ from minipeft.methods.method import method_from
 from minipeft.methods.prompt import PromptTuning
 from minipeft.models.loading import fingerprint, load_model, load_tokenizer
 from minipeft.options import NAMES
-from minipeft.running import Training, for_base, open_base, prompts_of, silent
+from minipeft.running import for_base, open_base, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import Task, load_task, save_task
+from minipeft.training import Desk, Stop, Training, silent
 
 KINDS = list(MAKERS)
 
@@ -223,10 +224,11 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
     assert run("train", "--model", bases[kind], *common, "--store", tmp_path / "a", f"--{how}-shared") == 0
     config = TrainConfig(method=LoRA(rank=2), epochs=1, learning_rate=0.02)
     plan = Training.plan(bases[kind], task, config, tmp_path / "b", how)
-    everyone = plan.train_shared(silent)
-    jobs = [replace(job, under=everyone) if how == "on" else replace(job, start=everyone.row) for job in plan.jobs]
-    expected = Engine(plan.base, plan.labels).train(jobs)
-    without = Engine(plan.base, plan.labels).train(plan.jobs)
+    everyone = plan.train_shared(silent, Desk(plan, None, None, None), Stop())
+    alone, labels = [plan.job(user)[0] for user in plan.users], plan.prompts.labels
+    jobs = [replace(job, under=everyone) if how == "on" else replace(job, start=everyone.row) for job in alone]
+    expected = Engine(plan.base, labels).train(jobs)
+    without = Engine(plan.base, labels).train(alone)
     store = Store(tmp_path / "a")
     for user, adapter in expected.items():
         found = store.get(user, plan.base)
@@ -237,9 +239,9 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
     if how == "on":
         assert store.get("ann", plan.base).under is store.get("bob", plan.base).under, "so that they share passes"
     assert run("eval", "--store", tmp_path / "a", "--model", bases[kind], "--task", task, "--json") == 0
-    scored = minipeft.engine.label_scores(plan.base, plan.labels, expected, prompts_of(plan.base, plan.task.header)
-                                     .encode(plan.task).test)  # fmt: skip
-    right = [(scores.argmax(1) == [plan.task.labels.index(e.label[0]) for e in plan.task.test[user]]).mean()
+    whole = load_task(task)
+    scored = minipeft.engine.label_scores(plan.base, labels, expected, plan.prompts.encode(whole).test)
+    right = [(scores.argmax(1) == [whole.labels.index(e.label[0]) for e in whole.test[user]]).mean()
              for user, scores in scored.items()]  # fmt: skip
     assert printed(capsys)["accuracy"]["personal"] == pytest.approx(100 * sum(right) / len(right))
 
@@ -304,7 +306,7 @@ def test_ctrl_c_keeps_who_had_finished(task, bases, tmp_path, capsys, monkeypatc
     error = capsys.readouterr().err
     assert "interrupted." in error and "Traceback" not in error and f"adapters are in {tmp_path / 'store'}" in error
     store = Store(tmp_path / "store")
-    assert len(store.users()) == 2
+    assert 2 <= len(store.users()) < 6  # who was done in the same pass is kept as well
     for user in store.users():
         assert run("predict", "--store", store.folder, "--model", bases["decoder"], "--user", user, "--text", "a") == 0
 
@@ -422,15 +424,16 @@ def bad_missing_task(s):
 
 def bad_missing_split(s):
     folder = shutil.copytree(s.task, s.tmp / "task")
-    (folder / "test.jsonl").unlink()
-    return train(folder, s.base, "--method", "lora", "--store", s.new), "test.jsonl"
+    (folder / "val.jsonl").unlink()
+    return train(folder, s.base, "--method", "lora", "--store", s.new), "val.jsonl"
 
 
 def bad_user_without_validation(s):
     folder = shutil.copytree(s.task, s.tmp / "task")
     lines = (folder / "val.jsonl").read_text().splitlines(keepends=True)
     (folder / "val.jsonl").write_text("".join(line for line in lines if '"ann"' not in line))
-    return train(folder, s.base, "--method", "lora", "--store", s.new), "have no val example, e.g. 'ann'"
+    return train(folder, s.base, "--method", "lora", "--store", s.new, "--on-bad", "stop"), (
+        "user 'ann' has no validation example")  # fmt: skip
 
 
 def bad_missing_model(s):

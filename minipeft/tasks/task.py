@@ -12,6 +12,7 @@ An id names a text: users who saw the same text share its id. Errors name file, 
 which may be hate speech.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -65,6 +66,25 @@ class Task:
     @property
     def header(self) -> Header:
         return Header(self.name, self.instruction, self.labels, self.multi_label)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what training reads."""
+        digest = hashlib.sha256(repr(self.header).encode())
+        for user in self.users:
+            digest.update(repr(self.examples(user)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def num_train(self, user: str) -> int:
+        return len(self.train[user])
+
+    def size(self, user: str) -> int:
+        """Characters of the user's training texts: how long they train, to speak of."""
+        return sum(len(example.text) for example in self.train[user])
+
+    def examples(self, user: str) -> tuple[list[Example], list[Example]]:
+        """The user's training and validation examples."""
+        return self.train[user], self.val[user]
 
     def split(self, name: str) -> dict[str, list[Example]]:
         """The split of that name: `train`, `val` or `test`."""

@@ -1,0 +1,82 @@
+"""How many users may be resident and how many rows a pass may have: from the memory that is free, measured.
+
+    rows of a pass  = half of the free memory / (2 x what one row keeps for the backward pass)      at most MOST_ROWS
+    resident users  = a quarter of the free memory / what one slot takes            at most twice what fills a pass
+
+One pass of a few users' minibatches is run to see what a row keeps; the factor 2 is for what lives shorter: gradients,
+the softmax, an op's own temporaries. Should a pass not fit after all, the engine takes it in parts (engine.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from minipeft.engine import Engine
+from minipeft.errors import InputError
+from minipeft.labels import Classes, LabelSet
+from minipeft.models.classifier import Base
+from minipeft.schedule import Job, PassConfig
+
+MOST_ROWS = {"cpu": 2048, "cuda": 32768}  # larger passes are not faster
+ROWS_KEPT = 7  # what a slot takes, in rows: weights, gradients, two moments, the best row, and two while it is saved
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated. Raises InputError where the system does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = [_meminfo()]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free.append(int(most) - int(used.read_text()))
+    return min(free)
+
+
+def _meminfo() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        raise InputError("slots \"auto\": this system does not say how much memory is free; give a number") from None
+
+
+def fitted(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Sequence[Job]) -> PassConfig:
+    """`passes` with the slots and the token budget that memory holds, for users like those of these jobs.
+
+    Raises:
+        InputError: memory does not even hold one of them.
+    """
+    free = free_memory(base.device)
+    kept, num_rows = _kept_bytes(replace(passes, slots=len(jobs)), base, labels, jobs)
+    rows = min(MOST_ROWS[base.device.type], int(free / 2 / (2 * kept / num_rows)))
+    numbers = max(job.config.method.layout(base).row_size for job in jobs)
+    slot_bytes = numbers * (4 * ROWS_KEPT + (base.dtype.itemsize if base.dtype != torch.float32 else 0))
+    slots = min(int(free / 4 / slot_bytes), -(-2 * rows * len(jobs) // num_rows))
+    if min(rows, slots) < 1:
+        raise InputError(f"{free / 2**20:.0f} MiB of memory are free on {base.device}: not enough for one user, who "
+                         f"takes {(2 * kept / len(jobs) + slot_bytes) / 2**20:.0f}; free some or lower the batch size")
+    return replace(passes, slots=slots, token_budget=rows)
+
+
+def _kept_bytes(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Sequence[Job]) -> tuple[int, int]:
+    """What a pass with these users' first minibatches keeps for its backward pass, in bytes, and its rows."""
+    engine = Engine(base, labels, passes)
+    runs = sorted((engine.begin(job) for job in jobs), key=lambda run: (run.bank, run.slot))
+    num_rows = sum(run.minibatch(labels).num_rows for run in runs)
+    frozen = {weight.untyped_storage().data_ptr() for weight in base.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.train_step(runs)
+    return sum(kept.values()), num_rows

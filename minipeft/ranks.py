@@ -1,0 +1,125 @@
+"""Several processes, one store: who trains whom, and how finished adapters come to the one who writes.
+
+    torchrun --nproc-per-node 3 -m minipeft train ...
+
+Every rank has the whole frozen base, an engine and users of its own; no gradient ever leaves a rank, so they need not
+keep step. Rank 0 alone writes the store: the others send it what is finished, as bytes of safetensors, over gloo. Ranks
+on GPUs do the same: nothing that is sent lies on a GPU, so NCCL would have nothing to do. The store's folder need not
+be shared between machines. If a rank dies, torchrun starts all of them again, and with --resume they go on.
+"""
+
+import heapq
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+FOREVER = timedelta(days=365)  # ranks wait for each other as long as users train; a dead one's connection closes
+
+
+def share_out(users: Sequence[str], sizes: Sequence[int], num_ranks: int) -> list[list[str]]:
+    """Each rank's users, in the order given: a function of its arguments alone.
+
+    Largest first, each to the rank that has least so far (Graham 1969): no rank has more than 4/3 of what is possible.
+    """
+    loads = [(0, rank) for rank in range(num_ranks)]
+    owners = {}
+    for i in sorted(range(len(users)), key=lambda i: -sizes[i]):
+        load, rank = heapq.heappop(loads)
+        owners[i] = rank
+        heapq.heappush(loads, (load + sizes[i], rank))
+    shares = [[] for _ in range(num_ranks)]
+    for i, user in enumerate(users):
+        shares[owners[i]].append(user)
+    return shares
+
+
+def own_device(device: str) -> str:
+    """Which of a machine's GPUs is this process's, where `device` says only that it is one."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+class Ranks:
+    """One process of several, or the only one.
+
+    rank: 0 is the one that writes. number: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, number: int = 1):
+        self.rank, self.number = rank, number
+        self._arrived: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+        self._ended = 0
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+    def tell(self, content: bytes = b"") -> bytes:
+        """What rank 0 says, at every rank. All must call it."""
+        if self.number == 1:
+            return content
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0)
+        data = torch.zeros(int(size), dtype=torch.uint8)
+        if self.writes:
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else data
+        dist.broadcast(data, 0)
+        return data.numpy().tobytes()
+
+    def listen(self) -> None:
+        """At rank 0: take in what the others send, while this rank trains. After this nobody calls `tell`."""
+        if self.writes and self.number > 1:
+            threading.Thread(target=self._receive, daemon=True).start()
+
+    def _receive(self) -> None:
+        ended = 0
+        try:
+            while ended < self.number - 1:
+                size = torch.zeros(1, dtype=torch.int64)
+                sender = dist.recv(size)
+                data = torch.zeros(int(size), dtype=torch.uint8)
+                if len(data):
+                    dist.recv(data, sender)
+                ended += not len(data)
+                self._arrived.put(data.numpy().tobytes())
+        except RuntimeError as error:  # raised again by `arrived`, in the thread that trains
+            self._arrived.put(error)
+
+    def send(self, content: bytes) -> None:
+        """To rank 0, from another; nothing at all says that this rank has ended."""
+        dist.send(torch.tensor([len(content)]), 0)
+        if content:
+            dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
+
+    def arrived(self) -> Iterator[bytes]:
+        """At rank 0: what has come since the last call. Raises what broke the connection."""
+        while not self._arrived.empty():
+            content = self._arrived.get()
+            if isinstance(content, Exception):
+                raise RuntimeError("another rank went away before it had ended") from content
+            self._ended += not content
+            if content:
+                yield content
+
+    @property
+    def all_ended(self) -> bool:
+        """At rank 0: whether every other rank has."""
+        return self._ended == self.number - 1
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun started; without torchrun, the only one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo", timeout=FOREVER)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Are slots and rows of a pass what the free memory holds?"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import LABELS, make_job, make_model
+
+from minipeft import memory
+from minipeft.engine import Engine
+from minipeft.errors import InputError
+from minipeft.memory import MOST_ROWS, fitted, free_memory
+from minipeft.schedule import PassConfig
+
+AUTO = PassConfig(slots="auto")
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return [replace(make_job(i), config=make_job(0).config) for i in range(4)]
+
+
+def test_free_memory_is_what_the_system_says(monkeypatch):
+    told = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()}
+    assert 2**20 < free_memory(torch.device("cpu")) <= told["MemTotal"]
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal: 3 kB\n")
+    with pytest.raises(InputError, match="does not say how much memory is free; give a number"):
+        free_memory(torch.device("cpu"))
+
+
+def test_more_memory_more_rows_and_slots_up_to_what_is_of_use(jobs, monkeypatch):
+    model, found = make_model(), []
+    for mib in (3, 6, 12, 10**6):
+        monkeypatch.setattr(memory, "free_memory", lambda device: mib << 20)  # noqa: B023
+        found.append(fitted(AUTO, model, LABELS, jobs))
+    rows, slots = ([getattr(passes, name) for passes in found] for name in ("token_budget", "slots"))
+    assert 1 <= rows[0] < rows[1] < rows[2] <= rows[3] == MOST_ROWS["cpu"]
+    assert 1 <= slots[0] < slots[1] < slots[2] <= slots[3]
+    assert rows[1] == pytest.approx(2 * rows[0], abs=2) and slots[1] == pytest.approx(2 * slots[0], abs=2)
+    per_user = sum(run.minibatch(LABELS).num_rows for run in map(Engine(model, LABELS).begin, jobs)) / len(jobs)
+    assert slots[3] == pytest.approx(2 * rows[3] / per_user, abs=1)
+    assert all(passes.deterministic == AUTO.deterministic for passes in found)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 3 << 10)
+    with pytest.raises(InputError, match="0 MiB of memory are free on cpu: not enough for one user"):
+        fitted(AUTO, model, LABELS, jobs)
+
+
+def test_frozen_weights_do_not_count_and_longer_rows_do(jobs):
+    model = make_model()
+    kept, num_rows = memory._kept_bytes(PassConfig(), model, LABELS, jobs)
+    whole = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    doubled = [replace(job, config=replace(job.config, batch_size=2 * job.config.batch_size)) for job in jobs]
+    more, more_rows = memory._kept_bytes(PassConfig(), model, LABELS, doubled)
+    assert kept > 4 * num_rows * model.config.width * 10 and whole > 0  # dozens of activations a row
+    assert more / kept == pytest.approx(more_rows / num_rows, rel=0.2)
+
+
+def test_an_engine_wants_a_number():
+    with pytest.raises(InputError, match="slots must be at least 1, got auto"):
+        Engine(make_model(), LABELS, AUTO)
