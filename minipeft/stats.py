@@ -79,15 +79,13 @@ def p_value(means: np.ndarray, mean: float, num_users: int) -> float:
     """Two-sided p that the true mean is 0: one minus the level at which `interval` begins to hold 0.
 
     Where fewer than RESOLVED of the redrawn means lie beyond 0 their share is too coarse for many comparisons; there it
-    is taken from the normal distribution with their standard error. Never below 2 ** (1 - n), the least that n users
+    is taken from the normal distribution with their standard error, if that is smaller still. Never below 2 ** (1 - n), the least that n users
     can say by their signs: with 5 users or fewer nothing is below 0.05.
     """
-    beyond = min((means <= 0).sum(), (means >= 0).sum())
-    spread = means.std()
-    if beyond >= RESOLVED:
-        z = norm.ppf(beyond / len(means))
-    else:
-        z = -abs(mean) / spread if spread else -np.inf
+    beyond, spread = min((means <= 0).sum(), (means >= 0).sum()), means.std()
+    z = norm.ppf(max(beyond, RESOLVED) / len(means))
+    if beyond < RESOLVED:
+        z = min(z, -abs(mean) / spread) if spread else -np.inf
     two_sided = 2 * t.cdf(z / _widening(num_users), num_users - 1) if num_users > 1 else 1.0
     return float(min(1.0, max(two_sided, 2.0 ** (1 - num_users))))
 
