@@ -79,8 +79,8 @@ def p_value(means: np.ndarray, mean: float, num_users: int) -> float:
     """Two-sided p that the true mean is 0: one minus the level at which `interval` begins to hold 0.
 
     Where fewer than RESOLVED of the redrawn means lie beyond 0 their share is too coarse for many comparisons; there it
-    is taken from the normal distribution with their standard error, if that is smaller still. Never below 2 ** (1 - n), the least that n users
-    can say by their signs: with 5 users or fewer nothing is below 0.05.
+    is taken from the normal distribution with their standard error, if that is smaller still. Never below
+    2 ** (1 - n), the least that n users can say by their signs: with 5 users or fewer nothing is below 0.05.
     """
     beyond, spread = min((means <= 0).sum(), (means >= 0).sum()), means.std()
     z = norm.ppf(max(beyond, RESOLVED) / len(means))

@@ -23,11 +23,11 @@ from minipeft.stats import (
 @pytest.mark.parametrize("spread", ["normal", "skewed"])
 def test_intervals_hold_the_true_mean_as_often_as_they_say(spread, level):
     rng = np.random.default_rng(0)
-    trials, held = 400, 0
-    for trial in range(trials):
-        values = rng.normal(1, 2, 60) if spread == "normal" else rng.exponential(1, 60)
-        interval = bootstrap_mean(values, seed=trial, level=level, draws=500)
-        held += interval.low <= 1 <= interval.high
+    trials = 400
+    values = rng.normal(1, 2, (trials, 60, 1)) if spread == "normal" else rng.exponential(1, (trials, 60, 1))
+    means = redrawn_means(values, draws=2000)
+    bounds = np.array([interval(means[:, trial], 60, level) for trial in range(trials)])
+    held = ((bounds[:, 0] <= 1) & (1 <= bounds[:, 1])).sum()
     # Of 60 skewed values it is a little short; beyond that, three standard errors of a share of trials.
     slack = 3 * (level * (1 - level) / trials) ** 0.5
     assert level - 0.03 - slack <= held / trials <= level + slack
