@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from minipeft.peftu.summary import Outcome, paired
 from minipeft.stats import bootstrap_mean
@@ -105,7 +104,7 @@ def costs(figures: dict[str, dict]) -> Figure:
     """Accuracy against bytes per user and against seconds; the line joins what nothing cheaper beats."""
     figure = Figure(figsize=(WIDTH, 5.6))
     for axes, (field, title) in zip(figure.subplots(2), (("bytes_per_user", "bytes stored per user"),
-                                                         ("train_seconds", "seconds of training, all users"))):
+                                                         ("train_seconds", "training of all users, seconds"))):
         known = {name: each for name, each in figures.items() if each[field] is not None}
         for each in known.values():
             colour, marker = KINDS[each["kind"]]
@@ -115,11 +114,11 @@ def costs(figures: dict[str, dict]) -> Figure:
         axes.step([known[name][field] for name in front], [known[name]["accuracy"] for name in front], where="post",
                   color=ORANGE, linewidth=1)
         for name in front:
-            axes.annotate(label(name), (known[name][field], known[name]["accuracy"]), xytext=(4, 4),
-                          textcoords="offset points", fontsize=7)
+            axes.annotate(label(name), (known[name][field], known[name]["accuracy"]), xytext=(-4, 4),
+                          textcoords="offset points", fontsize=7, horizontalalignment="right")
         smallest = min((each[field] for each in known.values() if each[field] > 0), default=1)
         axes.set_xscale("symlog", linthresh=smallest)  # 0 has a place
-        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.margins(x=0.15)
         axes.set(xlabel=title, ylabel="accuracy, %")
     return figure
