@@ -118,7 +118,7 @@ def costs(figures: dict[str, dict]) -> Figure:
                           textcoords="offset points", fontsize=7, horizontalalignment="right")
         smallest = min((each[field] for each in known.values() if each[field] > 0), default=1)
         axes.set_xscale("symlog", linthresh=smallest)  # 0 has a place
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.margins(x=0.15)
         axes.set(xlabel=title, ylabel="accuracy, %")
     return figure

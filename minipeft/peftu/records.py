@@ -39,7 +39,7 @@ class Record:
     train_seconds:   wall time of the training of all users together.
     val_loss:        validation loss after each epoch, per user; None where it was not finite. [] where none was taken.
     movement:        tensor -> {"median", "min"} over users of |w - w0| / |w0|, or of the RMS change where w0 is zero.
-    chosen_lr, lr_grid:    the learning rate, and the validation score of each that was tried.
+    chosen_lr, lr_grid:    the learning rate, and the validation loss, mean over users, of each that was tried.
     notes:           what was cut, skipped or left out: reason -> how many.
     cold_start:      number of own training examples -> accuracy of each user; None for a user who has fewer.
     """
