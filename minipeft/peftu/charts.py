@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from minipeft.peftu.summary import Outcome, paired
 from minipeft.stats import bootstrap_mean
@@ -118,7 +119,7 @@ def costs(figures: dict[str, dict]) -> Figure:
                           textcoords="offset points", fontsize=7, horizontalalignment="right")
         smallest = min((each[field] for each in known.values() if each[field] > 0), default=1)
         axes.set_xscale("symlog", linthresh=smallest)  # 0 has a place
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.xaxis.set_major_formatter(lambda value, _: EngFormatter(sep="")(value) if value >= 1 else f"{value:g}")
         axes.margins(x=0.15)
         axes.set(xlabel=title, ylabel="accuracy, %")
     return figure
