@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from minipeft.peftu.summary import Outcome, paired
 from minipeft.stats import bootstrap_mean
@@ -171,7 +171,7 @@ def losses(names: dict[str, Outcome]) -> Figure | None:
             axes.plot(range(1, longest + 1), mean, marker=marker, color=colour, markersize=4, label=label(name))
     if not axes.lines:
         return None
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="epoch", ylabel="validation loss")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
