@@ -29,6 +29,7 @@ from minipeft.log import tensorboard
 from minipeft.methods import Method, PromptTuning
 from minipeft.models.checkpoint import one_line
 from minipeft.models.classifier import Base, Classifier
+from minipeft.models.fields import shown
 from minipeft.models.loading import load_model, load_shape, load_tokenizer
 from minipeft.options import (
     add_options,
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush again, and fail
         return 141
-    return 1 if result.get("damaged") else 0
+    return 1 if result is not None and result.get("damaged") else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -234,7 +235,7 @@ def show_summary(summary: Summary, store: str) -> None:
         print(f"{len(summary.skipped_steps)} users skipped steps whose gradient was not finite, e.g. "
               f"{next(iter(summary.skipped_steps))!r}")  # fmt: skip
     for user, reason in list(summary.quarantined.items())[:SHOWN]:
-        print(f"left out: {user!r}: {reason}")
+        print(f"left out: {shown(user)}: {reason}")
     if len(summary.quarantined) > SHOWN:
         print(f"and {len(summary.quarantined) - SHOWN} more, see --json or log.jsonl in {store}")
     print(f"trained {summary.trained} users ({summary.stopped_early} stopped early), left out "

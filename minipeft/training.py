@@ -265,7 +265,7 @@ class Training:
                 "deterministic": self.passes.deterministic}  # fmt: skip
 
     def job(self, user: str) -> tuple[Job, int]:
-        """A user's job, and how many of their texts were cut. Raises InputError for a broken example or an id too long."""
+        """A user's job, how many of their texts were cut. Raises InputError for a broken example or too long an id."""
         key_of(user)
         virtual = self.method.virtual(self.base)[0]
         (train, num_cut), (val, num_val_cut) = (self.prompts.questions(examples, virtual)
