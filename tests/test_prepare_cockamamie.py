@@ -2,17 +2,11 @@
 
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import prepare_cockamamie
 import pytest
 from common import main
-
-RAW = Path(os.environ.get("MINIPEFT_RAW") or Path(__file__).resolve().parents[2] / "shared/data/raw")
-needs_raw = pytest.mark.skipif(
-    not (RAW / "cockamamie").is_dir(), reason="no cockamamie folder in $MINIPEFT_RAW or ../shared/data/raw"
-)
+from prepared import RAW, needs_raw
 
 # sha256 of what the published code writes of the `.subset` file: of all users, and of 50 as it samples them.
 PUBLISHED_SHA256 = {
@@ -52,7 +46,7 @@ def examples_of(task):
             for user, own in merged.items()}
 
 
-@needs_raw
+@needs_raw("cockamamie")
 @pytest.mark.parametrize("options", PUBLISHED_SHA256, ids=["all users", "50 users"])
 def test_real_files_are_those_of_the_published_code(tmp_path, options):
     _, task = prepare(tmp_path, None, "--layout", "original", *options, raw=RAW)
