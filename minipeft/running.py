@@ -15,7 +15,7 @@ import torch
 from minipeft import engine
 from minipeft.engine import Engine
 from minipeft.errors import InputError
-from minipeft.labels import Classes, LabelSet, Question
+from minipeft.labels import Answerable, Question
 from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method, picks
@@ -118,7 +118,7 @@ class Training:
 
     task: Task
     base: Base
-    labels: LabelSet | Classes
+    labels: Answerable
     config: TrainConfig
     jobs: list[Job]
     store: Store

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minipeft.batch import Part
 from minipeft.errors import InputError
-from minipeft.labels import Classes, LabelSet, Question
+from minipeft.labels import Answerable, Question
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.randomness import generator
@@ -141,7 +141,7 @@ class Run:
     def wants_evaluation(self) -> bool:
         return self.step == (self.epoch + 1) * self.steps_per_epoch
 
-    def minibatch(self, labels: LabelSet | Classes) -> Part:
+    def minibatch(self, labels: Answerable) -> Part:
         """The user's next step: a slice of this epoch's order, which is a function of (seed, user, epoch)."""
         if self.part is None:
             if self.next_example == 0:
@@ -185,7 +185,7 @@ class Run:
         return self.epoch == self.job.config.epochs or self.stopped_early
 
 
-def choose(runs: Sequence[Run], labels: LabelSet | Classes, token_budget: int) -> list[Run]:
+def choose(runs: Sequence[Run], labels: Answerable, token_budget: int) -> list[Run]:
     """The runs whose next minibatches go into the next pass, sorted by bank and slot.
 
     Users with the most steps left come first, so that the longest plans do not trail behind alone; the first is taken

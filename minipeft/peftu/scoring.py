@@ -11,9 +11,9 @@ Neither is used to choose an answer where labels can be scored: `fixed` takes th
 from collections.abc import Sequence
 
 from minipeft.peftu.metrics import Labels
+from minipeft.prompts import JOINED_BY
 
 ENDINGS = (".", "'", "ing", "ed", '"', ")")  # dropped in this order, each at most once
-JOINED_BY = ", "  # the labels of a multi-label answer
 
 
 def published_reading(decoded: str, labels: Sequence[str]) -> Labels:

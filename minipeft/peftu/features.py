@@ -1,0 +1,54 @@
+"""One vector per text from the frozen base: the mean of its last hidden states, of length 1.
+
+What all-MiniLM's sentence embedding is (Reimers & Gurevych 2019, arXiv:1908.10084). Computed once per distinct text.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minipeft.models.classifier import Base, Classifier
+from minipeft.models.rows import Rows
+from minipeft.models.t5 import T5
+
+TOKEN_BUDGET = 4096  # rows in a pass
+
+Tokens = tuple[int, ...]
+
+
+def features(base: Base, texts: Iterable[Sequence[int]]) -> dict[Tokens, np.ndarray]:
+    """Token ids of a text -> its feature [width] fp32, for each distinct text."""
+    found: dict[Tokens, np.ndarray] = {}
+    for group in groups_within(sorted(dict.fromkeys(map(tuple, texts)), key=len), TOKEN_BUDGET):
+        found |= zip(group, _means(base, group).cpu().numpy())
+    return found
+
+
+def groups_within(texts: Iterable[Tokens], budget: int) -> Iterable[list[Tokens]]:
+    """Consecutive texts of at most `budget` tokens together, at least one."""
+    group, used = [], 0
+    for text in texts:
+        if group and used + len(text) > budget:
+            yield group
+            group, used = [], 0
+        group.append(text)
+        used += len(text)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def _means(base: Base, texts: list[Tokens]) -> Tensor:
+    """[texts, width]"""
+    causal = base.causal and not isinstance(base, T5)
+    rows = Rows.pack(texts, base.device, causal)
+    if isinstance(base, Classifier):
+        hidden = base.encoder.hidden(rows)
+    else:
+        hidden = base.encode_rows(rows) if isinstance(base, T5) else base.hidden(rows)
+    starts = torch.from_numpy(np.cumsum(rows.lengths) - rows.lengths).to(hidden.device)
+    text_rows = torch.arange(len(hidden), device=hidden.device)
+    return F.normalize(F.embedding_bag(text_rows, hidden.float(), starts, mode="mean"), dim=1)
