@@ -171,6 +171,9 @@ class Engine:
                            squares=residents.squares, compute=bank.copy)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
+                if run.job.config.bf16_weights:
+                    row = bank.weights[run.slot]
+                    row.copy_(row.bfloat16())
         for run in chosen:
             run.advance()
 
@@ -406,4 +409,4 @@ def _adapter(run: Run) -> Adapter:
         "stopped_early": run.stopped_early,
         "skipped_steps": run.skipped_steps,
     }
-    return Adapter(run.job.user, run.job.config.method, run.best, metrics, run.job.under)
+    return Adapter(run.job.user, run.job.config.method, run.best, metrics, run.job.under, run.job.name)

@@ -89,14 +89,19 @@ class Prompts:
                 raise InputError(f"this base was made for another task: it has no token for label {unknown[0]!r}")
             self.labels = LabelSet([[tokenizer.token_to_id(label_token(label))] for label in task.labels], start)
         else:
-            self.before = [*opening, *_ids(tokenizer, f"{task.instruction} Text: ")]
-            self.after = _ids(tokenizer, " Label:")
+            self.before = [*opening, *token_ids(tokenizer, f"{task.instruction} Text: ")]
+            self.after = token_ids(tokenizer, " Label:")
             texts = [JOINED_BY.join(labels) + "." * task.multi_label for labels in self.sets]
             if start is None:  # what closes a text would end the prompt
-                self.labels = LabelSet([_ids(tokenizer, f" {text}") for text in texts])
+                self.labels = LabelSet([token_ids(tokenizer, f" {text}") for text in texts])
             else:
                 self.after = [*self.after, *closing]
-                self.labels = LabelSet([[*_ids(tokenizer, text), *closing] for text in texts], start)
+                self.labels = LabelSet([[*token_ids(tokenizer, text), *closing] for text in texts], start)
+
+    @property
+    def instructed(self) -> bool:
+        """Whether the base is told in words what to do, as a base that many tasks share is."""
+        return isinstance(self.labels, LabelSet) and self.tokenizer.token_to_id(ANSWER) is None
 
     def number(self, labels: tuple[str, ...]) -> int:
         """The number of an answer, as Question has it. InputError if it is none of the sets that can be answered."""
@@ -117,7 +122,7 @@ class Prompts:
         Raises:
             InputError: the instruction leaves no room for text.
         """
-        ids, room = _ids(self.tokenizer, text), None
+        ids, room = token_ids(self.tokenizer, text), None
         if self.max_tokens is not None:
             spoken = int(self.labels.lengths.max()) if isinstance(self.labels, LabelSet) else 0
             room = self.max_tokens - virtual - len(self.before) - len(self.after) - spoken
@@ -149,7 +154,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int | None, speaks
     return Prompts(task.header, tokenizer, max_tokens, speaks).encode(task)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+def token_ids(tokenizer: Tokenizer, text: str) -> Sequence[int]:
     """The text's tokens; what looks like a special token in it is plain text, for a user may have written it."""
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -28,6 +28,7 @@ class Adapter:
     row:     [P] fp32, laid out as `method.layout(base)` says.
     metrics: best_epoch, epochs, steps, val_loss (after each epoch, nats per label token), stopped_early, skipped_steps.
     under:   the adapter that acts under it, None for most.
+    job:     the name of the job that made it, "" for most.
     """
 
     user: str
@@ -35,6 +36,7 @@ class Adapter:
     row: Tensor
     metrics: dict = field(default_factory=dict)
     under: "Adapter | None" = None
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TrainConfig:
     beta2: float = 0.999  # and of its second
     eps: float = 1e-8  # added to AdamW's denominator
     seed: int = 0
+    bf16_weights: bool = False  # round the weights to bf16 after every step, as PEFT-U's code does: small steps are lost
 
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""

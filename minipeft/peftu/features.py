@@ -13,10 +13,9 @@ from torch import Tensor
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5
+from minipeft.models.trunk import Tokens, groups_within
 
 TOKEN_BUDGET = 4096  # rows in a pass
-
-Tokens = tuple[int, ...]
 
 
 def features(base: Base, texts: Iterable[Sequence[int]]) -> dict[Tokens, np.ndarray]:
@@ -25,19 +24,6 @@ def features(base: Base, texts: Iterable[Sequence[int]]) -> dict[Tokens, np.ndar
     for group in groups_within(sorted(dict.fromkeys(map(tuple, texts)), key=len), TOKEN_BUDGET):
         found |= zip(group, _means(base, group).cpu().numpy())
     return found
-
-
-def groups_within(texts: Iterable[Tokens], budget: int) -> Iterable[list[Tokens]]:
-    """Consecutive texts of at most `budget` tokens together, at least one."""
-    group, used = [], 0
-    for text in texts:
-        if group and used + len(text) > budget:
-            yield group
-            group, used = [], 0
-        group.append(text)
-        used += len(text)
-    if group:
-        yield group
 
 
 @torch.no_grad()
