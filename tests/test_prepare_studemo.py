@@ -49,7 +49,8 @@ def write_raw(folder, header=HEADER, rows=ROWS, texts=TEXTS):
 
 
 def prepare(raw, out, *options):
-    assert main("studemo", prepare_studemo.read_tasks, ["--raw", str(raw), "--out", str(out), *options]) == 0
+    argv = ["--raw", str(raw), "--out", str(out), *options]
+    assert main(prepare_studemo.SOURCE, prepare_studemo.read_tasks, argv) == 0
     return out / "studemo"
 
 
@@ -95,7 +96,7 @@ def test_users_with_few_examples_are_dropped_and_rows_without_label_skipped_and_
     facts = json.loads((prepare(tmp_path / "raw", tmp_path / "out") / "task.json").read_text())["statistics"]
     assert (facts["users"], facts["users_kept"], facts["pairs"]) == (3, 2, 54)
     assert facts["users_dropped"] == {"fewer than 10 examples": {"3": 4}}
-    assert facts["rows_skipped"] == {"no label at 1 or above": 2}
+    assert facts["rows_skipped"] == {"no label at 1 or above": 2, "labelled before by this user": 0}
     assert sum(facts["split_sizes"]["leaked"].values()) == sum(facts["split_sizes"]["no_leak"].values()) == 50
     line = capsys.readouterr().out
     assert "rows skipped: 2" in line and "users dropped (fewer than 10 examples): 1" in line
@@ -129,7 +130,6 @@ BAD_FILES = {
     "a text without words": ({"texts": [*TEXTS[:4], ["4"]]}, ["text_data.csv, line 10", "1 fields"]),
     "a text id twice": ({"texts": [*TEXTS, TEXTS[0]]}, ["text_data.csv, line 62", "came before"]),
     "no text of an id": ({"texts": TEXTS[:25]}, ["annotation_data.csv, line 27", "no text"]),
-    "labelled twice": ({"rows": [*ROWS, ROWS[0]]}, ["annotation_data.csv, line 58", "before"]),
     "not a number": ({"rows": [[*ROWS[0][:-1], "much"]]}, ["annotation_data.csv, line 2", "'arousal'", "not a number"]),
     "not finite": ({"rows": [[*ROWS[0][:-1], "nan"]]}, ["annotation_data.csv, line 2", "'arousal'", "not a number"]),
     "a short row": ({"rows": [ROWS[0], ROWS[1][:-1]]}, ["annotation_data.csv, line 3", "11 fields"]),
@@ -141,7 +141,7 @@ BAD_FILES = {
 def test_bad_file_is_one_clear_line_and_writes_nothing(tmp_path, capsys, files, expected):
     write_raw(tmp_path / "raw", **files)
     argv = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
-    assert main("studemo", prepare_studemo.read_tasks, argv) == 2
+    assert main(prepare_studemo.SOURCE, prepare_studemo.read_tasks, argv) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.out == "" and not (tmp_path / "out").exists()
     for part in expected:
@@ -153,5 +153,5 @@ def test_missing_text_file(tmp_path, capsys):
     write_raw(tmp_path / "raw")
     (tmp_path / "raw/studemo/text_data.csv").unlink()
     argv = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
-    assert main("studemo", prepare_studemo.read_tasks, argv) == 2
+    assert main(prepare_studemo.SOURCE, prepare_studemo.read_tasks, argv) == 2
     assert "text_data.csv: No such file" in capsys.readouterr().err

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
+import folders
 import prepare_tweeteval
 import pytest
-from common import BadInput, main, write_folder
+from common import main
+from folders import write_folder
+from raw_files import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = Path(os.environ.get("MINIPEFT_RAW") or ROOT.parent / "shared/data/raw")
@@ -46,7 +48,8 @@ def run(raw, out, *options, hash_seed="random"):
 
 
 def prepare(raw, out, *options):
-    assert main("tweeteval", prepare_tweeteval.read_tasks, ["--raw", str(raw), "--out", str(out), *options]) == 0
+    argv = ["--raw", str(raw), "--out", str(out), *options]
+    assert main(prepare_tweeteval.SOURCE, prepare_tweeteval.read_tasks, argv) == 0
     return out / "tweeteval"
 
 
@@ -90,7 +93,7 @@ def test_jsonl_holds_the_original_splits_line_by_line(tmp_path):
             ]
             assert [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] == expected
     assert set(files_of(original)) == {*PUBLISHED_SHA256, "users-with-empty-dataset-splits.json", "task.json"}
-    assert len(files_of(jsonl)) == 7
+    assert len(files_of(jsonl)) == 4 * 3 + 2
 
 
 def test_task_json_says_what_was_read_and_what_was_left_out(tmp_path):
@@ -143,7 +146,6 @@ BAD_FILES = {
     "a short row": (HEADER, broken_row(3, ROWS[3][:4]), ["line 8", "4 fields", "header has 5"]),
     "a long row": (HEADER, broken_row(0, [*ROWS[0], "Hateful"]), ["line 2", "6 fields"]),
     "an unknown label": (HEADER, broken_row(1, [*ROWS[1][:4], "maybe"]), ["line 4", "'cleo'", "neither 'Hateful'"]),
-    "a text id twice": (HEADER, broken_row(2, ROWS[0]), ["line 6", "came before"]),
     "no rows": (HEADER, [], ["no rows"]),
     "too few texts": (HEADER, ROWS[:9], ["no user of tweeteval has 10 examples"]),
 }
@@ -176,7 +178,7 @@ def test_missing_folder_missing_file_and_too_many_users(tmp_path, capsys):
 def assert_one_line(tmp_path, capsys, *expected, options=()):
     out = tmp_path / "out"
     argv = ["--raw", str(tmp_path / "raw"), "--out", str(out), *options]
-    assert main("tweeteval", prepare_tweeteval.read_tasks, argv) == 2
+    assert main(prepare_tweeteval.SOURCE, prepare_tweeteval.read_tasks, argv) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.out == "" and not out.exists()
     for part in expected:
@@ -195,14 +197,14 @@ def test_anything_unexpected_keeps_its_traceback(tmp_path):
 
     write_raw(tmp_path / "raw")
     with pytest.raises(KeyError):
-        main("tweeteval", broken_reader, ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
+        main(prepare_tweeteval.SOURCE, broken_reader, ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
 
 
 def test_a_new_run_replaces_the_whole_folder(tmp_path):
     write_raw(tmp_path / "raw")
     prepare(tmp_path / "raw", tmp_path / "out", "--layout", "original")
     task = prepare(tmp_path / "raw", tmp_path / "out")
-    assert len(files_of(task)) == 7 and not (task / "user_data_leaked.json").exists()
+    assert len(files_of(task)) == 4 * 3 + 2 and not (task / "user_data_leaked.json").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tweeteval"]
 
 
@@ -220,9 +222,9 @@ def test_a_failure_while_writing_leaves_the_old_task_untouched(tmp_path, monkeyp
     task = prepare(tmp_path / "raw", tmp_path / "out")
     before = files_of(task)
     with monkeypatch.context() as patch:
-        patch.setattr(*((common.os, "fsync", fail) if call == "fsync" else (Path, "rename", fail_on_new)))
+        patch.setattr(*((folders.os, "fsync", fail) if call == "fsync" else (Path, "rename", fail_on_new)))
         with pytest.raises(OSError, match="disk full"):
-            main("tweeteval", prepare_tweeteval.read_tasks,
+            main(prepare_tweeteval.SOURCE, prepare_tweeteval.read_tasks,
                  ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--users", "2"])
     assert files_of(task) == before
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tweeteval"]
@@ -232,7 +234,7 @@ def test_a_folder_of_someone_else_is_never_replaced(tmp_path, capsys):
     path = write_raw(tmp_path / "raw")
     content = path.read_bytes()
     argv = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "raw")]      # the task would replace the raw folder
-    assert main("tweeteval", prepare_tweeteval.read_tasks, argv) == 2
+    assert main(prepare_tweeteval.SOURCE, prepare_tweeteval.read_tasks, argv) == 2
     assert "no task.json" in capsys.readouterr().err
     assert path.read_bytes() == content
 
@@ -240,4 +242,4 @@ def test_a_folder_of_someone_else_is_never_replaced(tmp_path, capsys):
 def test_out_that_is_a_file_is_bad_input(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(BadInput, match="cannot make this folder"):
-        write_folder(tmp_path / "out" / "task", {"task.json": ["{}"]})
+        write_folder(tmp_path / "out" / "task", [("task.json", ["{}"])])

@@ -5,6 +5,9 @@ A folder holds `task.json` (name, instruction, labels, multi_label; further keys
 
     {"user": "u7", "id": "t123", "text": "...", "label": ["yes"]}
 
+These are the split of kind `leaked`. Others may lie in `splits/<kind>/{train,val,test}.jsonl`, beside one task.json;
+what the kinds mean is told in data_scripts/splits.py.
+
 An id names a text: users who saw the same text share its id. Errors name file, line and field but never quote a text,
 which may be hate speech.
 """
@@ -14,10 +17,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minipeft.errors import InputError
 
 SPLITS = ("train", "val", "test")
+KINDS = ("leaked", "no_leak", "strict", "new_users")
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,25 @@ class Task:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def load_task(folder: str | Path) -> Task:
-    """Every example of the four files in `folder`, or an InputError of one line: nothing is skipped or repaired.
+def load_task(folder: str | Path, kind: str = "leaked", only_complete: bool = False) -> Task:
+    """Every example of task.json and three split files, or an InputError of one line: nothing is skipped or repaired.
 
     Reads classification tasks, single- or multi-label; a generative task (`target` for `label`) is an error.
 
+    Args:
+        kind:           which split, of KINDS.
+        only_complete:  leave out the users for whom train, val or test is empty, as the published PEFT-U runs do.
     Raises:
         InputError: a missing file, a line that is not JSON, a field that is missing, empty or of another type, a label
             outside task.json, a (user, id) that comes twice in a split or in two splits, a user who is never trained.
     """
     folder = Path(folder)
+    if kind not in KINDS:
+        raise InputError(f"load_task: there is no split of kind {kind!r}; the kinds are {', '.join(KINDS)}")
     if not folder.is_dir():
         raise InputError(f"load_task: no folder {folder}; needed a folder with task.json and train, val, test .jsonl")
     name, instruction, labels, multi_label = _read_header(folder / "task.json")
+    folder = _split_folder(folder, kind)
     splits: dict[str, dict[str, list[Example]]] = {}
     places: dict[tuple[str, str], str] = {}                # (user, id) -> where it was first read
     for split in SPLITS:
@@ -118,9 +129,14 @@ def load_task(folder: str | Path) -> Task:
                                  "needed every (user, id) once in all splits together")
             places[key] = place
             splits[split].setdefault(example.user, []).append(example)
-    train = splits["train"]
-    if not train:
+    if not splits["train"]:
         raise InputError(f"load_task: {folder / 'train.jsonl'} is empty; needed at least one training example")
+    if only_complete:
+        complete = splits["train"].keys() & splits["val"].keys() & splits["test"].keys()
+        splits = {split: {user: own[user] for user in own if user in complete} for split, own in splits.items()}
+        if not complete:
+            raise InputError(f"load_task: no user of {folder} has examples in train, val and test; needed at least one")
+    train = splits["train"]
     untrained = list(dict.fromkeys(user for split in ("val", "test") for user in splits[split] if user not in train))
     if untrained:
         raise InputError(f"load_task: {folder / 'train.jsonl'} has no example of {len(untrained)} user(s) of val or "
@@ -143,6 +159,23 @@ def save_task(task: Task, folder: str | Path) -> None:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def load_new_users(folder: str | Path) -> tuple[str, ...]:
+    """The users whom the split of kind `new_users` holds out for cold start.
+
+    `load_task(folder, "new_users")` holds them and the others: an adapter shared by the others may start a new user,
+    who is given the first k of their `train` and tested on their `test`.
+    """
+    path = _split_folder(Path(folder), "new_users") / "new_users.json"
+    users = _parse_json(_read(path), str(path))
+    if not isinstance(users, list) or not all(isinstance(user, str) for user in users):
+        raise InputError(f"load_new_users: {path}: needed a list of user ids")
+    return tuple(users)
+
+
+def _split_folder(folder: Path, kind: str) -> Path:
+    return folder if kind == "leaked" else folder / "splits" / kind
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -153,6 +186,9 @@ def _read(path: Path) -> bytes:
 def _read_header(path: Path) -> tuple[str, str, tuple[str, ...], bool]:
     header = _parse_object(_read(path), str(path))
     name = _field(header, "name", str, str(path))
+    if header.get("generative"):
+        raise InputError(f"load_task: {path}: {name!r} is a generative task, of targets; needed one of labels: "
+                         "training on targets is not built")
     instruction = _field(header, "instruction", str, str(path))
     labels = _strings(header, "labels", str(path))
     multi_label = _field(header, "multi_label", bool, str(path))
@@ -179,8 +215,15 @@ def _parse_line(line: bytes, place: str, labels: tuple[str, ...], multi_label: b
 
 
 def _parse_object(data: bytes, place: str) -> dict:
+    value = _parse_json(data, place)
+    if not isinstance(value, dict):
+        raise InputError(f"load_task: {place}: came a {type(value).__name__}; needed a JSON object")
+    return value
+
+
+def _parse_json(data: bytes, place: str) -> Any:
     try:
-        value = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except json.JSONDecodeError as error:                  # its msg does not quote the line
         raise InputError(f"load_task: {place}: not JSON ({error.msg}, column {error.colno}); "
                          "needed one JSON object") from None
@@ -188,9 +231,6 @@ def _parse_object(data: bytes, place: str) -> dict:
         raise InputError(f"load_task: {place}: byte {error.start + 1} is not UTF-8; needed UTF-8") from None
     except (ValueError, RecursionError):
         raise InputError(f"load_task: {place}: JSON that cannot be read (too deep or too large a number)") from None
-    if not isinstance(value, dict):
-        raise InputError(f"load_task: {place}: came a {type(value).__name__}; needed a JSON object")
-    return value
 
 
 def _field(fields: dict, name: str, kind: type, place: str):

@@ -1,0 +1,275 @@
+"""Raw files, read row by row: which file is there, is it whole, and what to do with a row that cannot be used.
+
+A reader asks for a file by its official name, or by several names in order of preference (the official file, then a
+`.subset` of it); each may also be gzipped, as `<name>.gz`. Files are streamed, so that memory does not grow with them,
+and hashed on the way. A byte order mark is dropped; line ends, inside quoted texts too, become "\\n".
+
+What concerns the whole file (absent, cut off, a missing column, the wrong delimiter) always stops with a `BadInput`. A
+row that cannot be used stops as well or, with `--skip-bad`, is counted and left out. No message quotes a text.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+Names = str | tuple[str, ...]
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")                # what the error handler `surrogateescape` makes of such a byte
+
+
+class BadInput(ValueError):
+    """What was given cannot be used. The message is one line for the person who gave it."""
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """An official raw file, as far as it is known: bytes, a checksum, and where it can be had."""
+
+    name: str
+    size: int | None = None
+    sha256: str | None = None
+    git_blob: str | None = None                          # as `git hash-object` prints it
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tasks come from. `dataset` is the folder of the raw files, `tasks` the names of the tasks made of them."""
+
+    dataset: str
+    tasks: tuple[str, ...]
+    files: tuple[RawFile, ...]
+    licence: str
+    homepage: str
+    citation: str
+    note: str = ""
+
+    def where_to_get(self, name: str) -> str:
+        """One sentence for the person who lacks this file."""
+        urls = [file.url for file in self.files if file.name == name and file.url]
+        return f"It comes from {urls[0] if urls else self.homepage} (licence: {self.licence})."
+
+
+class RawFiles:
+    """The raw files of one source in the folder RAW/<dataset>. What was read, and how, is kept for task.json.
+
+    `sha256` is {"dataset/file": hex digest} of the files as they lie there, complete once a file is read to its end;
+    `subset` says whether a `.subset` file was among them; `bad_rows` counts rows left out, by reason.
+    """
+
+    def __init__(self, raw: Path, source: Source, skip_bad: bool = False):
+        self.source = source
+        self.folder = raw / source.dataset
+        self.skip_bad = skip_bad
+        self.sha256: dict[str, str] = {}
+        self.subset = False
+        self.bad_rows: Counter[str] = Counter()
+        if not self.folder.is_dir():
+            raise BadInput(f"{self.folder}: no such folder. --raw must be the folder that holds '{source.dataset}'. "
+                           f"{source.where_to_get('')}")
+
+    def bad(self, where: str, reason: str) -> None:
+        """Stops, or with `--skip-bad` counts the row at `where` and returns: the reader goes on to the next row.
+
+        `reason` must not name the row or quote it: rows are counted by it.
+        """
+        if not self.skip_bad:
+            raise BadInput(f"{where}: {reason}.")
+        self.bad_rows[reason] += 1
+
+    def read_csv(self, names: Names, columns: Iterable[str], delimiter: str = ",",
+                 filled: Collection[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+        """(where, {column: value}) of every row; `where` is for `bad`.
+
+        Args:
+            columns: those that will be used; there may be others.
+            filled:  those of them that must hold more than blanks, or the row is bad.
+        Raises:
+            BadInput: one of `columns` is missing, a column comes twice, or there is no row that can be used.
+        """
+        path = self._find(names)
+        rows = self._rows(path, delimiter)
+        where, header = next(rows, (f"{path}, line 1", []))
+        self._check_header(where, header, columns, delimiter)
+        if len(set(header)) < len(header):
+            raise BadInput(f"{where}: two columns have the same name.")
+        for where, row in self._whole_rows(path, header, rows, [header.index(column) for column in filled]):
+            yield where, dict(zip(header, row))
+
+    def read_rows(self, names: Names, columns: Mapping[int, str], delimiter: str,
+                  filled: Collection[int] = ()) -> Iterator[tuple[str, list[str]]]:
+        """(where, fields) of every row of a file that is read by position.
+
+        `columns` is {position: name} of the fields that will be used: the header must have these names there. `filled`
+        are positions; they and errors are as in `read_csv`, but other columns may share a name.
+        """
+        path = self._find(names)
+        rows = self._rows(path, delimiter)
+        where, header = next(rows, (f"{path}, line 1", []))
+        self._check_header(where, header, columns.values(), delimiter)
+        for position, name in columns.items():
+            if position >= len(header) or header[position] != name:
+                raise BadInput(f"{where}: column {position} must be {name!r}, which is column "
+                               f"{header.index(name)} here (counted from 0).")
+        yield from self._whole_rows(path, header, rows, filled)
+
+    def read_json(self, names: Names) -> tuple[str, Any]:
+        """(where, value) of a JSON file."""
+        path = self._find(names)
+        with self._open(path) as file:
+            text = file.read()
+        try:
+            return str(path), _parse_json(text)
+        except _NotJSON as error:
+            raise BadInput(f"{path}, line {error.line}: {error.reason}.") from None
+
+    def read_json_lines(self, names: Names) -> Iterator[tuple[str, Any]]:
+        """(where, value) of every line of a file of JSON lines."""
+        path = self._find(names)
+        num_rows = 0
+        with self._open(path) as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}, line {number}"
+                try:
+                    value = _parse_json(line)
+                except _NotJSON as error:
+                    self.bad(where, error.reason)
+                    continue
+                num_rows += 1
+                yield where, value
+        if not num_rows:
+            raise BadInput(f"{path}: no line that can be used.")
+
+    def _find(self, names: Names) -> Path:
+        """The first of `names`, plain or gzipped, that is there."""
+        names = (names,) if isinstance(names, str) else names
+        for path in (self.folder / (name + ending) for name in names for ending in ("", ".gz")):
+            if path.exists():
+                self.subset |= ".subset" in path.name
+                return path
+        others = "".join(f" nor {name!r}" for name in names[1:])
+        raise BadInput(f"{self.folder / names[0]}: No such file{others}, plain or with .gz. "
+                       f"{self.source.where_to_get(names[0])}")
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[TextIO]:
+        """The file as text. A byte that is not UTF-8 becomes a character of `_NOT_UTF8`, for the reader to find."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                hashed = _Hashed(file)
+                content = io.BufferedReader(hashed, 1 << 20)
+                if path.suffix == ".gz":
+                    content = gzip.GzipFile(fileobj=content)
+                yield io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
+                self.sha256[f"{self.folder.name}/{path.name}"] = hashed.sha256.hexdigest()
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise BadInput(f"{path}: not a whole gzip file. Copy it again.") from None
+        except OSError as error:
+            raise BadInput(f"{path}: {error.strerror}.") from None
+
+    def _rows(self, path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+        """(where, fields) of the header and every row. A quoted text may span lines: a row is named by its first."""
+        with self._open(path) as file:
+            lines = _Lines(file)
+            reader = csv.reader(lines, delimiter=delimiter)
+            place = f"{path}, line "
+            while True:
+                where = place + str(reader.line_num + 1)
+                try:
+                    row = next(reader)
+                except csv.Error as error:
+                    self.bad(where, f"not readable as CSV ({error})")
+                    continue
+                if lines.ended:
+                    if row:
+                        self.bad(where, "a quote is opened and never closed")
+                    return
+                if _NOT_UTF8.search(delimiter.join(row)):
+                    self.bad(where, "not UTF-8")
+                    continue
+                yield where, row
+
+    def _whole_rows(self, path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]],
+                    filled: Collection[int]) -> Iterator[tuple[str, list[str]]]:
+        num_rows = 0
+        for where, row in rows:
+            if len(row) != len(header):
+                self.bad(where, f"a row of {len(row)} fields, but the header has {len(header)}")
+                continue
+            blank = [header[position] for position in filled if not row[position].strip()]
+            if blank:
+                self.bad(where, f"column {blank[0]!r} is empty")
+                continue
+            num_rows += 1
+            yield where, row
+        if not num_rows:
+            raise BadInput(f"{path}: no rows below the header that can be used.")
+
+    def _check_header(self, where: str, header: list[str], columns: Iterable[str], delimiter: str) -> None:
+        missing = [column for column in columns if column not in header]
+        if not missing:
+            return
+        message = f"{where}: missing column {', '.join(map(repr, missing))}"
+        others = [other for other in ",\t;|" if len(header) == 1 and other in header[0]]
+        if others:
+            message += f"; needed columns separated by {delimiter!r}, but the only one there seems to be several "\
+                       f"separated by {others[0]!r}"
+        raise BadInput(message + ".")
+
+
+class _Hashed(io.RawIOBase):
+    """A file read from front to end, with the sha256 of what was read so far."""
+
+    def __init__(self, file: io.FileIO):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        size = self.file.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:size])
+        return size
+
+
+class _Lines:
+    """A file's lines and one empty line more, which a CSV reader returns as a row of nothing unless a quote is open."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+        self.ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.file
+        self.ended = True
+        yield "\n"
+
+
+class _NotJSON(ValueError):
+    """A text that is not one JSON value: why, and on which of its lines."""
+
+    def __init__(self, reason: str, line: int = 1):
+        self.reason, self.line = reason, line
+
+
+def _parse_json(text: str) -> Any:
+    undecoded = _NOT_UTF8.search(text)
+    if undecoded:
+        raise _NotJSON("not UTF-8", text.count("\n", 0, undecoded.start()) + 1)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:                # its msg does not quote the text
+        raise _NotJSON(f"not JSON ({error.msg})", error.lineno) from None
+    except (RecursionError, ValueError):
+        raise _NotJSON("JSON that is too deep or holds too large a number") from None
