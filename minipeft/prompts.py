@@ -13,8 +13,8 @@ A T5 reads the same as its input, and both that and the label it writes end with
 reads the text alone, between its own special tokens, and its head knows the classes by their number.
 
 Where an example has several labels an encoder's head says of each whether it applies, and a language model writes them
-as PEFT-U's targets do, " anger, fear.": its answers are the label sets it is given, each scored as one text. The full
-stop, which also closes a label in a prompt's examples, keeps one set from beginning another.
+as PEFT-U's targets do, "anger, fear": its answers are the label sets it is given, each scored as one text. A decoder's
+end with a full stop, as labels do in a prompt's examples, so that no set begins another.
 """
 
 from collections.abc import Sequence
@@ -91,9 +91,10 @@ class Prompts:
         else:
             self.before = [*opening, *token_ids(tokenizer, f"{task.instruction} Text: ")]
             self.after = token_ids(tokenizer, " Label:")
-            texts = [JOINED_BY.join(labels) + "." * task.multi_label for labels in self.sets]
+            texts = [JOINED_BY.join(labels) for labels in self.sets]
             if start is None:  # what closes a text would end the prompt
-                self.labels = LabelSet([token_ids(tokenizer, f" {text}") for text in texts])
+                end = "." if task.multi_label else ""
+                self.labels = LabelSet([token_ids(tokenizer, f" {text}{end}") for text in texts])
             else:
                 self.after = [*self.after, *closing]
                 self.labels = LabelSet([[*token_ids(tokenizer, text), *closing] for text in texts], start)

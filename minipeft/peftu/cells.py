@@ -34,11 +34,15 @@ class Learner:
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to train, of some learners. under: a shared adapter of this seed, which acts under everybody's own."""
+    """One way to train, of some learners.
+
+    upon:  the cell of the shared adapter that acts under everybody's own; under: that adapter, once it is there.
+    """
 
     name: str
     config: TrainConfig
     learners: tuple[Learner, ...]
+    upon: "Cell | None" = None
     under: Adapter | None = None
 
     @property
@@ -52,11 +56,10 @@ class Cell:
 
     def digest(self) -> str:
         """Of everything that determines its adapters, except the base."""
-        under = None if self.under is None else hashlib.sha256(self.under.row.cpu().numpy().tobytes()).hexdigest()
         config = asdict(self.config) | {"method": self.config.method.described()}
         learners = [(each.user, each.place, [*map(asdict, each.train)], [*map(asdict, each.val)])
                     for each in self.learners]  # fmt: skip
-        return digest_of([self.name, config, under, learners])
+        return digest_of([self.name, config, self.upon and self.upon.digest(), learners])
 
 
 def digest_of(values) -> str:
@@ -65,15 +68,19 @@ def digest_of(values) -> str:
 
 @dataclass(frozen=True)
 class Trained:
-    """A cell's adapters by user, and the bytes of their files. Metrics hold `seconds` beside the engine's."""
+    """A cell's adapters by user, and the folder of their files. Metrics hold `seconds` beside the engine's."""
 
     cell: Cell
     adapters: dict[str, Adapter]
-    num_bytes: int
+    home: Path
 
     @property
     def seconds(self) -> float:
         return sum(adapter.metrics["seconds"] for adapter in self.adapters.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(adapter_path(self.home, user).stat().st_size for user in self.adapters)
 
     @property
     def curves(self) -> list[list[float]]:
@@ -133,8 +140,7 @@ def train_cells(
         found[number][adapter.user] = replace(alone, under=cells[number].under)
 
     engine.train(jobs, keep, on_progress)
-    return [Trained(cell, own, sum(adapter_path(home, user).stat().st_size for user in own))
-            for cell, own, home in zip(cells, found, homes)]  # fmt: skip
+    return [Trained(*each) for each in zip(cells, found, homes)]
 
 
 def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:

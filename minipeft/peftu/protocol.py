@@ -4,8 +4,10 @@
 in the published code (github.com/ChrisIsKing/Parameter-Efficient-Personalization).
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
+from minipeft.errors import InputError
 from minipeft.methods import METHODS
 from minipeft.methods.bottleneck import Houlsby
 from minipeft.methods.ia3 import IA3
@@ -112,7 +114,7 @@ LARGEST = 1024
 def equal_size(method: Method, base: Sites, numbers: int) -> Method:
     """The method at the size whose trained numbers come nearest to `numbers`; as it is if it has no size.
 
-    LoRA keeps alpha / rank. P-tuning gets one layer, as in the published ablation.
+    LoRA keeps alpha / rank. P-tuning gets one layer, as in the published ablation, whose anchor is IA3's number.
     """
     knob = SIZES.get(method.name)
     if knob is None:
@@ -125,11 +127,10 @@ def equal_size(method: Method, base: Sites, numbers: int) -> Method:
         return replace(method, **{knob: size}, **scaled)
 
     def distance(size: int) -> float:
-        count = sized(size).count(base)
-        return abs(count - numbers) if count else float("inf")
+        try:
+            sized(size).check(base)
+        except InputError:  # too large for the base, or a bottleneck of no feature
+            return math.inf
+        return abs(sized(size).count(base) - numbers)
 
-    sizes = range(1, LARGEST + 1)
-    if knob != "reduction":  # counts rise with the size: no need to look at all
-        low = next((size for size in sizes if sized(size).count(base) >= numbers), LARGEST)
-        sizes = range(max(1, low - 1), low + 1)
-    return sized(min(sizes, key=distance))
+    return sized(min(range(1, LARGEST + 1), key=distance))

@@ -23,6 +23,7 @@ import torch
 from minipeft import engine
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question, Tags
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
@@ -32,17 +33,17 @@ from minipeft.peftu.asking import Asking
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import BASELINES, Answers, own_majority
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
+from minipeft.peftu.features import features
 from minipeft.peftu.metrics import Labels, any_hit, calibration_error, scores, user_metrics
 from minipeft.peftu.probes import chosen_labels, probe_scores
 from minipeft.peftu.protocol import Protocol, equal_size
 from minipeft.peftu.records import Record, load_record, record_path, save_record
-from minipeft.peftu.features import features
-from minipeft.peftu.scoring import JOINED_BY, paper_accuracy, published_reading, published_right
+from minipeft.peftu.scoring import JOINED_BY, published_reading, published_right
 from minipeft.peftu.tidy import Tidied
 from minipeft.randomness import generator
 from minipeft.running import EVERYONE, for_base, pooled
 from minipeft.schedule import Adapter, PassConfig
-from minipeft.tasks.task import Example, Task
+from minipeft.tasks.task import Task
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
@@ -56,8 +57,9 @@ class Plan:
     """What to do, for every task.
 
     rates:   the learning rates to try of every method, in place of its own grid. carried: name -> the one to take.
-    equal:   "parameters": every method at the size nearest to the smallest of them; "time": as many epochs as cost
-             what `epochs` of the first method cost, counted in floating-point operations; "": neither.
+    equal:   "parameters": every method at the size whose trained numbers come nearest to IA3's, an encoder's head
+             not counted; "time": as many epochs as cost what `epochs` of the first method cost, counted in
+             floating-point operations; "": neither.
     top_layers: methods act in that many last layers only; None: in all.
     """
 
@@ -124,14 +126,10 @@ class TaskRun:
         if not found:
             raise InputError(f"no method applies to this base: {'; '.join(left_out.values())}")
         if self.plan.equal == "parameters":
-            least = min(method.count(self.base) for method in found.values())
-            found = {name: self._resized(self.plan.methods[name], least) for name in found}
+            anchor = for_base(IA3(), self.base).parts[0].count(self.base)
+            found = {name: for_base(equal_size(method.parts[0], self.base, anchor), self.base)
+                     for name, method in found.items()}  # fmt: skip
         return found, left_out
-
-    def _resized(self, method: Method, numbers: int) -> Method:
-        whole = for_base(self.protocol.for_base(method, self.base), self.base)
-        beside = whole.count(self.base) - whole.parts[0].count(self.base)  # an encoder's head
-        return for_base(equal_size(whole.parts[0], self.base, numbers - beside), self.base)
 
     @cached_property
     def shared_method(self) -> Method:
@@ -145,7 +143,7 @@ class TaskRun:
             self.show(f"{self.task.name}: left out: {line}")
         self._baselines()
         names = [*self.methods, SHARED, SHARED_USER]
-        self._planned = sum(self._examples_of(name) for name in names) * 1
+        self._planned = sum(self._examples_of(name) for name in names)
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
             for stage in ([*self.methods, SHARED], [SHARED_USER]):
                 self._stage(stage, seeds, first)
@@ -160,7 +158,7 @@ class TaskRun:
         return self._epochs(name) * own * (first + len(self.plan.seeds) - 1)
 
     def _count(self, examples: int) -> None:
-        self._done += examples
+        self._done = min(self._planned, self._done + examples)
         self.update(self._done, self._planned)
 
     @property
@@ -192,13 +190,26 @@ class TaskRun:
             if first:
                 self.chosen[name] = best.cell.config.learning_rate
             save_record(self.out, self._record_of(name, seed, self._digest(cells), best, losses))
+            for each in tried:
+                if each is not best or name != SHARED:
+                    shutil.rmtree(each.home)
             self.show(f"{self.task.name}: {name}, seed {seed}, learning rate {best.cell.config.learning_rate:g}: done")
 
     def _train(self, cells: Sequence[Cell]) -> list[Trained]:
-        if not cells:
-            return []
+        cells = [cell if cell.upon is None else replace(cell, under=self._shared(cell.upon)) for cell in cells]
         return train_cells(self.base, self.asking.prompts.labels, cells, self._adapters_folder, self.plan.passes,
                            self._count)  # fmt: skip
+
+    def _shared(self, cell: Cell) -> Adapter:
+        """A shared cell's adapter, one object for all who have it under theirs; trained again if its file is gone."""
+        digest = cell.digest()
+        if digest not in self._kept:
+            self._kept[digest] = self._train([cell])[0].adapters[EVERYONE]
+        return self._kept[digest]
+
+    @cached_property
+    def _kept(self) -> dict[str, Adapter]:
+        return {}
 
     # ---- What is trained -------------------------------------------------------------------------------------------
 
@@ -241,12 +252,8 @@ class TaskRun:
         learners = tuple(Learner(user, questions["train"][user], questions["val"][user],
                                  i if self.protocol.start_by_place else None)
                          for i, user in enumerate(self.users))  # fmt: skip
-        return Cell(name, config, learners, self._shared(seed) if name == SHARED_USER else None)
-
-    def _shared(self, seed: int) -> Adapter:
-        """The shared adapter of this seed, at its best learning rate: read from disk, or trained again if it is gone."""
-        (trained,) = self._train([self._cell(SHARED, self.chosen[SHARED], seed)])
-        return trained.adapters[EVERYONE]
+        upon = self._cell(SHARED, self.chosen[SHARED], seed) if name == SHARED_USER else None
+        return Cell(name, config, learners, upon)
 
     # ---- Answers ---------------------------------------------------------------------------------------------------
 
@@ -395,15 +402,17 @@ class TaskRun:
                  if load_record(record_path(self.out, self.task.name, name, seed)).cold_start is None]  # fmt: skip
         if not names:
             return
+        self._done = 0
         sizes = [2**i for i in range(max(len(self.task.train[user]) for user in new).bit_length())]
         shared = self._shared_without(new, seed)
         found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
         cells = [(name, k, self._cold_cell(name, k, new, seed, shared))
                  for name in names if name not in (SHARED, "own_majority") for k in sizes]  # fmt: skip
+        self._planned = sum(cell.examples for _, _, cell in cells) + shared.examples
         for (name, k, _), trained in zip(cells, self._train([cell for _, _, cell in cells])):
             found[name][k] = self._accuracy(trained.adapters, self._questions(name)["test"])
         if SHARED in found or SHARED_USER in found:
-            of_shared = self._accuracy(dict.fromkeys(new, shared), self._questions(SHARED)["test"])
+            of_shared = self._accuracy(dict.fromkeys(new, self._shared(shared)), self._questions(SHARED)["test"])
             found |= {name: {0: of_shared} | found[name] for name in (SHARED, SHARED_USER) if name in found}
         if "own_majority" in found:
             found["own_majority"] = {k: self._majority_of(new, k) for k in (0, *sizes)}
@@ -413,14 +422,13 @@ class TaskRun:
             save_record(self.out, replace(record, cold_start=curve))
             self.show(f"{self.task.name}: {name}: cold start done")
 
-    def _shared_without(self, new: Sequence[str], seed: int) -> Adapter:
+    def _shared_without(self, new: Sequence[str], seed: int) -> Cell:
         cell = self._cell(SHARED, self.chosen[SHARED], seed)
         questions = self._questions(SHARED)
         others = [{user: own for user, own in questions[split].items() if user not in new} for split in ("train", "val")]
-        cell = replace(cell, learners=(Learner(EVERYONE, *map(pooled, others)),))
-        return self._train([cell])[0].adapters[EVERYONE]
+        return replace(cell, learners=(Learner(EVERYONE, *map(pooled, others)),))
 
-    def _cold_cell(self, name: str, k: int, new: Sequence[str], seed: int, shared: Adapter) -> Cell:
+    def _cold_cell(self, name: str, k: int, new: Sequence[str], seed: int, shared: Cell) -> Cell:
         """The first k examples are all there is: nothing is left to stop early by."""
         cell = self._cell(name, self.chosen[name], seed)
         train = self._questions(name)["train"]
