@@ -55,7 +55,7 @@ class TrainConfig:
     beta2: float = 0.999  # and of its second
     eps: float = 1e-8  # added to AdamW's denominator
     seed: int = 0
-    bf16_weights: bool = False  # round the weights to bf16 after every step, as PEFT-U's code does: small steps are lost
+    bf16_weights: bool = False  # rounded to bf16 after every step, as PEFT-U's code does: small steps are lost
 
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""

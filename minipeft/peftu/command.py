@@ -72,8 +72,8 @@ def run_peftu(argv: Sequence[str]) -> dict:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = OneLineParser(prog="python -m minipeft.bench peftu", description="The PEFT-U protocol: every method, every "
-                           "user, every seed, beside the baselines that must be beaten.")  # fmt: skip
+    parser = OneLineParser(prog="python -m minipeft.bench peftu", description="The PEFT-U protocol: every method, user "
+                           "and seed, beside the baselines that must be beaten.")  # fmt: skip
     parser.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="DIR",
                         help="prepared tasks (default: synthetic users whose truth is known)")
     parser.add_argument("--model", type=Path, metavar="DIR",
@@ -110,7 +110,8 @@ def names(text: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in found if name not in NAMES]
     if unknown or not found:
-        raise argparse.ArgumentTypeError(f"no method is called {(unknown or [text])[0]!r}; there are {', '.join(NAMES)}")
+        raise argparse.ArgumentTypeError(f"no method is called {(unknown or [text])[0]!r}; it is one of "
+                                         f"{', '.join(NAMES)}")  # fmt: skip
     return found
 
 

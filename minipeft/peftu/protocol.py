@@ -1,7 +1,7 @@
 """How a run follows PEFT-U: what the published code does and what we do, one switch for each difference.
 
-`paper` reproduces the published prompts, hyper-parameters and scoring; `fixed`, the default, is the honest version. Read
-in the published code (github.com/ChrisIsKing/Parameter-Efficient-Personalization).
+`paper` reproduces the published prompts, hyper-parameters and scoring; `fixed`, the default, is the honest version.
+Read in the published code (github.com/ChrisIsKing/Parameter-Efficient-Personalization).
 """
 
 import math
@@ -66,7 +66,8 @@ class Protocol:
 
     def methods(self) -> dict[str, Method]:
         """The methods by name, as this protocol configures them."""
-        return {name: kind() for name, kind in METHODS.items() if name != "stack"} | (PUBLISHED if self.one_rate else {})
+        ours = {name: kind() for name, kind in METHODS.items() if name != "stack"}
+        return ours | (PUBLISHED if self.one_rate else {})
 
     def for_base(self, method: Method, base: Sites) -> Method:
         if isinstance(method, PrefixTuning) and self.hf_prefix and isinstance(base, T5):

@@ -13,7 +13,7 @@ again.
 import resource
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from minipeft.peftu.tidy import Tidied
 from minipeft.randomness import generator
 from minipeft.running import EVERYONE, for_base, pooled
 from minipeft.schedule import Adapter, PassConfig
-from minipeft.tasks.task import Task
+from minipeft.tasks.task import SPLITS, Task
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
@@ -72,7 +72,7 @@ class Plan:
     equal: str = ""
     top_layers: int | None = None
     cold_start: bool = False
-    passes: PassConfig = PassConfig()
+    passes: PassConfig = field(default_factory=PassConfig)
 
     def grid(self, name: str, first: bool, chosen: dict[str, float]) -> list[float]:
         """The learning rates of a method on its first or a further seed."""
@@ -313,10 +313,11 @@ class TaskRun:
                 metrics.setdefault(metric, []).append(value)
         if not users:
             raise InputError(f"task {task.name!r}: {name} has an answer to no test example")
+        notes |= facts.pop("more_notes", {})
         facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
-                 "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}} | facts  # fmt: skip
+                 "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
         return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
-                      metrics, paper, notes=notes | facts.pop("more_notes", {}), **facts)  # fmt: skip
+                      metrics, paper, notes=notes, **facts)  # fmt: skip
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
         """The record of trained adapters, at the best learning rate."""
@@ -335,7 +336,8 @@ class TaskRun:
             decoded=self._decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=best.num_bytes // len(own),
             train_flops_per_user=self._flops(name) * float(np.mean(rows)), train_seconds=best.seconds,
-            peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best), movement=movement(best, self.base),
+            peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),
+            movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
             lr_grid={rate: loss for rate, loss in losses.items() if np.isfinite(loss)},
             more_notes={what: number for what, number in more.items() if number},
@@ -396,7 +398,7 @@ class TaskRun:
         """Into the first seed's records: accuracy of new users after k examples of their own."""
         new = [user for user in self.tidied.new_users or drawn_users(self.task) if self.task.test[user]]
         if not new or len(new) == len(self.task.users):
-            raise InputError(f"task {self.task.name!r}: --cold-start needs new users who have test examples, and others")
+            raise InputError(f"task {self.task.name!r}: --cold-start needs new users with test examples, and others")
         seed = self.plan.seeds[0]
         names = [name for name in [*self.methods, SHARED, SHARED_USER, "own_majority"]
                  if load_record(record_path(self.out, self.task.name, name, seed)).cold_start is None]  # fmt: skip
@@ -425,7 +427,8 @@ class TaskRun:
     def _shared_without(self, new: Sequence[str], seed: int) -> Cell:
         cell = self._cell(SHARED, self.chosen[SHARED], seed)
         questions = self._questions(SHARED)
-        others = [{user: own for user, own in questions[split].items() if user not in new} for split in ("train", "val")]
+        others = [{user: own for user, own in questions[split].items() if user not in new}
+                  for split in ("train", "val")]  # fmt: skip
         return replace(cell, learners=(Learner(EVERYONE, *map(pooled, others)),))
 
     def _cold_cell(self, name: str, k: int, new: Sequence[str], seed: int, shared: Cell) -> Cell:
@@ -459,8 +462,7 @@ class TaskRun:
 
     @cached_property
     def _task_digest(self) -> str:
-        return digest_of([asdict(self.task.header), *([e.user, e.id, e.text, e.label] for split in ("train", "val", "test")
-                                                      for e in self.task.pooled(split))])  # fmt: skip
+        return digest_of([asdict(self.task.header), *(asdict(e) for split in SPLITS for e in self.task.pooled(split))])
 
     @cached_property
     def _base_digest(self) -> str:
