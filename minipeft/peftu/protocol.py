@@ -94,7 +94,7 @@ PUBLISHED: dict[str, Method] = {  # where the published configuration is not our
     "prefix": PrefixTuning(tokens=20),
     "ptuning": PTuning(tokens=20, hidden=128, layers=2),
     "prompt": PromptTuning(tokens=20, start_from="normal"),
-    "ia3": IA3(),
+    "ia3": IA3(sites=("k", "v", "up"), inputs=()),
 }
 FIXED = Protocol()
 PAPER = Protocol(
@@ -115,7 +115,7 @@ LARGEST = 1024
 def equal_size(method: Method, base: Sites, numbers: int) -> Method:
     """The method at the size whose trained numbers come nearest to `numbers`; as it is if it has no size.
 
-    LoRA keeps alpha / rank. P-tuning gets one layer, as in the published ablation, whose anchor is IA3's number.
+    LoRA keeps alpha / rank. P-tuning gets one layer, as in the published ablation.
     """
     knob = SIZES.get(method.name)
     if knob is None:

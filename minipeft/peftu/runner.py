@@ -23,7 +23,6 @@ import torch
 from minipeft import engine
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question, Tags
-from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
@@ -57,8 +56,8 @@ class Plan:
     """What to do, for every task.
 
     rates:   the learning rates to try of every method, in place of its own grid. carried: name -> the one to take.
-    equal:   "parameters": every method at the size whose trained numbers come nearest to IA3's, an encoder's head
-             not counted; "time": as many epochs as cost what `epochs` of the first method cost, counted in
+    equal:   "parameters": every method at the size whose trained numbers come nearest to those of a LoRA of rank 1,
+ANSWER_TOKENS = 16  # at most, of a decoded answer
              floating-point operations; "": neither.
     top_layers: methods act in that many last layers only; None: in all.
     """
@@ -126,7 +125,7 @@ class TaskRun:
         if not found:
             raise InputError(f"no method applies to this base: {'; '.join(left_out.values())}")
         if self.plan.equal == "parameters":
-            anchor = for_base(IA3(), self.base).parts[0].count(self.base)
+            anchor = for_base(replace(self.protocol.methods()["lora"], rank=1), self.base).parts[0].count(self.base)
             found = {name: for_base(equal_size(method.parts[0], self.base, anchor), self.base)
                      for name, method in found.items()}  # fmt: skip
         return found, left_out
