@@ -44,11 +44,16 @@ def bases(task, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def needs_probes():
-    pytest.importorskip("sklearn")
+    for extra in ("sklearn", "matplotlib", "jinja2"):
+        pytest.importorskip(extra)
 
 
-def run(*argv) -> int:
-    return bench.main(["peftu", *map(str, argv)])
+def run(*argv, report=False) -> int:
+    """The command; most runs leave out the report, whose pictures take longer than everything else."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not report:
+            patch.setattr(command, "report_writer", lambda: lambda out: out / "report.html")
+        return bench.main(["peftu", *map(str, argv)])
 
 
 def few(*more):
@@ -88,7 +93,7 @@ def test_every_baseline_and_method_has_its_records(finished, task):
 
 def test_the_result_is_written_and_printed(finished, folder, bases, capsys):
     argv = ("--tasks", folder, "--model", bases["bert"], "--seeds", 2, "--out", finished, "--cold-start", *few())
-    assert run(*argv) == 0
+    assert run(*argv, report=True) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads((finished / "result.json").read_text())
     names = result["tasks"]["synthetic"]
@@ -97,6 +102,9 @@ def test_the_result_is_written_and_printed(finished, folder, bases, capsys):
     assert names["shared"]["kind"] == "shared" and names["lora"]["accuracy"] > 0
     audit = result["audit"]["synthetic"]
     assert audit["test_examples_fitted"] == 0 and result["mode"] == "fixed" and result["seeds"] == [0, 1]
+    assert "<html" in (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    assert run("--report", finished, report=True) == 0 and (finished / "report.html").exists()
 
 
 def test_what_is_done_is_not_done_again(finished, folder, bases, monkeypatch):

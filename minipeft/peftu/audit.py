@@ -7,7 +7,6 @@ The published `leaked` split has the same *text* in one user's training and anot
 (`texts_others_test`), not refused.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
@@ -36,12 +35,12 @@ class Audit:
         self._seen.setdefault(what, set()).update((example.user, example.id) for example in examples)
         return examples
 
-    def report(self) -> dict:
-        """For result.json: what was looked at, how many (user, text) pairs each, and texts somebody is tested on."""
+    def report(self) -> dict[str, int]:
+        """For result.json: how many (user, text) pairs each call fitted on, and texts of them that test somebody."""
         everything = set(chain.from_iterable(self._seen.values()))
         return {
             "test_examples": len(self._test),
             "test_examples_fitted": len(everything & self._test),
-            "examples_fitted": dict(Counter({what: len(seen) for what, seen in self._seen.items()})),
             "texts_others_test": len({id_ for _, id_ in everything} & self._texts),
+            **{f"fitted_{what}": len(seen) for what, seen in self._seen.items()},
         }

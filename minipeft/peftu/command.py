@@ -35,9 +35,13 @@ METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; wha
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
-def run_peftu(argv: Sequence[str]) -> dict:
-    """The suite. Returns what result.json holds."""
+def run_peftu(argv: Sequence[str]) -> None:
+    """The suite. Leaves records/, result.json and the report in OUT; result.json is also the last line on stdout."""
     args = parse(argv)
+    write_report = report_writer()
+    if args.report is not None:
+        print(f"written: {write_report(args.report)}")
+        return
     check_device(args.device)
     plan = plan_of(args)
     tasks = [load_tidied(folder, args.split, args.users) for folder in args.tasks]
@@ -67,8 +71,17 @@ def run_peftu(argv: Sequence[str]) -> dict:
         "ceilings": ceilings, "audit": audits, "left_out": left_out,
     }  # fmt: skip
     write_file(args.out / "result.json", json.dumps(result, indent=1).encode() + b"\n")
+    print(f"written: {write_report(args.out)} and result.json")
     print(json.dumps(result))
-    return result
+
+
+def report_writer() -> Callable[[Path], Path]:
+    """Found before anything is trained. InputError where its libraries are missing."""
+    try:
+        from minipeft.peftu.report import write_report
+    except ImportError as error:
+        raise InputError(f"the report needs {error.name}: pip install 'minipeft[report]'") from None
+    return write_report
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -94,6 +107,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cold-start", action="store_true", help="also: new users after 0, 1, 2, 4... examples")
     parser.add_argument("--split", choices=KINDS, default="leaked", help="which split of the tasks (default: leaked)")
     parser.add_argument("--instructions", type=Path, metavar="FILE", help="the published repository's config.json")
+    parser.add_argument("--report", type=Path, metavar="OUT", help="only write the report of a finished run again")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"), metavar="DIR",
                         help="folder for records and result; a run that was killed continues (default: runs/<time>)")

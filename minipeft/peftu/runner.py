@@ -57,8 +57,8 @@ class Plan:
 
     rates:   the learning rates to try of every method, in place of its own grid. carried: name -> the one to take.
     equal:   "parameters": every method at the size whose trained numbers come nearest to those of a LoRA of rank 1,
-ANSWER_TOKENS = 16  # at most, of a decoded answer
-             floating-point operations; "": neither.
+             an encoder's head not counted; "time": as many epochs as cost what `epochs` of the first method cost,
+             counted in floating-point operations; "": neither.
     top_layers: methods act in that many last layers only; None: in all.
     """
 
