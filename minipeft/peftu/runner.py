@@ -325,7 +325,7 @@ class TaskRun:
         adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
         scored = self._score(adapters, questions["test"])
         rows = rows_trained(best, sum(method.virtual(self.base)))
-        rows = [rows[EVERYONE]] if name == SHARED else [rows[user] for user in self.users]
+        trained_for = len(self.task.users) if name == SHARED else len(own)
         diverged = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
         more = {"learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped}
@@ -334,7 +334,7 @@ class TaskRun:
             probabilities={user: softmax(each) for user, each in scored.items()},
             decoded=self._decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=best.num_bytes // len(own),
-            train_flops_per_user=self._flops(name) * float(np.mean(rows)), train_seconds=best.seconds,
+            train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=best.seconds,
             peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),
             movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
