@@ -366,7 +366,7 @@ def test_weights_in_bf16_lose_small_steps(task, bases):
         plan = Plan(protocol, {"ia3": protocol.methods()["ia3"]}, epochs=1, rates=(2e-5,))
         run = TaskRun(plan, tidied(task), base, None, print, print)
         trained = cells.train_cells(base, run.asking.prompts.labels, [run._cell("ia3", 2e-5, 0)],
-                                    bases["bert"].parent / f"bf16 {bf16}", plan.passes, lambda n: None)  # fmt: skip
+                                    bases["bert"].parent / f"bf16 {bf16}", plan.passes, print, print)  # fmt: skip
         moved[bf16] = cells.movement(trained[0], base)["attn.k.l"]["median"]
         row = trained[0].adapters[task.users[0]].row
         assert torch.equal(row, row.bfloat16().float()) == bf16

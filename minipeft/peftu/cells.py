@@ -6,6 +6,7 @@ methods, go through one engine together. A killed run continues: whoever's adapt
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -90,7 +91,7 @@ class Trained:
         """Mean over users of the best epoch's validation loss; infinite if anybody has none."""
         best = [adapter.metrics["val_loss"][adapter.metrics["best_epoch"] - 1] for adapter in self.adapters.values()]
         mean = sum(best) / len(best)
-        return mean if mean == mean else float("inf")
+        return mean if math.isfinite(mean) else math.inf
 
 
 class Timed(Engine):
@@ -109,13 +110,13 @@ class Timed(Engine):
 
 def train_cells(
     base: Base, labels: Answerable, cells: Sequence[Cell], folder: Path, passes: PassConfig,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], None], on_found: Callable[[int], None],
 ) -> list[Trained]:  # fmt: skip
     """Every cell's adapters, all in one fused training; those whose files are in the folder are read.
 
     Args:
         folder:      where adapters are kept, one folder per cell, named by its digest.
-        on_progress: called with the number of planned examples just worked off, those of earlier runs too.
+        on_progress, on_found: called with the number of planned examples just worked off, or found to be done.
     """
     engine = Timed(base, labels, passes)
     engine.seconds = {}
@@ -125,7 +126,7 @@ def train_cells(
         for learner in cell.learners:
             if adapter_path(home, learner.user).exists():
                 found[number][learner.user] = replace(load_adapter(home, learner.user, base), under=cell.under)
-                on_progress(cell.config.epochs * len(learner.train))
+                on_found(cell.config.epochs * len(learner.train))
                 continue
             key = f"{number} {learner.user}"
             owners[key] = number

@@ -181,7 +181,7 @@ def check_out(out: Path) -> None:
 def progress(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
     """A bar over planned training examples. Yields what shows a line, with the time left, and what moves the bar.
 
-    The time left counts the examples of people who may yet stop early: it is an upper bound, and said to be one.
+    The time left takes it that as many stop early as did so far; what an earlier run did counts for nothing.
     """
     with tqdm(desc=title, disable=None, leave=False) as bar:
         began, done = time.perf_counter(), [0, 0]  # worked off, planned
@@ -193,7 +193,7 @@ def progress(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int,
 
         def show(line: str) -> None:
             spent = time.perf_counter() - began
-            left = f", at most {spent * (done[1] - done[0]) / done[0] / 60:.0f} min left" if done[0] else ""
+            left = f", about {spent * (done[1] - done[0]) / done[0] / 60:.0f} min left" if done[0] else ""
             tqdm.write(f"{line} ({spent / 60:.1f} min{left})", file=sys.stdout)
             sys.stdout.flush()
 

@@ -157,8 +157,12 @@ class TaskRun:
         return self._epochs(name) * own * (first + len(self.plan.seeds) - 1)
 
     def _count(self, examples: int) -> None:
-        self._done = min(self._planned, self._done + examples)
+        self._done += examples
         self.update(self._done, self._planned)
+
+    def _found(self, examples: int) -> None:
+        """An earlier run did these: they are no longer planned."""
+        self._planned = max(self._done, self._planned - examples)
 
     @property
     def _adapters_folder(self) -> Path:
@@ -175,7 +179,7 @@ class TaskRun:
                 if record is None:
                     todo.append((name, seed, cells))
                 else:
-                    self._count(sum(cell.examples for cell in cells))
+                    self._found(sum(cell.examples for cell in cells))
                     if first:
                         self.chosen[name] = record.chosen_lr
         trained = iter(self._train([cell for _, _, cells in todo for cell in cells]))
@@ -184,8 +188,8 @@ class TaskRun:
             losses = {each.cell.config.learning_rate: each.validation() for each in tried}
             best = min(tried, key=Trained.validation)
             if not np.isfinite(best.validation()):
-                self.show(f"{self.task.name}: {name}, seed {seed}: somebody's validation loss was finite at no "
-                          "learning rate")  # fmt: skip
+                self.show(f"{self.task.name}: {name}, seed {seed}: at every learning rate somebody's validation loss "
+                          "was not finite")  # fmt: skip
             if first:
                 self.chosen[name] = best.cell.config.learning_rate
             save_record(self.out, self._record_of(name, seed, self._digest(cells), best, losses))
@@ -194,16 +198,18 @@ class TaskRun:
                     shutil.rmtree(each.home)
             self.show(f"{self.task.name}: {name}, seed {seed}, learning rate {best.cell.config.learning_rate:g}: done")
 
-    def _train(self, cells: Sequence[Cell]) -> list[Trained]:
+    def _train(self, cells: Sequence[Cell], planned: bool = True) -> list[Trained]:
+        """planned: whether the examples of these cells are among the planned ones."""
         cells = [cell if cell.upon is None else replace(cell, under=self._shared(cell.upon)) for cell in cells]
+        callbacks = (self._count, self._found) if planned else (lambda examples: None,) * 2
         return train_cells(self.base, self.asking.prompts.labels, cells, self._adapters_folder, self.plan.passes,
-                           self._count)  # fmt: skip
+                           *callbacks)  # fmt: skip
 
     def _shared(self, cell: Cell) -> Adapter:
         """A shared cell's adapter, one object for all who have it under theirs; trained again if its file is gone."""
         digest = cell.digest()
         if digest not in self._kept:
-            self._kept[digest] = self._train([cell])[0].adapters[EVERYONE]
+            self._kept[digest] = self._train([cell], planned=False)[0].adapters[EVERYONE]
         return self._kept[digest]
 
     @cached_property
@@ -409,7 +415,7 @@ class TaskRun:
         found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
         cells = [(name, k, self._cold_cell(name, k, new, seed, shared))
                  for name in names if name not in (SHARED, "own_majority") for k in sizes]  # fmt: skip
-        self._planned = sum(cell.examples for _, _, cell in cells) + shared.examples
+        self._planned = sum(cell.examples for _, _, cell in cells)
         for (name, k, _), trained in zip(cells, self._train([cell for _, _, cell in cells])):
             found[name][k] = self._accuracy(trained.adapters, self._questions(name)["test"])
         if SHARED in found or SHARED_USER in found:
