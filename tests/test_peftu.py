@@ -256,7 +256,7 @@ def test_equal_time_gives_cheap_methods_more_epochs(task, bases, tmp_path):
 @pytest.mark.parametrize(("where", "how"), [
     ("adapters", lambda run: run._cell("lora", 1e-2, 0)),
     ("prompts", lambda run: run.asking.questions(shots=2)),
-    ("answers", lambda run: runner.Asking(run.whole, run.task, FIXED, run.audit)),
+    ("answers", lambda run: runner.Asking(run.base, run.task, FIXED, run.audit)),
 ])  # fmt: skip
 def test_a_test_example_in_training_or_prompts_is_noticed(where, how, task, bases, tmp_path):
     kind = "gpt2" if where == "prompts" else "bert"

@@ -14,6 +14,7 @@ from minipeft.methods.head import Head
 from minipeft.methods.stack import Stack
 from minipeft.models import trunk
 from minipeft.models.trunk import Trunk, keep_top
+from minipeft.peftu.features import features
 
 METHODS = {"lora": CONFIG.method, "houlsby": Stack((Houlsby(reduction=3), Head())), "head": Head()}
 
@@ -45,6 +46,10 @@ def test_kept_states_train_and_answer_as_all_layers_do(method, monkeypatch):
     for user in slow:
         assert (slow[user].row - quick[user].row).norm() <= 1e-5 * slow[user].row.norm()
     asked = {job.user: job.val for job in jobs}
+    texts = [job.val[0].prompt for job in jobs]
+    feature = features(whole, texts)
+    for text, again in features(top, texts).items():
+        torch.testing.assert_close(torch.from_numpy(again), torch.from_numpy(feature[text]))
     for user, scores in predict(top, Classes(C), quick, asked).items():
         torch.testing.assert_close(torch.from_numpy(scores),
                                    torch.from_numpy(predict(whole, Classes(C), slow, asked)[user]))

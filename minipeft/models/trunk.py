@@ -94,17 +94,17 @@ class Trunk(Classifier):
                 end += len(text)
             yield x
 
-    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+    def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """As Classifier's. Raises ValueError for a text it was not made with, or rows with virtual tokens."""
         x = self.states.index_select(0, self._rows_of(rows))
         for layer in self.encoder.layers[self.first :]:
             x = run(self.encoder, layer, x, rows, hooks)
-        return self.pooled(x, rows)
+        return x
 
     def _rows_of(self, rows: Rows) -> Tensor:
         """[T] rows of `states`."""
         if rows.virtual is not None:
-            raise ValueError("Trunk.hidden: virtual tokens have no kept states; use a method without, or all layers.")
+            raise ValueError("Trunk: virtual tokens have no kept states; use a method without, or all layers.")
         tokens, places, at = rows.tokens.tolist(), np.zeros(len(rows.tokens), dtype=np.int64), 0
         for length in rows.lengths.tolist():
             text = tuple(tokens[at : at + length])
@@ -112,7 +112,7 @@ class Trunk(Classifier):
             if start is not None:
                 places[at : at + length] = np.arange(start, start + length)
             elif any(text):  # filler is token 0
-                raise ValueError(f"Trunk.hidden: a text of {length} tokens has no kept states; make the trunk with "
+                raise ValueError(f"Trunk: a text of {length} tokens has no kept states; make the trunk with "
                                  "every text that will be asked about.")  # fmt: skip
             at += length
         return torch.from_numpy(places).to(self.device)

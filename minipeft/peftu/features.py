@@ -32,7 +32,7 @@ def _means(base: Base, texts: list[Tokens]) -> Tensor:
     causal = base.causal and not isinstance(base, T5)
     rows = Rows.pack(texts, base.device, causal)
     if isinstance(base, Classifier):
-        hidden = base.encoder.hidden(rows)
+        hidden = base.last_hidden(rows)
     else:
         hidden = base.encode_rows(rows) if isinstance(base, T5) else base.hidden(rows)
     starts = torch.from_numpy(np.cumsum(rows.lengths) - rows.lengths).to(hidden.device)

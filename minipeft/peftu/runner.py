@@ -97,7 +97,7 @@ class TaskRun:
         self.plan, self.task, self.tidied, self.out = plan, tidied.task, tidied, out
         self.protocol, self.show, self.update = plan.protocol, show, update
         self.audit = Audit(self.task)
-        self.whole, self.asking = base, Asking(base, self.task, self.protocol, self.audit)
+        self.asking = Asking(base, self.task, self.protocol, self.audit)
         self.users = [user for user in self.task.users if self.task.test[user]]  # who can be scored
         if plan.top_layers is not None:
             keep_top(base, plan.top_layers)
@@ -394,7 +394,7 @@ class TaskRun:
         for name, split in self.asking.questions().items():
             for user, questions in split.items():
                 tokens |= zip((example.text for example in self.task.split(name)[user]), (q.prompt for q in questions))
-        feature = features(self.whole, tokens.values())
+        feature = features(self.base, tokens.values())
         return probe_scores(self.task, self.audit, lambda example: feature[tokens[example.text]])
 
     # ---- Cold start ------------------------------------------------------------------------------------------------
@@ -471,7 +471,7 @@ class TaskRun:
 
     @cached_property
     def _base_digest(self) -> str:
-        return self.whole.origin.fingerprint
+        return self.base.origin.fingerprint
 
     def _existing(self, name: str, seed: int, digest: str) -> Record | None:
         """The record of an earlier run. InputError if other settings made it."""
