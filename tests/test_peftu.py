@@ -13,9 +13,10 @@ from minipeft.errors import InputError
 from minipeft.models.loading import load_model
 from minipeft.peftu import cells, command, runner
 from minipeft.peftu.audit import Audit, LeakError
+from minipeft.peftu.cold_start import drawn_users
 from minipeft.peftu.protocol import FIXED, PAPER
 from minipeft.peftu.records import load_records
-from minipeft.peftu.runner import Plan, TaskRun, drawn_users
+from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.tidy import tidied
 from minipeft.running import open_base
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
@@ -175,7 +176,7 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
         said.update({user: ["", "yes."] * len(own) for user, own in questions.items()})
         return {user: said[user][: len(own)] for user, own in questions.items()}
 
-    monkeypatch.setattr(TaskRun, "_decoded", decoded)
+    monkeypatch.setattr(TaskRun, "decoded", decoded)
     run = run_of(task.subset(task.users[:2]), open_base(bases["t5"], 2), tmp_path, plan)
     records = records_of(tmp_path)
     record = records["lora", 42]
@@ -183,7 +184,7 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
         truths = [example.label[0] for example in task.test[user]]
         assert right == [float(truth == ("no", "yes")[i % 2]) for i, truth in enumerate(truths)]  # "" is "no"
     assert record.chosen_lr == 2e-5 and record.method["alpha"] == 32 and records["prefix", 42].method["hf_compat"]
-    prompt = run.asking.prompts.tokenizer.decode(run._questions("lora")["test"][record.users[0]][0].prompt)
+    prompt = run.asking.prompts.tokenizer.decode(run.questions("lora")["test"][record.users[0]][0].prompt)
     assert prompt.count("Text:") == 4 and prompt.count("Label: no.") == 3  # the first label's examples only
     assert {"zero_shot", "few_shot"} <= {name for name, _ in records}
 
@@ -195,8 +196,8 @@ def test_a_t5_is_heard_through_each_users_own_adapter(task, bases, tmp_path):
     plan = Plan(FIXED, {"lora": FIXED.methods()["lora"]})
     run = TaskRun(plan, tidied(replace(task.subset(taught), train=train, val=train)), open_base(bases["t5"], 2),
                   tmp_path, print, lambda done, planned: None)  # fmt: skip
-    (trained,) = run._train([run._cell("lora", 3e-2, 0)])
-    said = run._decoded(trained.adapters, run._questions("lora")["test"])
+    (trained,) = run.train([run.cell("lora", 3e-2, 0)])
+    said = run.decoded(trained.adapters, run.questions("lora")["test"])
     one, other = taught
     assert said[one] == ["yes"] * len(task.test[one])
     assert len(said[other]) == len(task.test[other]) and all(text.startswith("n") for text in said[other])
@@ -254,7 +255,7 @@ def test_equal_time_gives_cheap_methods_more_epochs(task, bases, tmp_path):
 
 
 @pytest.mark.parametrize(("where", "how"), [
-    ("adapters", lambda run: run._cell("lora", 1e-2, 0)),
+    ("adapters", lambda run: run.cell("lora", 1e-2, 0)),
     ("prompts", lambda run: run.asking.questions(shots=2)),
     ("answers", lambda run: runner.Asking(run.base, run.task, FIXED, run.audit)),
 ])  # fmt: skip
@@ -365,7 +366,7 @@ def test_weights_in_bf16_lose_small_steps(task, bases):
         protocol = replace(FIXED, bf16_weights=bf16)
         plan = Plan(protocol, {"ia3": protocol.methods()["ia3"]}, epochs=1, rates=(2e-5,))
         run = TaskRun(plan, tidied(task), base, None, print, print)
-        trained = cells.train_cells(base, run.asking.prompts.labels, [run._cell("ia3", 2e-5, 0)],
+        trained = cells.train_cells(base, run.asking.prompts.labels, [run.cell("ia3", 2e-5, 0)],
                                     bases["bert"].parent / f"bf16 {bf16}", plan.passes, print, print)  # fmt: skip
         moved[bf16] = cells.movement(trained[0], base)["attn.k.l"]["median"]
         row = trained[0].adapters[task.users[0]].row

@@ -20,6 +20,7 @@ from minipeft.errors import InputError
 from minipeft.models.checkpoint import read_json
 from minipeft.models.loading import load_model
 from minipeft.options import NAMES
+from minipeft.peftu.cold_start import cold_start
 from minipeft.peftu.protocol import PROTOCOLS
 from minipeft.peftu.records import load_records
 from minipeft.peftu.runner import Plan, TaskRun
@@ -62,6 +63,8 @@ def run_peftu(argv: Sequence[str]) -> None:
         with progress(each.task.name) as (show, update):
             run = TaskRun(plan, each, base, args.out, show, update)
             run.run()
+            if args.cold_start:
+                cold_start(run)
         audits[each.task.name], left_out[each.task.name] = run.audit.report(), run.left_out
     result = summarise([record for record in load_records(args.out) if record.task in audits]) | {
         "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
@@ -146,7 +149,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     methods = {name: protocol.methods()[name] for name in args.methods}
     first = 42 if args.mode == "paper" else 0
     return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs,
-                carried_from(args.lrs_from) if args.lrs_from else (), args.equal, args.top_layers, args.cold_start,
+                carried_from(args.lrs_from) if args.lrs_from else (), args.equal, args.top_layers,
                 PASSES)  # fmt: skip
 
 

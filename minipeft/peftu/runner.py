@@ -1,10 +1,9 @@
-"""One task through the whole protocol: baselines, methods, learning rates and seeds, cold start; a record for each.
+"""One task through the whole protocol: baselines, methods, learning rates and seeds; a record for each.
 
     baselines               each its record
     first seed              every method at every learning rate, the shared adapter too: one fused training;
                             then personal adapters on top of the best shared one
     further seeds           every method at its best learning rate, all seeds in one fused training; then those on top
-    cold start              every method on the first k examples of users whom nothing shared has seen
 
 A learning rate is chosen by the validation loss, averaged over users, of the first seed. What has a record is not done
 again.
@@ -30,24 +29,22 @@ from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.asking import Asking
 from minipeft.peftu.audit import Audit
-from minipeft.peftu.baselines import BASELINES, Answers, own_majority
+from minipeft.peftu.baselines import BASELINES, Answers
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
 from minipeft.peftu.features import features
-from minipeft.peftu.metrics import Labels, any_hit, calibration_error, scores, user_metrics
+from minipeft.peftu.metrics import Labels, calibration_error, scores, user_metrics
 from minipeft.peftu.probes import chosen_labels, probe_scores
 from minipeft.peftu.protocol import Protocol, equal_size
 from minipeft.peftu.records import Record, load_record, record_path, save_record
 from minipeft.peftu.scoring import JOINED_BY, published_reading, published_right
 from minipeft.peftu.tidy import Tidied
-from minipeft.randomness import generator
 from minipeft.running import EVERYONE, for_base, pooled
 from minipeft.schedule import Adapter, PassConfig
-from minipeft.tasks.task import SPLITS, Task
+from minipeft.tasks.task import SPLITS
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
 FEW_SHOT = 4  # examples in the prompt of the few-shot baseline
-NEW_USERS_SHARE = 0.2  # held out for cold start where the task does not say who is new
 ANSWER_TOKENS = 16  # at most, of a decoded answer
 
 
@@ -70,7 +67,6 @@ class Plan:
     carried: tuple[tuple[str, float], ...] = ()
     equal: str = ""
     top_layers: int | None = None
-    cold_start: bool = False
     passes: PassConfig = field(default_factory=PassConfig)
 
     def grid(self, name: str, first: bool, chosen: dict[str, float]) -> list[float]:
@@ -146,8 +142,10 @@ class TaskRun:
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
             for stage in ([*self.methods, SHARED], [SHARED_USER]):
                 self._stage(stage, seeds, first)
-        if self.plan.cold_start:
-            self._cold_start()
+        self.forget_adapters()
+
+    def forget_adapters(self) -> None:
+        """Records are all that is kept."""
         shutil.rmtree(self._adapters_folder, ignore_errors=True)
 
     def _examples_of(self, name: str) -> int:
@@ -174,7 +172,7 @@ class TaskRun:
         for seed in seeds:
             for name in names:
                 rates = self.plan.grid(name, first, self.chosen)
-                cells = [self._cell(name, rate, seed) for rate in rates]
+                cells = [self.cell(name, rate, seed) for rate in rates]
                 record = self._existing(name, seed, self._digest(cells))
                 if record is None:
                     todo.append((name, seed, cells))
@@ -182,7 +180,7 @@ class TaskRun:
                     self._found(sum(cell.examples for cell in cells))
                     if first:
                         self.chosen[name] = record.chosen_lr
-        trained = iter(self._train([cell for _, _, cells in todo for cell in cells]))
+        trained = iter(self.train([cell for _, _, cells in todo for cell in cells]))
         for name, seed, cells in todo:
             tried = [next(trained) for _ in cells]
             losses = {each.cell.config.learning_rate: each.validation() for each in tried}
@@ -198,18 +196,18 @@ class TaskRun:
                     shutil.rmtree(each.home)
             self.show(f"{self.task.name}: {name}, seed {seed}, learning rate {best.cell.config.learning_rate:g}: done")
 
-    def _train(self, cells: Sequence[Cell], planned: bool = True) -> list[Trained]:
+    def train(self, cells: Sequence[Cell], planned: bool = True) -> list[Trained]:
         """planned: whether the examples of these cells are among the planned ones."""
-        cells = [cell if cell.upon is None else replace(cell, under=self._shared(cell.upon)) for cell in cells]
+        cells = [cell if cell.upon is None else replace(cell, under=self.shared_adapter(cell.upon)) for cell in cells]
         callbacks = (self._count, self._found) if planned else (lambda examples: None,) * 2
         return train_cells(self.base, self.asking.prompts.labels, cells, self._adapters_folder, self.plan.passes,
                            *callbacks)  # fmt: skip
 
-    def _shared(self, cell: Cell) -> Adapter:
+    def shared_adapter(self, cell: Cell) -> Adapter:
         """A shared cell's adapter, one object for all who have it under theirs; trained again if its file is gone."""
         digest = cell.digest()
         if digest not in self._kept:
-            self._kept[digest] = self._train([cell], planned=False)[0].adapters[EVERYONE]
+            self._kept[digest] = self.train([cell], planned=False)[0].adapters[EVERYONE]
         return self._kept[digest]
 
     @cached_property
@@ -229,13 +227,13 @@ class TaskRun:
 
     def _step_cost(self, name: str) -> float:
         """Operations of a training pass over one text, of this method."""
-        method, question = self._method(name), self._questions(name)["train"][self.users[0]][0]
+        method, question = self._method(name), self.questions(name)["train"][self.users[0]][0]
         return self._flops(name) * (len(question.prompt) + sum(method.virtual(self.base)))
 
     def _flops(self, name: str) -> float:
         """Per row of a training step."""
         if name not in self._counted:
-            questions = self._questions(name)["train"][self.users[0]]
+            questions = self.questions(name)["train"][self.users[0]]
             self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, self._method(name), questions)
         return self._counted[name]
 
@@ -243,12 +241,12 @@ class TaskRun:
     def _counted(self) -> dict[str, float]:
         return {}
 
-    def _questions(self, name: str) -> dict[str, dict[str, list[Question]]]:
+    def questions(self, name: str) -> dict[str, dict[str, list[Question]]]:
         return self.asking.questions(self._method(name), self.protocol.examples)
 
-    def _cell(self, name: str, rate: float, seed: int) -> Cell:
+    def cell(self, name: str, rate: float, seed: int) -> Cell:
         config = self.protocol.config(self._method(name), rate, seed, self._epochs(name))
-        questions = self._questions(name)
+        questions = self.questions(name)
         for split in ("train", "val"):
             self.audit.fitting("adapters", self.task.pooled(split))
         if name == SHARED:
@@ -257,24 +255,24 @@ class TaskRun:
         learners = tuple(Learner(user, questions["train"][user], questions["val"][user],
                                  i if self.protocol.start_by_place else None)
                          for i, user in enumerate(self.users))  # fmt: skip
-        upon = self._cell(SHARED, self.chosen[SHARED], seed) if name == SHARED_USER else None
+        upon = self.cell(SHARED, self.chosen[SHARED], seed) if name == SHARED_USER else None
         return Cell(name, config, learners, upon)
 
     # ---- Answers ---------------------------------------------------------------------------------------------------
 
-    def _score(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, np.ndarray]:
+    def score(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, np.ndarray]:
         """User -> label scores of their questions [n, C]."""
         asked = {user: questions[user] for user in self.users if user in adapters}
         return engine.predict(self.base, self.asking.prompts.labels, adapters, asked, self.plan.passes)
 
-    def _answers(self, scored: dict[str, np.ndarray]) -> dict[str, list[Labels]]:
+    def answers(self, scored: dict[str, np.ndarray]) -> dict[str, list[Labels]]:
         """The answer of the highest likelihood; of tags those more likely than not."""
         prompts = self.asking.prompts
         if isinstance(prompts.labels, Tags):
             return {user: chosen_labels(self.task.labels, own, True) for user, own in scored.items()}
         return {user: [prompts.sets[i] for i in own.argmax(1)] for user, own in scored.items()}
 
-    def _decoded(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[str]]:
+    def decoded(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[str]]:
         """What a T5 says, greedily."""
         passes, found = self.plan.passes, {}
         speaking = engine.Engine(self.base, self.asking.prompts.labels, passes)
@@ -302,7 +300,7 @@ class TaskRun:
         notes |= {"test examples without an answer": unknown} if unknown else {}
         correct, metrics, paper = [], {}, []
         for user in users:
-            truths = [in_order(task, task.test[user][i].label) for i in known[user]]
+            truths = [task.test[user][i].label for i in known[user]]
             said = [answers[user][i] for i in known[user]]
             texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
             right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
@@ -326,19 +324,19 @@ class TaskRun:
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
         """The record of trained adapters, at the best learning rate."""
-        questions, method = self._questions(name), best.cell.config.method
+        questions, method = self.questions(name), best.cell.config.method
         own = best.adapters
         adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
-        scored = self._score(adapters, questions["test"])
+        scored = self.score(adapters, questions["test"])
         rows = rows_trained(best, sum(method.virtual(self.base)))
         trained_for = len(self.task.users) if name == SHARED else len(own)
         diverged = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
         more = {"learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped}
         return self._record(
-            name, "shared" if name == SHARED else "personal", seed, digest, self._answers(scored),
+            name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
             probabilities={user: softmax(each) for user, each in scored.items()},
-            decoded=self._decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
+            decoded=self.decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=best.num_bytes // len(own),
             train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=best.seconds,
             peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),
@@ -378,9 +376,9 @@ class TaskRun:
         silent = for_base(LoRA(rank=1), self.base)
         adapters = {user: Adapter(user, silent, silent.initial_row(self.base, 0, user)) for user in self.users}
         questions = self.asking.questions(shots=shots)["test"]
-        scored = self._score(adapters, questions)
-        decoded = self._decoded(adapters, questions) if isinstance(self.base, T5) else None
-        return {"answers": self._answers(scored), "decoded": decoded,
+        scored = self.score(adapters, questions)
+        decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
+        return {"answers": self.answers(scored), "decoded": decoded,
                 "probabilities": {user: softmax(each) for user, each in scored.items()}}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
@@ -396,68 +394,6 @@ class TaskRun:
                 tokens |= zip((example.text for example in self.task.split(name)[user]), (q.prompt for q in questions))
         feature = features(self.base, tokens.values())
         return probe_scores(self.task, self.audit, lambda example: feature[tokens[example.text]])
-
-    # ---- Cold start ------------------------------------------------------------------------------------------------
-
-    def _cold_start(self) -> None:
-        """Into the first seed's records: accuracy of new users after k examples of their own."""
-        new = [user for user in self.tidied.new_users or drawn_users(self.task) if self.task.test[user]]
-        if not new or len(new) == len(self.task.users):
-            raise InputError(f"task {self.task.name!r}: --cold-start needs new users with test examples, and others")
-        seed = self.plan.seeds[0]
-        names = [name for name in [*self.methods, SHARED, SHARED_USER, "own_majority"]
-                 if load_record(record_path(self.out, self.task.name, name, seed)).cold_start is None]  # fmt: skip
-        if not names:
-            return
-        self._done = 0
-        sizes = [2**i for i in range(max(len(self.task.train[user]) for user in new).bit_length())]
-        shared = self._shared_without(new, seed)
-        found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
-        cells = [(name, k, self._cold_cell(name, k, new, seed, shared))
-                 for name in names if name not in (SHARED, "own_majority") for k in sizes]  # fmt: skip
-        self._planned = sum(cell.examples for _, _, cell in cells)
-        for (name, k, _), trained in zip(cells, self._train([cell for _, _, cell in cells])):
-            found[name][k] = self._accuracy(trained.adapters, self._questions(name)["test"])
-        if SHARED in found or SHARED_USER in found:
-            of_shared = self._accuracy(dict.fromkeys(new, self._shared(shared)), self._questions(SHARED)["test"])
-            found |= {name: {0: of_shared} | found[name] for name in (SHARED, SHARED_USER) if name in found}
-        if "own_majority" in found:
-            found["own_majority"] = {k: self._majority_of(new, k) for k in (0, *sizes)}
-        for name in names:
-            record = load_record(record_path(self.out, self.task.name, name, seed))
-            curve = {k: [by_user.get(user) for user in record.users] for k, by_user in found[name].items()}
-            save_record(self.out, replace(record, cold_start=curve))
-            self.show(f"{self.task.name}: {name}: cold start done")
-
-    def _shared_without(self, new: Sequence[str], seed: int) -> Cell:
-        cell = self._cell(SHARED, self.chosen[SHARED], seed)
-        questions = self._questions(SHARED)
-        others = [{user: own for user, own in questions[split].items() if user not in new}
-                  for split in ("train", "val")]  # fmt: skip
-        return replace(cell, learners=(Learner(EVERYONE, *map(pooled, others)),))
-
-    def _cold_cell(self, name: str, k: int, new: Sequence[str], seed: int, shared: Cell) -> Cell:
-        """The first k examples are all there is: nothing is left to stop early by."""
-        cell = self._cell(name, self.chosen[name], seed)
-        train = self._questions(name)["train"]
-        learners = tuple(Learner(user, train[user][:k], train[user][:k]) for user in new if len(train[user]) >= k)
-        return Cell(name, replace(cell.config, patience=cell.config.epochs), learners,
-                    shared if name == SHARED_USER else None)  # fmt: skip
-
-    def _accuracy(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, float]:
-        answers = self._answers(self._score(adapters, questions))
-        return {user: self._mean_score(user, own) for user, own in answers.items()}
-
-    def _mean_score(self, user: str, answers: Sequence[Labels]) -> float:
-        truths = [in_order(self.task, example.label) for example in self.task.test[user]]
-        return any_hit(answers, truths) if self.protocol.any_hit else float(np.mean(scores(answers, truths)))
-
-    def _majority_of(self, new: Sequence[str], k: int) -> dict[str, float]:
-        """Of a user's first k examples; of everybody who is not new for k = 0."""
-        others = [example for user in self.task.users if user not in new for example in self.task.train[user]]
-        known = {user: self.task.train[user][:k] if k else others for user in new if len(self.task.train[user]) >= k}
-        few = replace(self.task.subset(known), train=known)
-        return {user: self._mean_score(user, own) for user, own in own_majority(few, self.audit).items()}
 
     # ---- What is there already -------------------------------------------------------------------------------------
 
@@ -482,16 +418,6 @@ class TaskRun:
         if record.digest != digest:
             raise InputError(f"{path} was made by other settings, data or another base; name another folder with --out")
         return record
-
-
-def in_order(task: Task, label: Labels) -> Labels:
-    return tuple(sorted(label, key=task.labels.index))
-
-
-def drawn_users(task: Task) -> list[str]:
-    """The new users of a task that does not name them: a fifth, drawn."""
-    order = generator(0, "", "new users").permutation(len(task.users))
-    return [task.users[i] for i in sorted(order[: max(1, round(NEW_USERS_SHARE * len(order)))])]
 
 
 def softmax(scored: np.ndarray) -> np.ndarray:
