@@ -17,6 +17,7 @@ from tqdm import tqdm
 from minipeft.console import OneLineParser, check_device
 from minipeft.default_base import default_base
 from minipeft.errors import InputError
+from minipeft.files import write_file
 from minipeft.models.checkpoint import read_json
 from minipeft.models.loading import load_model
 from minipeft.options import NAMES
@@ -28,7 +29,6 @@ from minipeft.peftu.summary import summarise
 from minipeft.peftu.tidy import Tidied, load_tidied, tidied
 from minipeft.running import open_base
 from minipeft.schedule import PassConfig
-from minipeft.store import write_file
 from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_shared, make_synthetic
 from minipeft.tasks.task import KINDS
 

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import quote
 
 from minipeft.errors import InputError
-from minipeft.store import write_file
+from minipeft.files import write_file
 
 KINDS = ("baseline", "shared", "personal")
 BASELINES = ("global_majority", "own_majority", "others_vote", "zero_shot", "few_shot", "retrieval", "probe_pooled",

@@ -16,6 +16,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from minipeft.errors import InputError
+from minipeft.files import write_file
 from minipeft.peftu import charts
 from minipeft.peftu.charts import label
 from minipeft.peftu.records import load_records
@@ -38,7 +39,6 @@ from minipeft.peftu.tables import (
     users_table,
     words,
 )
-from minipeft.store import write_file
 
 FIELDS = {"tasks": dict, "comparisons": list, "mode": str, "seeds": list, "versions": dict, "command": str,
           "ceilings": dict, "audit": dict, "minimum_detectable_difference": dict}  # fmt: skip
