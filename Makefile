@@ -5,8 +5,9 @@ BIN := .venv/bin
 bench: .venv/.installed
 	$(BIN)/python -m minipeft.bench $(ARGS)
 
+# A worker for each core, each with a thread of its own; a file stays with one worker, for what its tests share.
 test: .venv/.installed .venv/.minilm
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

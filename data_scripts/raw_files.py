@@ -94,8 +94,12 @@ class RawFiles:
         `reason` must not name the row or quote it: rows are counted by it.
         """
         if not self.skip_bad:
-            raise BadInput(f"{where}: {reason}.")
+            self._stop(where, reason)
         self.bad_rows[reason] += 1
+
+    @staticmethod
+    def _stop(where: str, reason: str) -> None:
+        raise BadInput(f"{where}: {reason}.")
 
     def read_csv(self, names: Names, columns: Iterable[str], delimiter: str = ",",
                  filled: Collection[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
@@ -238,21 +242,23 @@ class RawFiles:
             lines = _Lines(file)
             reader = csv.reader(lines, delimiter=delimiter)
             place = f"{path}, line "
+            bad = self._stop                             # for the header; of a row, `self.bad` says what to do
             while True:
                 where = place + str(reader.line_num + 1)
                 try:
                     row = next(reader)
                 except csv.Error as error:
-                    self.bad(where, f"not readable as CSV ({error})")
+                    bad(where, f"not readable as CSV ({error})")
                     continue
                 if lines.ended:
                     if row:
-                        self.bad(where, "a quote is opened and never closed")
+                        bad(where, "a quote is opened and never closed")
                     return
                 if _NOT_UTF8.search(delimiter.join(row)):
-                    self.bad(where, "not UTF-8")
+                    bad(where, "not UTF-8")
                     continue
                 yield where, row
+                bad = self.bad
 
     def _whole_rows(self, path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]],
                     filled: Collection[int]) -> Iterator[tuple[str, list[str]]]:

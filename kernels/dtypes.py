@@ -5,13 +5,20 @@ On a GPU a bf16 tile goes into `tl.dot` as it is, and a cast from fp32 rounds to
 made fp32, which is exact, and rounding is done by hand. `INTERPRETED` is known when a kernel is compiled: on a GPU
 these helpers leave no instruction behind.
 
-Triton exists for Linux only. Elsewhere `jit` leaves a kernel a plain function that nobody calls, so that every module
-imports and the PyTorch path works (backend.py chooses it).
+Triton exists for Linux only, and a PyTorch that knows no GPU needs it only to interpret kernels, or where somebody has
+imported it to compile them; it would take 70 MB. Elsewhere `jit` leaves a kernel a plain function that nobody calls, so
+that every module imports and the PyTorch path works (backend.py chooses it).
 """
 
+import os
+import sys
 from types import SimpleNamespace
 
+import torch
+
 try:
+    if not (torch.backends.cuda.is_built() or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules):
+        raise ModuleNotFoundError
     import triton
     import triton.language as tl
 

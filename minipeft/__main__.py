@@ -4,8 +4,9 @@
     eval      how often a store's adapters say what their users said
     predict   what a user would say of a text; many users in one pass
     users     who is in a store
+    store     verify, compact a store, or delete a user from it
     methods   what can be trained on a model, how many numbers that is, and what it costs
-    export    one user's adapter for other libraries
+    export    adapters for other libraries
     import    an adapter that another library trained
 """
 
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +24,12 @@ from torch import nn
 
 from minipeft.console import OneLineParser, check_device, progress
 from minipeft.errors import InputError
+from minipeft.files import folder_name, write_file
 from minipeft.log import tensorboard
 from minipeft.methods import Method, PromptTuning
+from minipeft.models.checkpoint import one_line
 from minipeft.models.classifier import Base, Classifier
+from minipeft.models.fields import shown
 from minipeft.models.loading import load_model, load_shape, load_tokenizer
 from minipeft.options import (
     add_options,
@@ -39,7 +44,8 @@ from minipeft.options import (
 from minipeft.ranks import Ranks, joined, own_device
 from minipeft.running import evaluate, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
-from minipeft.store import Store
+from minipeft.shards import KINDS
+from minipeft.store import Store, is_store
 from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.task import load_task
 from minipeft.training import SAVE_MINUTES, SHARED, Interrupted, Summary, Training, silent
@@ -50,8 +56,9 @@ FORMATS = ("peft", "adapterhub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM,
-    141 if whoever read the output went away. `train` is 0 if anybody has an adapter, whoever was left out."""
+    """The command. Returns the exit code: 0, 1 if `store verify` found damage, 2 for bad input (one line on stderr),
+    130 after Ctrl-C, 143 after SIGTERM, 141 if whoever read the output went away. `train` is 0 if anybody has an
+    adapter, whoever was left out."""
     args, finished = None, []
     try:
         args = parse(argv)
@@ -70,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush again, and fail
         return 141
-    return 0
+    return 1 if result is not None and result.get("damaged") else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,6 +105,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                   after=f"methods ({counts}):\n{described_methods(shape)}")  # fmt: skip
     own.add_argument("--users", type=int, metavar="N", help="the task's first N users only")
     own.add_argument("--again", action="store_true", help="replace the adapters of users who are in the store already")
+    own.add_argument("--rows", choices=list(KINDS), help="how a new store keeps numbers (default: float32); the others "
+                                                         "are smaller, and not exact")  # fmt: skip
     own.add_argument("--resume", action="store_true",
                      help="go on with the same training where it was interrupted; begin it if there is none")
     own.add_argument("--save-minutes", type=float, default=SAVE_MINUTES, metavar="X",
@@ -123,11 +132,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ))  # fmt: skip
     own.add_argument("--text", help="the text (default: standard input)")
     command("users", "store", about="Who is in a store.")
+    own = command("store", "store", "user?", about=(
+        "verify    read every adapter of a store and compare its checksum; exit code 1 if one is damaged\n"
+        "compact   remove from disk what was deleted and replaced, and make few large files of many small ones\n"
+        "delete    forget a user; the numbers stay on disk until `compact`"
+    ))  # fmt: skip
+    own.add_argument("action", choices=list(ACTIONS), metavar="ACTION", help=" or ".join(ACTIONS))
     command("methods", "model", about=(
         "What can be trained on a model: each method's numbers per user, the FLOPs that it adds to a token's forward\n"
         "pass, and where it acts."
     ))  # fmt: skip
-    own = command("export", "store", "user", "model?", about="Write one user's adapter for other libraries.")
+    own = command("export", "store", "user?", "model?", about=(
+        "Write adapters for other libraries: a user's into a folder, or, without --user, everybody's into folders in\n"
+        'it. Those are named by the users\' ids, percent-encoded; users.jsonl says whose each is.'
+    ))  # fmt: skip
     own.add_argument("--to", required=True, type=Path, metavar="DIR", help="where to")
     own.add_argument("--format", required=True, choices=FORMATS, help="whose format")
     own = command("import", "store", "user", "model", "task?", about="Read an adapter that Hugging Face PEFT or "
@@ -187,7 +205,7 @@ def train_users(
     model = load_model(args.model, device=own_device(args.device))
     training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),
                              resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
-                             save_minutes=args.save_minutes)  # fmt: skip
+                             save_minutes=args.save_minutes, rows=args.rows)  # fmt: skip
     method, base = training.method, training.base
     acts = "; ".join(f"{part.name} at {', '.join(sites_of(part, base))}" for part in method.parts)
     if ranks.writes:
@@ -195,8 +213,9 @@ def train_users(
               f"examples, labels {', '.join(task.header.labels)}\nbase {base.origin.name}: "
               f"{sum(p.numel() for p in base.parameters()):,} frozen numbers; each user trains "
               f"{method.count(base):,} ({acts})", flush=True)  # fmt: skip
-    summary = training.run(lambda adapter: finished.append(adapter.user), progress if ranks.writes else silent,
-                           scalar=scalar)  # fmt: skip
+    with closing(training.store) if ranks.writes else nullcontext():
+        summary = training.run(lambda adapter: finished.append(adapter.user), progress if ranks.writes else silent,
+                               scalar=scalar)  # fmt: skip
     if not ranks.writes:
         return None
     show_summary(summary, args.store)
@@ -216,7 +235,7 @@ def show_summary(summary: Summary, store: str) -> None:
         print(f"{len(summary.skipped_steps)} users skipped steps whose gradient was not finite, e.g. "
               f"{next(iter(summary.skipped_steps))!r}")  # fmt: skip
     for user, reason in list(summary.quarantined.items())[:SHOWN]:
-        print(f"left out: {user!r}: {reason}")
+        print(f"left out: {shown(user)}: {reason}")
     if len(summary.quarantined) > SHOWN:
         print(f"and {len(summary.quarantined) - SHOWN} more, see --json or log.jsonl in {store}")
     print(f"trained {summary.trained} users ({summary.stopped_early} stopped early), left out "
@@ -283,14 +302,56 @@ def read_lines(lines: Iterable[bytes], store: Store) -> list[tuple[str, str]]:
 
 def run_users(args: argparse.Namespace, _) -> dict:
     store = Store(args.store)
-    about = {user: store.about(user) for user in store.users()}
-    print(f"{len(about)} users of base {store.base.name}, task {store.task.name if store.task else 'unknown'}")
-    for user, (method, metrics) in about.items():
-        losses = metrics.get("val_loss", [])
-        best = f", validation loss {losses[metrics['best_epoch'] - 1]:.4f}" if losses else ""
-        print(f"{user}: {method.title}{best}")
-    return {"users": [{"user": user, "method": told(method), "metrics": metrics}
-                      for user, (method, metrics) in about.items()]}  # fmt: skip
+    number = sum(1 for _ in store.users())
+    print(f"{number} users of base {store.base.name}, task {store.task.name if store.task else 'unknown'}")
+    users = []
+    for user, (method, metrics, version) in store.everybody():
+        print(f"{one_line(user)}: {method.title}{best_loss(metrics)}")
+        if args.json:
+            users.append({"user": user, "method": told(method), "metrics": metrics, "version": version})
+    return {"users": users}
+
+
+def best_loss(metrics: dict) -> str:
+    """Nothing of an adapter that was not trained here."""
+    losses, best = metrics.get("val_loss"), metrics.get("best_epoch")
+    known = isinstance(losses, list) and type(best) is int and 0 < best <= len(losses)
+    return f", validation loss {losses[best - 1]:.4f}" if known and isinstance(losses[best - 1], float) else ""
+
+
+def run_store(args: argparse.Namespace, _) -> dict:
+    if (args.action == "delete") != (args.user is not None):
+        raise InputError(f"store {args.action} takes {'a' if args.action == 'delete' else 'no'} --user")
+    return ACTIONS[args.action](Store(args.store), args)
+
+
+def verify(store: Store, args: argparse.Namespace) -> dict:
+    damaged = store.verify()
+    for damage in damaged:
+        print(damage.what)
+    number = len(store.users())
+    print(f"{number} users, {len(damaged)} damaged")
+    return {"num_users": number, "damaged": [damage._asdict() for damage in damaged]}
+
+
+def compact(store: Store, args: argparse.Namespace) -> dict:
+    done = store.compact()
+    print(f"{done.rows_removed} rows of deleted and replaced users removed; {done.shards_before} shards are now "
+          f"{done.shards_after}")  # fmt: skip
+    if not done.erased:
+        print("somebody reads the store: ids and metrics of deleted users stay in the index until you compact it again")
+    return done._asdict()
+
+
+def delete(store: Store, args: argparse.Namespace) -> dict:
+    store.delete(args.user)
+    print(f"{one_line(args.user)} is forgotten; the numbers stay on disk until `store compact`")
+    return {"user": args.user}
+
+
+ACTIONS: dict[str, Callable[[Store, argparse.Namespace], dict]] = {
+    "verify": verify, "compact": compact, "delete": delete,
+}  # fmt: skip
 
 
 def run_methods(args: argparse.Namespace, _) -> dict:
@@ -313,15 +374,28 @@ def run_export(args: argparse.Namespace, _) -> dict:
     from minipeft import interop  # other libraries' formats, which no other command needs
 
     store = Store(args.store)
-    if args.user not in store:
+    if args.user is not None and args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")
     base = open_base(args.model or store.base.folder, len(store.task.labels) if store.task else MIN_LABELS)
-    whole = store.get(args.user, base)
-    adapter = without_head(whole, base)
-    {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format](adapter, base, args.to)
-    left = "" if adapter is whole else " without the head, for which these files have no place"
-    print(f"{args.user}'s adapter is in {args.to}{left}")
-    return {"user": args.user, "to": str(args.to), "format": args.format, "method": told(adapter.method)}
+    write = {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format]
+
+    def export(user: str, folder: Path) -> Method:
+        adapter = without_head(store.get(user, base), base)
+        write(adapter, base, folder)
+        return adapter.method
+
+    left = " without the head, for which these files have no place" if isinstance(base, Classifier) else ""
+    if args.user is not None:
+        method = export(args.user, args.to)
+        print(f"{one_line(args.user)}'s adapter is in {args.to}{left}")
+        return {"user": args.user, "to": str(args.to), "format": args.format, "method": told(method)}
+    folders = {user: folder_name(user) for user in store.users()}
+    for user, name in folders.items():
+        export(user, args.to / name)
+    lines = (json.dumps({"user": user, "folder": name}) + "\n" for user, name in folders.items())
+    write_file(args.to / "users.jsonl", "".join(lines).encode())
+    print(f"{len(folders)} users' adapters are in {args.to}{left}")
+    return {"num_users": len(folders), "to": str(args.to), "format": args.format}
 
 
 def run_import(args: argparse.Namespace, _) -> dict:
@@ -329,7 +403,7 @@ def run_import(args: argparse.Namespace, _) -> dict:
 
     task = load_task(args.task).header if args.task else None
     model = load(args)
-    known = task or (Store(args.store).task if (Path(args.store) / "store.json").exists() else None)
+    known = task or (Store(args.store).task if is_store(args.store) else None)
     base = open_base(model, len(known.labels) if known else MIN_LABELS)
     adapter = {"peft": interop.import_peft, "adapterhub": interop.import_adapterhub}[args.format](
         args.folder, base, args.user)  # read first: a folder that is refused leaves no store behind  # fmt: skip
@@ -345,7 +419,8 @@ def run_import(args: argparse.Namespace, _) -> dict:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], dict | None]] = {
-    "train": run_train, "eval": run_eval, "predict": run_predict, "users": run_users, "methods": run_methods,
+    "train": run_train, "eval": run_eval, "predict": run_predict, "users": run_users, "store": run_store,
+    "methods": run_methods,
     "export": run_export, "import": run_import,
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""python -m minipeft.bench: the main job, measured; with `kernels`, its ops by themselves (bench_kernels.py).
+"""python -m minipeft.bench: the main job, measured; `kernels`: its ops by themselves (bench_kernels.py); `peftu`: the
+PEFT-U protocol on prepared tasks (peftu/command.py), which has options of its own.
 
 Suite `quick`, the default: many users' LoRA train together in one fused pass over one frozen base, then the same users
 one by one in the same engine. It prints how much faster together is, how good the personal adapters are beside the
@@ -10,12 +11,12 @@ import argparse
 import json
 import platform
 import resource
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,14 @@ from minipeft.labels import Question
 from minipeft.methods.lora import LoRA
 from minipeft.models.classifier import Base
 from minipeft.models.loading import load_model
+from minipeft.peftu.command import run_peftu
 from minipeft.profiling import profiled, region
 from minipeft.prompts import Encoded
 from minipeft.report import plot_gains, table
-from minipeft.running import check_splits, first_users, for_base, open_base, prompts_of
+from minipeft.running import check_splits, first_users, for_base, open_base, pooled, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.stats import Interval, bootstrap_mean
-from minipeft.store import adapter_path, save_adapter
+from minipeft.store import Store, is_store, key_of
 from minipeft.tasks.synthetic import (
     SyntheticConfig,
     Truth,
@@ -62,7 +64,11 @@ ACTIVE = 100  # training examples from which a user counts as active in the tabl
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
     finished: list[str] = []
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["peftu"]:
+            run_peftu(argv[1:])
+            return 0
         args = parse(argv)
         check_device(args.device)
         check_out(args.out, args.suite)
@@ -71,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minipeft.bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if argv[:1] == ["peftu"]:
+            print("\nminipeft.bench: interrupted. The same command with the same --out continues", file=sys.stderr)
+            return 130
         done, where = {"quick": ("users had finished; their adapters are in", "adapters"),
                        "kernels": ("batches were measured; their figures are in", "result.json")}[args.suite]
         print(f"\nminipeft.bench: interrupted. {len(finished)} {done} {args.out / where}", file=sys.stderr)
@@ -78,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m minipeft.bench", description=__doc__.split("\n\n")[1])
-    parser.add_argument("suite", nargs="?", default="quick", choices=["quick", "kernels"],
-                        help="what to measure (default: quick)")
+    parser.add_argument("suite", nargs="?", default="quick", choices=["quick", "kernels", "peftu"],
+                        help="what to measure (default: quick); peftu --help lists that suite's own options")
     parser.add_argument("--task", type=Path, metavar="DIR", help="a prepared task (default: synthetic users)")
     parser.add_argument("--model", type=Path, metavar="DIR",
                         help="a Hugging Face model folder (default: a small base made from the task's pooled examples)")
@@ -105,14 +114,15 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     began = time.perf_counter()
     task, truth = get_task(args)
     for user in task.users:
-        adapter_path(args.out, user)  # an id that is too long for a file name is an error now, not after training
+        key_of(user)  # an id that cannot be kept is an error now, not after training
     model, encoded, base_name = get_base(args, task)
-    for old in (args.out / "adapters").glob("*.safetensors"):  # of an earlier run in this folder
-        old.unlink()
+    if is_store(args.out / "adapters"):  # of an earlier run in this folder
+        shutil.rmtree(args.out / "adapters")
+    store = Store.make(args.out / "adapters", model, task.header)
     print(describe(args, task, model, base_name, encoded), flush=True)
 
     def keep(adapter: Adapter) -> None:
-        save_adapter(args.out / "adapters", adapter, model)
+        store.add(adapter, model)
         finished.append(adapter.user)
 
     plan = plan_for(model, args.seed)
@@ -124,8 +134,7 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
     together = timed_training(model, encoded, jobs, PASSES, f"{len(jobs)} users together", keep)
     some = jobs[:: -(-len(jobs) // NUM_ALONE)]
     alone = timed_training(model, encoded, some, ALONE, f"{len(some)} of the users alone")
-    pooled = [list(chain.from_iterable(split.values())) for split in (encoded.train, encoded.val)]
-    everyone = Job(EVERYONE, *pooled, replace(plan, **SHARED))
+    everyone = Job(EVERYONE, pooled(encoded.train), pooled(encoded.val), replace(plan, **SHARED))
     shared = timed_training(model, encoded, [everyone], ALONE, "one shared LoRA")
 
     correct = {

@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.acting import Acting
 from minipeft.batch import Batch, Group, Part, groups_of, pack
 from minipeft.errors import InputError
-from minipeft.labels import Classes, LabelSet, Question
+from minipeft.labels import Answerable, Question
 from minipeft.methods.method import Method, Residents, Share
 from minipeft.models.classifier import Base
 from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
@@ -83,7 +82,7 @@ class Engine:
         passes: how users share passes.
     """
 
-    def __init__(self, model: Base, labels: LabelSet | Classes, passes: PassConfig | None = None):
+    def __init__(self, model: Base, labels: Answerable, passes: PassConfig | None = None):
         passes = passes or PassConfig()
         passes.check()
         self.model, self.labels, self.passes = model, labels, passes
@@ -178,7 +177,7 @@ class Engine:
                 shared.begin(np.zeros(1, dtype=np.int64), training=False)
 
     def _log_probs(self, batch: Batch, steps: dict[tuple[int, int], int] | None = None) -> Tensor:
-        """Log-probabilities of the next token at the rows that were asked for: [M, vocab]."""
+        """Log-probabilities of what a target may be at the rows that were asked for: [M, vocab]."""
         self.totals.count(batch)
         self.model.recompute = self.passes.recompute
         self._begin(batch.groups, steps is not None)
@@ -194,7 +193,7 @@ class Engine:
         at_head = any(residents is not None and residents.at_head for residents in acting)
         head_groups = batch.head_groups() if at_head else ()
         logits = self.model.head(read, self._hooks(head_groups, steps))  # [M', vocab]
-        return F.log_softmax(logits.float(), dim=-1).index_select(0, batch.read)
+        return self.labels.log_probs(logits).index_select(0, batch.read)
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
@@ -206,7 +205,8 @@ class Engine:
             targets += tokens
             weights += [1 / len(tokens)] * len(tokens)
         log_probs = self._log_probs(batch, {(run.bank, run.slot): run.step for run in chosen})
-        losses = -log_probs.gather(1, torch.tensor(targets, device=log_probs.device)[:, None])[:, 0]  # [M]
+        of_rows = torch.tensor(targets, device=log_probs.device).view(len(log_probs), -1)  # a tag's row has C targets
+        losses = -log_probs.gather(1, of_rows).flatten()
         (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
 
         for group in batch.groups:
@@ -219,6 +219,9 @@ class Engine:
                            squares=residents.squares, compute=bank.copy)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
+                if run.job.config.bf16_weights:
+                    row = bank.weights[run.slot]
+                    row.copy_(row.bfloat16())
                 run.advance()  # at once: who has stepped shall not step again if memory runs out in the next bank
 
     def _step_in_parts(self, chosen: Sequence[Run]) -> None:
@@ -448,7 +451,7 @@ class Engine:
         for position, scores in self.score((run.bank, run.slot, run.job.val) for run in runs):
             done = sum(len(piece) for piece in nats[position])
             right = np.array([q.label for q in runs[position].job.val[done : done + len(scores)]])
-            nats[position].append(-scores[np.arange(len(right)), right] / self.labels.lengths.numpy()[right])
+            nats[position].append(self.labels.nats(scores, right))
         for run, pieces in zip(runs, nats):
             loss = float(np.concatenate(pieces).astype(np.float64).mean())
             run.evaluated(loss, self._banks[run.bank].bank.weights[run.slot])
@@ -461,9 +464,9 @@ class Engine:
             for question in questions:
                 if not question.prompt:
                     raise InputError(f"user {job.user!r} has a {name} example without a token; leave it out")
-                if not 0 <= question.label < len(self.labels.labels):
+                if not 0 <= question.label < self.labels.num_answers:
                     raise InputError(f"user {job.user!r} has a {name} example with label number {question.label}; "
-                                     f"this task's labels are 0 to {len(self.labels.labels) - 1}")
+                                     f"this task's labels are 0 to {self.labels.num_answers - 1}")
         job.config.check()
         job.config.method.check(self.model)
         size = job.config.method.layout(self.model).row_size
@@ -499,7 +502,7 @@ class Engine:
 
 
 def label_scores(
-    model: Base, labels: LabelSet | Classes, adapters: dict[str, Adapter],
+    model: Base, labels: Answerable, adapters: dict[str, Adapter],
     questions: dict[str, Sequence[Question]], passes: PassConfig | None = None,
 ) -> dict[str, np.ndarray]:
     """Label scores [questions, C] (log p) of every user's questions, each user with their own adapter.

@@ -6,6 +6,10 @@ An example becomes a question (prompt tokens, which label is right). Training mi
 tokens (engine.py says how they are averaged); prediction takes the label with the highest score. All labels
 share the prompt's rows, and labels that share their first tokens share those rows too: with one-token labels a question
 costs one sequence however many labels there are.
+
+    LabelSet   a language model's labels, or sets of labels, as texts
+    Classes    an encoder's head: one of C classes
+    Tags       an encoder's head: any of C classes, each by itself
 """
 
 from collections.abc import Sequence
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.batch import Read
@@ -21,7 +26,7 @@ from minipeft.errors import InputError
 
 @dataclass(frozen=True)
 class Question:
-    """One example for a model: the prompt's tokens and the number of the right label."""
+    """One example for a model: the prompt's tokens and the number of the right answer, below `num_answers`."""
 
     prompt: tuple[int, ...]
     label: int
@@ -65,6 +70,7 @@ class LabelSet:
             owners += [number] * len(label)
         self.rows, self.tokens, self.owners = (torch.tensor(x) for x in (rows, tokens, owners))
         self.lengths = torch.tensor([len(label) for label in self.labels])
+        self.num_answers = len(self.labels)
 
     def training_read(self, question: Question) -> Read:
         """The sequence that trains on a question: prompt and right label, its label tokens' rows read."""
@@ -85,6 +91,14 @@ class LabelSet:
         scores = picked.new_zeros(len(picked), len(self.labels))
         return scores.index_add_(1, self.owners, picked)
 
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Logits of read rows -> log-probabilities of what a target may be, fp32, both [M, vocab]."""
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Scores [questions, C] and right answers [questions] -> -log p of each right one, per label token."""
+        return -scores[np.arange(len(right)), right] / self.lengths.numpy()[right]
+
 
 class Classes:
     """The labels of a task as classes of an encoder's head (classifier.py): a LabelSet for bases that do not speak."""
@@ -93,7 +107,7 @@ class Classes:
 
     def __init__(self, num_classes: int):
         self.labels = list(range(num_classes))
-        self.lengths = torch.ones(num_classes, dtype=torch.int64)
+        self.num_answers = num_classes
 
     def training_read(self, question: Question) -> Read:
         return Read(question.prompt, 1, (question.label,))
@@ -104,3 +118,55 @@ class Classes:
     def scores(self, log_probs: Tensor) -> Tensor:
         """[questions, C], as they are."""
         return log_probs
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Logits -> log-probabilities of the classes, fp32, both [M, C]."""
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Scores [questions, C] and right classes [questions] -> -log p of each right one."""
+        return -scores[np.arange(len(right)), right]
+
+
+class Tags:
+    """The labels of a multi-label task as classes of an encoder's head, each of which applies or not.
+
+        p(class c) = sigmoid(z_c) = softmax over (0, z_c)          loss: binary cross-entropy, averaged over classes
+
+    An answer is a set of classes; its number has bit c set where class c is in it (`number`).
+    """
+
+    reads_per_question = rows_per_question = 1
+
+    def __init__(self, num_classes: int):
+        self.labels = list(range(num_classes))
+        self.num_answers = 2**num_classes
+
+    @staticmethod
+    def number(classes: Sequence[int]) -> int:
+        return sum(1 << each for each in set(classes))
+
+    def training_read(self, question: Question) -> Read:
+        """One row with C targets: of each class 2 c + whether it applies."""
+        return Read(question.prompt, 1, tuple(2 * c + (question.label >> c & 1) for c in self.labels))
+
+    def scoring_reads(self, question: Question) -> list[Read]:
+        return [Read(question.prompt, 1)]
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Logits [M, C] -> log p that a class does not apply and that it does, side by side: [M, 2 C] fp32."""
+        logits = logits.float()
+        return F.log_softmax(torch.stack([torch.zeros_like(logits), logits], dim=-1), dim=-1).flatten(1)
+
+    def scores(self, log_probs: Tensor) -> Tensor:
+        """[questions, C]: the log-odds of each class. Above 0 it is more likely than not."""
+        absent, present = log_probs.unflatten(1, (-1, 2)).unbind(-1)
+        return present - absent
+
+    def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Scores [questions, C] and right answers [questions] -> their binary cross-entropy, averaged over classes."""
+        applies = right[:, None] >> np.arange(len(self.labels)) & 1  # [questions, C]
+        return np.logaddexp(0, np.where(applies, -scores, scores)).mean(1)
+
+
+Answerable = LabelSet | Classes | Tags  # how a base answers a task

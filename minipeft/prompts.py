@@ -11,6 +11,10 @@ Any other base gets the instruction, as PEFT-U's prompts do (arXiv:2407.18078):
 
 A T5 reads the same as its input, and both that and the label it writes end with the tokenizer's last token. An encoder
 reads the text alone, between its own special tokens, and its head knows the classes by their number.
+
+Where an example has several labels an encoder's head says of each whether it applies, and a language model writes them
+as PEFT-U's targets do, "anger, fear": its answers are the label sets it is given, each scored as one text. A decoder's
+end with a full stop, as labels do in a prompt's examples, so that no set begins another.
 """
 
 from collections.abc import Sequence
@@ -20,11 +24,12 @@ from functools import lru_cache
 from tokenizers import Tokenizer
 
 from minipeft.errors import InputError
-from minipeft.labels import Classes, LabelSet, Question
+from minipeft.labels import Answerable, Classes, LabelSet, Question, Tags
 from minipeft.tasks.task import SPLITS, Example, Header, Task
 
 ANSWER = "<|answer|>"
 REMEMBERED = 4096  # texts in tokens: users share texts
+JOINED_BY = ", "  # the labels of one answer
 
 
 def label_token(label: str) -> str:
@@ -41,7 +46,7 @@ class Encoded:
     num_cut: examples whose text was shortened (from its end) to fit the base; the prompt's frame is always whole.
     """
 
-    labels: LabelSet | Classes
+    labels: Answerable
     train: dict[str, list[Question]]
     val: dict[str, list[Question]]
     test: dict[str, list[Question]]
@@ -56,37 +61,60 @@ class Prompts:
         max_tokens: the most tokens a prompt with its longest label may have: the base's positions; None: any number.
         speaks:     whether the base answers in tokens; an encoder does not.
         start:      an encoder-decoder's start token; None for other bases.
+        sets:       the label sets that can be answered, of a multi-label task; an encoder can answer any.
     Raises:
-        InputError: a multi-label task (scored label by label in a later version), or labels that begin alike.
+        InputError: a multi-label task without sets, or labels that begin alike.
     """
 
     def __init__(
-        self, task: Header, tokenizer: Tokenizer, max_tokens: int | None, speaks: bool = True, start: int | None = None
-    ):
-        if task.multi_label:
+        self, task: Header, tokenizer: Tokenizer, max_tokens: int | None, speaks: bool = True,
+        start: int | None = None, sets: Sequence[tuple[str, ...]] | None = None,
+    ):  # fmt: skip
+        if task.multi_label and sets is None:
             raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
         self.task, self.tokenizer, self.max_tokens = task, tokenizer, max_tokens
         self._ask = lru_cache(REMEMBERED)(self.question)
+        self.sets = list(sets) if task.multi_label else [(label,) for label in task.labels]
         framed = tokenizer.encode("a")
         text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
         opening, closing = (framed.ids[: text[0]], framed.ids[text[-1] + 1 :]) if text else ([], [])
+        self.opening, self.closing = opening, closing
         if not speaks:
             self.before, self.after = opening, closing
-            self.labels = Classes(len(task.labels))
+            self.labels = (Tags if task.multi_label else Classes)(len(task.labels))
         elif tokenizer.token_to_id(ANSWER) is not None:
+            if task.multi_label:
+                raise InputError(f"task {task.name!r} is multi-label; a base of our own says one label, take another")
             self.before, self.after = [], [tokenizer.token_to_id(ANSWER)]
             unknown = [label for label in task.labels if tokenizer.token_to_id(label_token(label)) is None]
             if unknown:
                 raise InputError(f"this base was made for another task: it has no token for label {unknown[0]!r}")
             self.labels = LabelSet([[tokenizer.token_to_id(label_token(label))] for label in task.labels], start)
         else:
-            self.before = [*opening, *_ids(tokenizer, f"{task.instruction} Text: ")]
-            self.after = _ids(tokenizer, " Label:")
+            self.before = [*opening, *token_ids(tokenizer, f"{task.instruction} Text: ")]
+            self.after = token_ids(tokenizer, " Label:")
+            texts = [JOINED_BY.join(labels) for labels in self.sets]
             if start is None:  # what closes a text would end the prompt
-                self.labels = LabelSet([_ids(tokenizer, f" {label}") for label in task.labels])
+                end = "." if task.multi_label else ""
+                self.labels = LabelSet([token_ids(tokenizer, f" {text}{end}") for text in texts])
             else:
                 self.after = [*self.after, *closing]
-                self.labels = LabelSet([[*_ids(tokenizer, label), *closing] for label in task.labels], start)
+                self.labels = LabelSet([[*token_ids(tokenizer, text), *closing] for text in texts], start)
+
+    @property
+    def instructed(self) -> bool:
+        """Whether the base is told in words what to do, as a base that many tasks share is."""
+        return isinstance(self.labels, LabelSet) and self.tokenizer.token_to_id(ANSWER) is None
+
+    def number(self, labels: tuple[str, ...]) -> int:
+        """The number of an answer, as Question has it. InputError if it is none of the sets that can be answered."""
+        if isinstance(self.labels, Tags):
+            return Tags.number([self.task.labels.index(label) for label in labels])
+        try:
+            return self.sets.index(labels)
+        except ValueError:
+            raise InputError(f"task {self.task.name!r}: the label set {', '.join(labels)} is none of those that can be "
+                             "answered") from None  # fmt: skip
 
     def question(self, text: str, label: int = 0, virtual: int = 0) -> tuple[Question, bool]:
         """The question about a text, and whether the text was cut.
@@ -97,7 +125,7 @@ class Prompts:
         Raises:
             InputError: the instruction leaves no room for text.
         """
-        ids, room = _ids(self.tokenizer, text), None
+        ids, room = token_ids(self.tokenizer, text), None
         if self.max_tokens is not None:
             spoken = int(self.labels.lengths.max()) if isinstance(self.labels, LabelSet) else 0
             room = self.max_tokens - virtual - len(self.before) - len(self.after) - spoken
@@ -116,7 +144,7 @@ class Prompts:
 
     def questions(self, examples: Sequence[Example], virtual: int = 0) -> tuple[list[Question], int]:
         """The questions of some examples with these labels, and how many texts were cut. virtual: see `question`."""
-        asked = [self._ask(example.text, self.task.labels.index(example.label[0]), virtual) for example in examples]
+        asked = [self._ask(example.text, self.number(example.label), virtual) for example in examples]
         return [question for question, _ in asked], sum(was_cut for _, was_cut in asked)
 
 
@@ -125,7 +153,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_tokens: int | None, speaks
     return Prompts(task.header, tokenizer, max_tokens, speaks).encode(task)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+def token_ids(tokenizer: Tokenizer, text: str) -> Sequence[int]:
     """The text's tokens; what looks like a special token in it is plain text, for a user may have written it."""
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids

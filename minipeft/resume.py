@@ -20,9 +20,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from minipeft.errors import InputError
+from minipeft.files import read_file, write_file
 from minipeft.methods.method import method_from
 from minipeft.schedule import PLACE, Adapter, Fault, Standing
-from minipeft.store import read_file, write_file
 
 FORMAT = 1  # of these files; another one is refused
 MEANING = {"format": "the files' format", "base": "the base", "task": "the task's examples", "shared": "what is shared",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from minipeft.engine import label_scores
 from minipeft.errors import InputError
@@ -37,13 +38,22 @@ def open_base(model: str | Path | Base | Bert, num_labels: int) -> Base:
 
 def prompts_of(base: Base, task: Header) -> Prompts:
     """How this base is asked this task's question, by the tokenizer in the base's own folder."""
+    tokenizer, start = tokenizer_of(base)
+    return Prompts(task, tokenizer, base.config.max_positions, base.causal, start)
+
+
+def tokenizer_of(base: Base) -> tuple[Tokenizer, int | None]:
+    """The tokenizer in the base's own folder, and an encoder-decoder's start token.
+
+    Raises:
+        InputError: the base came from no folder, or another base's tokenizer lies there.
+    """
     if base.origin is None:
         raise InputError(f"this {type(base).__name__} came from no folder, so it has no tokenizer; take one from "
                          "load_model")  # fmt: skip
     tokenizer = load_tokenizer(base.origin.folder)
     check_vocabulary(tokenizer, base)
-    start = base.config.start_token if isinstance(base, T5) else None
-    return Prompts(task, tokenizer, base.config.max_positions, base.causal, start)
+    return tokenizer, base.config.start_token if isinstance(base, T5) else None
 
 
 def for_base(method: Method, base: Base) -> Method:
@@ -82,6 +92,11 @@ def first_users(task: Task, number: int) -> Task:
     if not 1 <= number <= len(task.users):
         raise InputError(f"--users {number}: task {task.name!r} has {len(task.users)} users")
     return task.subset(task.users[:number])
+
+
+def pooled(split: dict[str, list[Question]]) -> list[Question]:
+    """Everybody's questions, user after user."""
+    return [question for questions in split.values() for question in questions]
 
 
 # ---- Answering -----------------------------------------------------------------------------------------------------
@@ -169,7 +184,8 @@ def predict(
     store, asked = store if isinstance(store, Store) else Store(store), list(asked)
     task = task or store.known_task()
     base = open_base(model, len(task.labels))
-    adapters = {user: store.get(user, base) for user in dict.fromkeys(user for user, _ in asked)}
+    users = list(dict.fromkeys(user for user, _ in asked))
+    adapters = dict(zip(users, store.get_many(users, base)))
     prompts = prompts_of(base, task)
     virtual = {user: adapter.method.virtual(base)[0] for user, adapter in adapters.items()}
     encoded = [prompts.question(text, virtual=virtual[user]) for user, text in asked]

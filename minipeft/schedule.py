@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minipeft.batch import Part
 from minipeft.errors import InputError
-from minipeft.labels import Classes, LabelSet, Question
+from minipeft.labels import Answerable, Question
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.randomness import generator
@@ -30,6 +30,7 @@ class Adapter:
     row:     [P] fp32, laid out as `method.layout(base)` says.
     metrics: best_epoch, epochs, steps, val_loss (after each epoch, nats per label token), stopped_early, skipped_steps.
     under:   the adapter that acts under it, None for most.
+    job:     the name of the job that made it, "" for most.
     """
 
     user: str
@@ -37,6 +38,7 @@ class Adapter:
     row: Tensor
     metrics: dict = field(default_factory=dict)
     under: "Adapter | None" = None
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class TrainConfig:
     beta2: float = 0.999  # and of its second
     eps: float = 1e-8  # added to AdamW's denominator
     seed: int = 0
+    bf16_weights: bool = False  # rounded to bf16 after every step, as PEFT-U's code does: small steps are lost
 
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""
@@ -216,7 +219,7 @@ class Run:
     def wants_evaluation(self) -> bool:
         return self.step == (self.epoch + 1) * self.steps_per_epoch
 
-    def minibatch(self, labels: LabelSet | Classes) -> Part:
+    def minibatch(self, labels: Answerable) -> Part:
         """The user's next step: a slice of this epoch's order, which is a function of (seed, user, epoch)."""
         if self.part is None:
             if not self.order:
@@ -285,10 +288,10 @@ class Run:
             "stopped_early": self.stopped_early,
             "skipped_steps": self.skipped_steps,
         }
-        return Adapter(self.job.user, self.job.config.method, self.best, metrics, self.job.under)
+        return Adapter(self.job.user, self.job.config.method, self.best, metrics, self.job.under, self.job.name)
 
 
-def choose(runs: Sequence[Run], labels: LabelSet | Classes, token_budget: int) -> list[Run]:
+def choose(runs: Sequence[Run], labels: Answerable, token_budget: int) -> list[Run]:
     """The runs whose next minibatches go into the next pass, sorted by bank and slot.
 
     Users with the most steps left come first, so that the longest plans do not trail behind alone; the first is taken

@@ -1,159 +1,61 @@
-"""Adapters on disk: one file per finished user, each whole or absent.
+"""A store: many users' adapters of one base and one task, in a folder.
 
-    FOLDER/store.json                                  which base and which task the adapters belong to
-    FOLDER/<user id, percent-encoded>.safetensors      the method's tensors, e.g. LoRA.tensors, and, as metadata,
-                                                       user, method, metrics and what lies under it
-    FOLDER/shared/<digest>.safetensors                 an adapter that lies under users' own, written once
+    FOLDER/index.sqlite, shards/, writer.lock      an archive (archive.py): rows by user, and what they are
 
-A file is written under a temporary name, fsynced and renamed, so whoever reads sees all of it or none. `save_adapter`
-and `load_adapter` need no store.json; `Store` is a folder that says whose it is, and refuses any other base.
+    add, add_many      keep adapters; they are on disk when the call returns, and replace the users' earlier ones
+    get, get_many      read them back, bit for bit, each checked against its checksum
+    delete, compact    forget a user; remove from disk what was forgotten and replaced
+    users, about       who is there, by which method, with which metrics
+    verify             read everything
+
+Adapters of another base are refused: the index has the digest of the base's weights. An adapter that lies under users'
+own is kept once, however many they are.
+
+Several processes may read while one writes; a second writer waits. Nothing is ever unpickled: rows are numbers,
+descriptions are JSON, and all of it is checked as it is read.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote
+from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+import numpy as np
 
+from minipeft.archive import Archive, Compacted, Item
 from minipeft.errors import InputError
+from minipeft.index import DIGEST, LOCK, MAX_SMALL, NAME, SHARED, Entry, named
 from minipeft.methods.method import Method, method_from
-from minipeft.models.checkpoint import read_json
+from minipeft.models.fields import shown
 from minipeft.models.hooks import Sites
+from minipeft.packing import Packing, put_together, take_apart
 from minipeft.schedule import Adapter
+from minipeft.shards import KINDS, decoded, encoded, width_of
 from minipeft.tasks.task import Header
 
-MAX_NAME = 200  # bytes of a file name before its ending; file systems stop at 255
-ENDING = ".safetensors"
+TIMEOUT = 60.0  # seconds that a write waits for another writer
+OWN = ("shards", LOCK, *(NAME + ending for ending in ("", "-wal", "-shm", "-journal")))
+WRONG = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
-# ---- One file ------------------------------------------------------------------------------------------------------
+class About(NamedTuple):
+    """What a user has. version: 1, and 1 more each time it was replaced."""
+
+    method: Method
+    metrics: dict
+    version: int
 
 
-def adapter_path(folder: Path, user: str) -> Path:
-    """Where a user's adapter lies. Any text is a safe user id: everything but letters, digits, _ . - ~ is escaped.
+class Damage(NamedTuple):
+    """An adapter that cannot be read. shard: 0 if its row waits in the index. what: all of it in one line."""
 
-    Raises:
-        InputError: the escaped id is too long for a file name.
-    """
-    name = quote(user, safe="", errors="surrogatepass")
-    if name in ("", ".", ".."):
-        name = "".join(f"%{byte:02X}" for byte in user.encode()) or "%"
-    if len(name) > MAX_NAME:
-        raise InputError(f"user id of {len(user)} characters is too long for a file name; use ids of up to 60")
-    return Path(folder) / f"{name}{ENDING}"
-
-
-def user_of(path: Path) -> str:
-    """Undoes `adapter_path`."""
-    name = path.name.removesuffix(ENDING)
-    return "" if name == "%" else unquote(name, errors="surrogatepass")
-
-
-def save_adapter(folder: Path, adapter: Adapter, base: Sites) -> Path:
-    """Write one adapter of this base, and what lies under it; replaces an earlier one of the same user."""
-    metadata = _metadata(adapter)
-    if adapter.under is not None:
-        metadata["under"] = _save_shared(folder, adapter.under, base)
-    path = adapter_path(folder, adapter.user)
-    write_file(path, save(adapter.method.tensors(adapter.row, base), metadata))
-    return path
-
-
-def _save_shared(folder: Path, adapter: Adapter, base: Sites) -> str:
-    """Write an adapter that lies under others, if it is not there. Returns its digest, which is its name."""
-    metadata = _metadata(adapter)
-    digest = hashlib.sha256(json.dumps(metadata).encode() + adapter.row.cpu().numpy().tobytes()).hexdigest()[:32]
-    if not _shared_path(folder, digest).exists():
-        write_file(_shared_path(folder, digest), save(adapter.method.tensors(adapter.row, base), metadata))
-    return digest
-
-
-def load_adapter(folder: Path, user: str, base: Sites) -> Adapter:
-    """Read one adapter back, bit for bit, with what lies under it.
-
-    Raises:
-        InputError: no adapter of this user here, a damaged file, one that minipeft did not write, or one made for
-            another base (names the site).
-    """
-    adapter, under = _read(_path_of(folder, user), base)
-    return replace(adapter, under=_read(_shared_path(folder, under), base)[0] if under else None)
-
-
-def _metadata(adapter: Adapter) -> dict[str, str]:
-    return {"user": adapter.user, "method": json.dumps(adapter.method.described()),
-            "metrics": json.dumps(adapter.metrics)}  # fmt: skip
-
-
-def _shared_path(folder: Path, digest: str) -> Path:
-    return Path(folder) / "shared" / f"{digest}{ENDING}"
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; replaces an earlier one. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def read_file(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:
-    """A safetensors file's metadata and tensors. Raises InputError if it is damaged."""
-    with _opened(path) as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
-
-
-def _path_of(folder: Path, user: str) -> Path:
-    """`adapter_path` of a user who has an adapter. Raises InputError if there is none."""
-    path = adapter_path(folder, user)
-    if not path.exists():
-        raise InputError(f"no adapter of user {user!r} in {folder}")
-    return path
-
-
-def _read(path: Path, base: Sites) -> tuple[Adapter, str]:
-    """The adapter of a file, without what lies under it, and the digest of that or ""."""
-    metadata, tensors = read_file(path)
-    user, method, metrics, under = _described(path, metadata)
-    try:
-        method.check(base)
-        return Adapter(user, method, method.row(tensors, base), metrics), under
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _described(path: Path, metadata: dict[str, str] | None) -> tuple[str, Method, dict, str]:
-    """User, method, metrics, and the digest of what lies under the adapter or ""."""
-    if metadata is None or not metadata.keys() >= {"user", "method", "metrics"}:
-        raise InputError(f"{path} is no adapter of minipeft: it does not say user, method and metrics")
-    try:
-        method, metrics = method_from(json.loads(metadata["method"])), json.loads(metadata["metrics"])
-    except (InputError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: its method and metrics cannot be read ({error})") from None
-    if not isinstance(metrics, dict):
-        raise InputError(f"{path} is damaged: its metrics are {type(metrics).__name__}, needed an object")
-    return metadata["user"], method, metrics, metadata.get("under", "")
-
-
-# ---- A folder of them ----------------------------------------------------------------------------------------------
+    user: str
+    shard: int
+    row: int
+    what: str
 
 
 @dataclass(frozen=True)
@@ -176,52 +78,108 @@ class BaseId:
         return f"{self.name!r} ({self.fingerprint[:12]})"
 
 
-class Store:
-    """Many users' adapters of one base in a folder: `add`, `get`, `users`, `delete`.
-
-    base: which base. task: which task, with its labels and instruction; None: adapters were imported and nobody said.
+def key_of(user: str) -> bytes:
+    """A user's id in the index. Any text is a safe id: it is no path, and no part of a statement.
 
     Raises:
-        InputError: the folder is no store.
+        InputError: it is too long, or holds half a character.
+    """
+    try:
+        key = user.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"user id {shown(user)} holds half a character; needed text that UTF-8 can write") from None
+    if len(key) > MAX_SMALL:
+        raise InputError(f"user id {shown(user)} has {len(key)} bytes; needed at most {MAX_SMALL}")
+    return key
+
+
+def is_store(folder: str | Path) -> bool:
+    return (Path(folder) / NAME).exists()
+
+
+class Store:
+    """Many users' adapters of one base in a folder. It belongs to the thread that opened it.
+
+    base: which base. task: which task, with its labels and instruction; None: adapters were imported and nobody said.
+    rows: how numbers lie (shards.py): "float32", or "bfloat16" or "int8", which are smaller and not exact.
+
+    Args:
+        timeout: seconds that a write waits for another writer.
+
+    Raises:
+        InputError: the folder is no store, or it is damaged; so says every method that meets it.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder, self._shared = Path(folder), {}
-        path = self.folder / "store.json"
-        if not path.is_file():
-            raise InputError(f"{folder} is no store: it has no store.json; `python -m minipeft train` makes one")
-        fields = read_json(path, prefix=f"{path}: ")
+    def __init__(self, folder: str | Path, timeout: float = TIMEOUT):
+        self.folder = Path(folder)
+        if not is_store(folder):
+            if (self.folder / "store.json").exists():
+                raise InputError(f"{folder} is a store of an earlier minipeft, one file for each user; train or import "
+                                 "its users into a new folder")  # fmt: skip
+            raise InputError(f"{folder} is no store: it has no {NAME}; `python -m minipeft train` makes one")
+        self._archive = Archive(self.folder, timeout)
+        self.rows = self._archive.kind
         try:
-            self.base, task = BaseId(**fields["base"]), fields["task"]
+            base, task = (json.loads(self._archive.about[name]) for name in ("base", "task"))
+            self.base = BaseId(base["name"], base["folder"], base["fingerprint"])
             self.task = Header(task["name"], task["instruction"], tuple(task["labels"])) if task else None
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: not written by minipeft ({error!r}); name another folder") from None
+            texts = [*asdict(self.base).values()]
+            texts += [self.task.name, self.task.instruction, *self.task.labels] if self.task else []
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a name that is no text")
+        except WRONG as error:
+            raise InputError(f"{self.folder / NAME}: not written by minipeft ({shown(error)}); name another "
+                             "folder") from None  # fmt: skip
+        self._under: dict[bytes, Adapter] = {}  # what lies under several is one object, so that they share passes
+        self._keys: dict[int, tuple[Adapter, bytes]] = {}  # id of such an adapter -> itself and its key
+        self._methods: dict[int, Method] = {}  # configuration -> its method
+        self._on: Sites | None = None  # the base that was used last
+        self._packings: dict[Method, Packing] = {}  # on that base
+        self._checked: dict[int, Packing] = {}  # configuration -> the same, found to fit
 
     @classmethod
-    def make(cls, folder: str | Path, base: Sites, task: Header | None = None) -> "Store":
+    def make(
+        cls, folder: str | Path, base: Sites, task: Header | None = None, rows: str | None = None,
+        timeout: float = TIMEOUT,
+    ) -> "Store":  # fmt: skip
         """The store of this base and task in this folder, made if there is none.
 
         A store that knows no task yet takes the first one it is given; without a task, any store of the base serves.
 
+        Args:
+            rows: how numbers shall lie in a new store; None: "float32", or as they do.
+
         Raises:
-            InputError: the folder holds other things, cannot be written, or is a store of another base or task.
+            InputError: the folder holds other things, cannot be written, or is a store of another base or task, or of
+                other rows.
         """
         folder = Path(folder)
-        mine = folder / "store.json"
+        if rows not in (None, *KINDS):
+            raise InputError(f"rows {shown(rows)} are unknown; choose one of {', '.join(KINDS)}")
+        about = {"base": json.dumps(asdict(BaseId.of(base))), "task": json.dumps(asdict(task) if task else None),
+                 "rows": rows or "float32"}  # fmt: skip
         try:
-            if not mine.exists() and folder.exists() and any(folder.iterdir()):
+            strangers = {path.name for path in folder.iterdir()} - {*OWN} if folder.exists() else set()
+            if strangers and not is_store(folder) and "store.json" not in strangers:
                 raise InputError(f"{folder} is no store and not empty; name a new folder")
-            store = cls(folder) if mine.exists() else None
-            if store is not None:
-                store.check_base(base)
-                if task is not None and store.task is not None:
-                    store.check_task(task)
-            if store is None or (store.task is None and task is not None):
-                fields = {"base": asdict(BaseId.of(base)), "task": asdict(task) if task else None}
-                write_file(mine, json.dumps(fields, ensure_ascii=False, indent=1).encode() + b"\n")
+            if "store.json" not in strangers:
+                Archive.make(folder, about, timeout)
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
-        return cls(folder)
+        store = cls(folder, timeout)
+        store.check_base(base)
+        if rows not in (None, store.rows):
+            raise InputError(f"{folder} keeps rows as {store.rows}, not {rows}; name another store")
+        if task is not None:
+            store.check_task(task)
+            if store.task is None:
+                with store._archive.writing():
+                    store._archive.index.write("UPDATE about SET value = ? WHERE name = ?", [(about["task"], "task")])
+                store.task = task
+        return store
+
+    def close(self) -> None:
+        self._archive.close()
 
     def check_base(self, base: Sites) -> None:
         """Raises InputError unless it is this store's base."""
@@ -247,36 +205,196 @@ class Store:
             raise InputError(f"{self.folder} does not say for which task its adapters are; import one with --task DIR")
         return self.task
 
-    def add(self, adapter: Adapter, base: Sites) -> None:
-        """Keep a user's adapter and what lies under it; replaces the user's earlier one."""
-        self.check_base(base)
-        save_adapter(self.folder, adapter, base)
+    # ---- Keeping
 
-    def get(self, user: str, base: Sites) -> Adapter:
-        """A user's adapter. What lies under several is read once and is one object, so that they share passes.
+    def add(self, adapter: Adapter, base: Sites) -> None:
+        """Keep a user's adapter and what lies under it; replaces the user's earlier one. As `add_many` of one."""
+        self.add_many([adapter], base)
+
+    def add_many(self, adapters: Iterable[Adapter], base: Sites) -> None:
+        """Keep adapters and what lies under them; they replace their users' earlier ones. All are on disk afterwards.
 
         Raises:
-            InputError: as `load_adapter`, or another base.
+            InputError: another base, an id that is too long, a disk that is full, another writer who does not end:
+                none of them is kept then, and what was there before still is.
         """
         self.check_base(base)
-        adapter, under = _read(_path_of(self.folder, user), base)
-        if under and under not in self._shared:
-            self._shared[under] = _read(_shared_path(self.folder, under), base)[0]
-        return replace(adapter, under=self._shared.get(under))
+        with self._archive.writing():
+            groups: dict[tuple[Method, bytes], list[tuple[bytes, Adapter]]] = defaultdict(list)
+            for adapter in adapters:
+                groups[adapter.method, self._put_under(adapter.under, base)].append((key_of(adapter.user), adapter))
+            for (method, under), group in groups.items():
+                self._put(method, under, group, base)
 
-    def about(self, user: str) -> tuple[Method, dict]:
-        """A user's method and metrics; no base is needed. InputError as `load_adapter`."""
-        path = _path_of(self.folder, user)
-        with _opened(path) as file:
-            return _described(path, file.metadata())[1:3]
+    def _put_under(self, adapter: Adapter | None, base: Sites) -> bytes:
+        """Keep an adapter that lies under others, if it is not there. Returns its key, b"" for None."""
+        if adapter is None:
+            return b""
+        if adapter.under is not None:
+            raise InputError(f"the adapter {shown(adapter.user)} lies under another and on a third; one level is kept")
+        if id(adapter) not in self._keys:
+            description = json.dumps([adapter.method.described(), adapter.metrics]).encode()
+            digest = hashlib.sha256(description + adapter.row.cpu().numpy().tobytes()).digest()[:DIGEST]
+            self._keys[id(adapter)] = adapter, SHARED + digest + key_of(adapter.user)
+        key = self._keys[id(adapter)][1]
+        if self._archive.index.entry(key) is None:
+            self._put(adapter.method, b"", [(key, adapter)], base)
+        return key
+
+    def _put(self, method: Method, under: bytes, adapters: Sequence[tuple[bytes, Adapter]], base: Sites) -> None:
+        packing, items = self._packing(method, base), []
+        number = self._archive.configuration_number(json.dumps(method.described()), packing.layout, under,
+                                                    self._width(packing))  # fmt: skip
+        forms: dict[tuple[str, str], int] = {}
+        for key, adapter in adapters:
+            skeleton, codes, numbers = take_apart(adapter.metrics)
+            if (skeleton, codes) not in forms:
+                forms[skeleton, codes] = self._archive.form_number(skeleton, codes)
+            if len(numbers) > MAX_SMALL:
+                raise InputError(f"the metrics of {named(key)} have {len(numbers)} bytes; needed at most {MAX_SMALL}")
+            data = encoded(packing.packed(adapter.row), self.rows, packing.spans)
+            items.append(Item(key, data, forms[skeleton, codes], numbers))
+        self._archive.put(number, items)
+
+    def _packing(self, method: Method, base: Sites) -> Packing:
+        if base is not self._on:
+            self._on, self._packings, self._checked = base, {}, {}
+        if method not in self._packings:
+            self._packings[method] = Packing(method, base)
+        return self._packings[method]
+
+    def _width(self, packing: Packing) -> int:
+        return width_of(self.rows, packing.num_numbers, len(packing.shapes))
+
+    def delete(self, user: str) -> None:
+        """Forget a user: nobody can read the adapter any more, and `compact` removes its numbers from disk.
+
+        What lay under it stays for the others. InputError if there is none.
+        """
+        with self._archive.writing():
+            self._archive.delete(self._entry(user).key)
+
+    def compact(self) -> Compacted:
+        """Remove from disk what was deleted and replaced, and make few full shards of many small ones."""
+        return self._archive.compact()
+
+    # ---- Reading
+
+    def get(self, user: str, base: Sites) -> Adapter:
+        """A user's adapter, as `get_many` of one."""
+        return self.get_many([user], base)[0]
+
+    def get_many(self, users: Sequence[str], base: Sites) -> list[Adapter]:
+        """Users' adapters, in the order asked; read in the order in which they lie.
+
+        What lies under several is read once and is one object, so that they share passes.
+
+        Raises:
+            InputError: another base, a user who has none, or one that is damaged.
+        """
+        self.check_base(base)
+        entries = [self._entry(user) for user in users]
+        adapters = {i: self._read(entries[i], users[i], base)
+                    for i in sorted(range(len(users)), key=lambda i: (entries[i].shard, entries[i].row))}  # fmt: skip
+        return [adapters[i] for i in range(len(users))]
+
+    def _entry(self, user: str) -> Entry:
+        entry = self._archive.index.entry(key_of(user))
+        if entry is None:
+            raise InputError(f"no adapter of user {shown(user)} in {self.folder}")
+        return entry
+
+    def _read(self, entry: Entry, user: str, base: Sites) -> Adapter:
+        try:
+            entry, data = self._archive.read(entry)
+        except KeyError:
+            raise InputError(f"no adapter of user {shown(user)} in {self.folder}") from None
+        return self._adapter(entry, user, data, base)
+
+    def _adapter(self, entry: Entry, user: str, data: np.ndarray, base: Sites) -> Adapter:
+        packing = self._packing_of(entry, base)
+        row = packing.row(decoded(data, self.rows, packing.spans))
+        under = self._archive.configuration(entry.configuration).under
+        return Adapter(user, packing.method, row, self._metrics(entry), self._lies_under(entry, under, base))
+
+    def _packing_of(self, entry: Entry, base: Sites) -> Packing:
+        """How the user's row is kept. InputError if it is not of this base, or its description makes no sense."""
+        if base is self._on and entry.configuration in self._checked:
+            return self._checked[entry.configuration]
+        configuration, method = self._archive.configuration(entry.configuration), self._method(entry)
+        try:
+            method.check(base)
+            packing = self._packing(method, base)
+            if packing.layout != configuration.layout or self._width(packing) != configuration.width:
+                raise InputError(f"its row has {configuration.width} numbers, this base needs {self._width(packing)}, "
+                                 "or others; was it trained on another base?")  # fmt: skip
+        except InputError as error:
+            raise InputError(f"{self.folder}: {named(entry.key)}: {error}") from None
+        except WRONG as error:
+            raise self._damaged(entry, error) from None
+        self._checked[entry.configuration] = packing
+        return packing
+
+    def _lies_under(self, entry: Entry, key: bytes, base: Sites) -> Adapter | None:
+        if key and key not in self._under:
+            below = self._archive.index.entry(key)
+            if below is None or not key.startswith(SHARED) or self._archive.configuration(below.configuration).under:
+                raise self._damaged(entry, f"{named(key)} is gone, or is none that can lie under another")
+            self._under[key] = self._read(below, _name(below), base)
+        return self._under.get(key)
+
+    def _method(self, entry: Entry) -> Method:
+        if entry.configuration not in self._methods:
+            described = self._archive.configuration(entry.configuration).method
+            try:
+                self._methods[entry.configuration] = method_from(json.loads(described))
+                hash(self._methods[entry.configuration])
+            except WRONG as error:
+                raise self._damaged(entry, error) from None
+        return self._methods[entry.configuration]
+
+    def _metrics(self, entry: Entry) -> dict:
+        form = self._archive.form(entry.form)
+        try:
+            return put_together(form.skeleton, form.codes, entry.numbers)
+        except ValueError as error:
+            raise self._damaged(entry, error) from None
+
+    def _damaged(self, entry: Entry, what: object) -> InputError:
+        return InputError(f"{self.folder}: {named(entry.key)} is damaged: {shown(what)}; train or import it again, or "
+                          "delete it")  # fmt: skip
+
+    def about(self, user: str) -> About:
+        """A user's method, metrics and version; no base is needed. InputError if there is none."""
+        return self._about(self._entry(user))
+
+    def _about(self, entry: Entry) -> About:
+        return About(self._method(entry), self._metrics(entry), entry.version)
+
+    def everybody(self) -> Iterator[tuple[str, About]]:
+        """Everybody who has an adapter here, in alphabetical order, and what they have. Takes no memory."""
+        for entry in self._archive.index.entries():
+            yield _name(entry), self._about(entry)
 
     def users(self) -> list[str]:
         """Everybody who has an adapter here, in alphabetical order."""
-        return sorted(user_of(path) for path in self.folder.glob(f"*{ENDING}"))
+        return [_name(entry) for entry in self._archive.index.entries()]
 
     def __contains__(self, user: str) -> bool:
-        return adapter_path(self.folder, user).exists()
+        return self._archive.index.entry(key_of(user)) is not None
 
-    def delete(self, user: str) -> None:
-        """Forget a user; an adapter that lay under theirs stays for the others. InputError if there is none."""
-        _path_of(self.folder, user).unlink()
+    def verify(self) -> list[Damage]:
+        """Read every adapter and compare its checksum.
+
+        Raises:
+            InputError: the index itself is damaged.
+        """
+        return [Damage(_name(entry), entry.shard, entry.row, what) for entry, what in self._archive.verify()]
+
+
+def _name(entry: Entry) -> str:
+    """Whose it is."""
+    try:
+        return (entry.key[1 + DIGEST :] if entry.key.startswith(SHARED) else entry.key).decode()
+    except UnicodeDecodeError:
+        raise InputError(f"the index is damaged: a user's id is not UTF-8, {entry.key[:40]!r}") from None

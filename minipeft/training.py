@@ -30,7 +30,7 @@ from minipeft.ranks import Ranks, share_out
 from minipeft.resume import FORMAT, State, packed, unpacked
 from minipeft.running import for_base, open_base, prompts_of
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Standing, TrainConfig
-from minipeft.store import Store
+from minipeft.store import Store, key_of
 from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.task import Task
 
@@ -133,8 +133,8 @@ class Desk:
         news = list(news)
         finished = [each for each in news if isinstance(each, Adapter)]
         faults = [each for each in news if isinstance(each, Fault)]
-        for adapter in finished:
-            self._store.add(replace(adapter, under=self.under), self._base)
+        if finished:
+            self._store.add_many([replace(adapter, under=self.under) for adapter in finished], self._base)
         if finished or faults:
             self._state.note([*((a.user, "") for a in finished), *((f.user, f.reason) for f in faults)])
         for adapter in finished:
@@ -211,7 +211,7 @@ class Training:
     def plan(
         cls, model: str | Path | Base, task: str | Path | Task | TaskFolder, config: TrainConfig, store: str | Path,
         shared: str = "", again: bool = False, passes: PassConfig | None = None, *, resume: bool = False,
-        strict: bool = False, ranks: Ranks | None = None, save_minutes: float = SAVE_MINUTES,
+        strict: bool = False, ranks: Ranks | None = None, save_minutes: float = SAVE_MINUTES, rows: str | None = None,
     ) -> "Training":  # fmt: skip
         """Everything that can be wrong with the input is found out here; see `train`."""
         if shared not in ("", "on", "from"):
@@ -250,7 +250,7 @@ class Training:
         elif training.state.unfinished and not again:
             raise InputError(f"{store} holds a training that was interrupted; go on with --resume, or start over with "
                              "--again")  # fmt: skip
-        made = Store.make(store, base, source.header)
+        made = Store.make(store, base, source.header, rows)
         there = set() if goes_on or again else set(made.users()) & set(users)
         if there:
             raise InputError(f"{store} has an adapter of {len(there)} of these users already, e.g. {min(there)!r}; "
@@ -265,7 +265,8 @@ class Training:
                 "deterministic": self.passes.deterministic}  # fmt: skip
 
     def job(self, user: str) -> tuple[Job, int]:
-        """A user's job, and how many of their texts were cut. Raises InputError for a broken example."""
+        """A user's job, how many of their texts were cut. Raises InputError for a broken example or too long an id."""
+        key_of(user)
         virtual = self.method.virtual(self.base)[0]
         (train, num_cut), (val, num_val_cut) = (self.prompts.questions(examples, virtual)
                                                 for examples in self.source.examples(user))  # fmt: skip
@@ -441,8 +442,8 @@ class Training:
 def train(
     model: str | Path | Base, task: str | Path | Task, method: Method = LoRA(), *, store: str | Path,  # noqa: B008
     shared: str = "", again: bool = False, resume: bool = False, passes: PassConfig | None = None,
-    on_finish: Callable[[Adapter], None] | None = None, on_fault: Callable[[Fault], None] | None = None,
-    **settings: float,
+    rows: str | None = None, on_finish: Callable[[Adapter], None] | None = None,
+    on_fault: Callable[[Fault], None] | None = None, **settings: float,
 ) -> Store:  # fmt: skip
     """Every user of the task gets an adapter of their own, all trained together in fused passes.
 
@@ -455,6 +456,7 @@ def train(
                    starts from it.
         again:     replace adapters of users who are in the store already.
         resume:    go on with the same training where it was interrupted; begin it if there is none.
+        rows:      how a new store keeps numbers: "float32", "bfloat16" or "int8"; None: "float32", or as it does.
         on_finish: called with each adapter once it is in the store.
         on_fault:  called with each user who cannot be trained, and everybody else is. None: such a user is an error,
                    before anybody is trained if it can be seen then, or else in the end.
@@ -467,6 +469,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; what was under way is saved, for `resume`.
     """
     config = TrainConfig(method=method, **settings)
-    training = Training.plan(model, task, config, store, shared, again, passes, resume=resume, strict=on_fault is None)
+    training = Training.plan(model, task, config, store, shared, again, passes, resume=resume, rows=rows,
+                             strict=on_fault is None)  # fmt: skip
     training.run(on_finish, on_fault=on_fault)
     return training.store

@@ -14,7 +14,7 @@ from small_bases import MAKERS
 from minipeft import bench, default_base
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import load_model, save_model
-from minipeft.store import load_adapter
+from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import load_task, save_task
 
@@ -63,7 +63,7 @@ def test_a_task_run_writes_and_prints_the_same_result(task_folder, tmp_path, cap
     assert printed["independence"]["max_relative_difference"] < 1e-5
     assert printed["independence"]["bitwise_isolated"] is True
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "adapters").iterdir())) == 6
+    assert len(Store(tmp_path / "adapters").users()) == 6
 
 
 def test_synthetic_users_have_known_ceilings_and_the_users_asked_for(tmp_path, capsys):
@@ -77,18 +77,18 @@ def test_an_earlier_result_in_the_same_folder_is_replaced(task_folder, tmp_path,
     assert run("--task", task_folder, "--out", tmp_path) == 0
     assert run("--task", task_folder, "--users", 2, "--out", tmp_path) == 0
     assert json.loads((tmp_path / "result.json").read_text())["num_users"] == 2
-    assert len(list((tmp_path / "adapters").iterdir())) == 2
+    assert len(Store(tmp_path / "adapters").users()) == 2
 
 
 def test_ctrl_c_leaves_a_message_and_every_finished_adapter(task_folder, tmp_path, capsys, monkeypatch):
-    save = bench.save_adapter
+    add = Store.add
 
-    def save_then_interrupt(folder, adapter, sites):
-        save(folder, adapter, sites)
-        if len(list(folder.iterdir())) == 2:
+    def add_then_interrupt(store, adapter, base):
+        add(store, adapter, base)
+        if len(store.users()) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(bench, "save_adapter", save_then_interrupt)
+    monkeypatch.setattr(Store, "add", add_then_interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
     try:
         assert run("--task", task_folder, "--out", tmp_path) == 130
@@ -96,11 +96,11 @@ def test_ctrl_c_leaves_a_message_and_every_finished_adapter(task_folder, tmp_pat
         signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     assert "interrupted" in error and "Traceback" not in error and str(tmp_path / "adapters") in error
-    base = load_model(next((default_base.cache_folder() / "bases").iterdir()))
-    files = list((tmp_path / "adapters").iterdir())
-    assert len(files) == 2
-    for file in files:
-        assert torch.isfinite(load_adapter(tmp_path / "adapters", file.stem, base).row).all()
+    store = Store(tmp_path / "adapters")
+    base = load_model(store.base.folder)
+    assert len(store.users()) == 2
+    for adapter in store.get_many(store.users(), base):
+        assert torch.isfinite(adapter.row).all()
 
 
 def model_folder(tmp_path):
@@ -207,8 +207,8 @@ def bad_suite(tmp_path, task):
 def bad_user_id_too_long(tmp_path, task):
     folder = shutil.copytree(task, tmp_path / "task")
     for file in folder.glob("*.jsonl"):
-        file.write_text(file.read_text().replace("user00002", "u" * 300))
-    return ["--task", folder], "user id of 300 characters"
+        file.write_text(file.read_text().replace("user00002", "u" * 70_000))
+    return ["--task", folder], "has 70000 bytes; needed at most 65536"
 
 
 BAD = {name: function for name, function in globals().items() if name.startswith("bad_")}

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linears import hooks_of
+from stores import through_a_store
 
 from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
-from minipeft.labels import Classes, Question
+from minipeft.labels import Classes, Question, Tags
 from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
 from minipeft.methods.stack import Stack
@@ -19,7 +20,7 @@ from minipeft.models.classifier import Classifier
 from minipeft.models.loading import fingerprint
 from minipeft.models.rows import Rows
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
-from minipeft.store import load_adapter, save_adapter
+from minipeft.store import Store
 
 C = 3
 CONFIG = TrainConfig(method=Stack((LoRA(rank=4, sites=("q", "v", "down")), Head())), learning_rate=1e-2, epochs=2,
@@ -129,16 +130,15 @@ def test_rewriting_one_users_texts_changes_nobody_else(trained):
 def test_predictions_and_files(trained, tmp_path):
     model, jobs, adapters = trained
     scores = label_scores(model, Classes(C), adapters, {job.user: job.val for job in jobs})
-    for job in jobs:
-        save_adapter(tmp_path, adapters[job.user], model)
-        loaded = load_adapter(tmp_path, job.user, model)
+    for job, loaded in zip(jobs, through_a_store(tmp_path, [adapters[job.user] for job in jobs], model)):
         assert torch.equal(loaded.row, adapters[job.user].row) and loaded.method == job.config.method
         again = label_scores(model, Classes(C), {job.user: loaded}, {job.user: job.val})
         np.testing.assert_allclose(again[job.user], scores[job.user], atol=1e-5)
         np.testing.assert_allclose(np.exp(scores[job.user]).sum(1), 1, atol=1e-5)
     two = Classifier(model.encoder, 2)
-    with pytest.raises(InputError, match=r"user%200\.safetensors: head.weight is \(3, 24\), this base needs \(2, 24\)"):
-        load_adapter(tmp_path, "user 0", two)
+    two.origin = model.origin
+    with pytest.raises(InputError, match=r"user 'user 0': its row has \d+ numbers, this base needs \d+, or others"):
+        Store(tmp_path).get("user 0", two)
 
 
 def test_users_with_and_without_early_stop_and_other_ranks_share_passes(trained):
@@ -161,3 +161,54 @@ def test_a_head_that_does_not_fit_is_refused(methods, message):
     job = replace(job, config=replace(job.config, method=Stack(methods)))
     with pytest.raises(InputError, match=message):
         Engine(make_model(), Classes(C)).train([job])
+
+
+def tag_jobs():
+    """Any of C classes may apply: an answer's number has a bit for each."""
+    rng = np.random.default_rng(3)
+    again = lambda questions: [replace(q, label=int(rng.integers(1 << C))) for q in questions]  # noqa: E731
+    return [replace(job, train=again(job.train), val=again(job.val)) for job in make_jobs(4)]
+
+
+def test_tags_train_by_binary_cross_entropy():
+    """The head's first gradient against autograd through PyTorch's own loss; B is zero, so nothing else moves it."""
+    model, job = make_model(), tag_jobs()[0]
+    job = replace(job, train=job.train[:4], config=replace(job.config, max_grad_norm=1e9))
+    engine = Engine(model, Tags(C))
+    run = Run(job, *engine.admit(job.user, job.config.method, seed=job.config.seed))
+    part = run.minibatch(engine.labels)
+    engine.train_step([run])
+    gradient = job.config.method.layout(model).view(engine.gradients([run])[0], "head.W")[:C]
+
+    questions = [next(q for q in job.train if q.prompt == read.tokens) for read in part.reads]
+    features = torch.stack([model.encoder.encode([q.prompt])[0].mean(0) for q in questions])
+    W, b = torch.zeros(C, features.shape[1], requires_grad=True), torch.zeros(C, requires_grad=True)
+    applies = torch.tensor([[float(q.label >> c & 1) for c in range(C)] for q in questions])
+    F.binary_cross_entropy_with_logits(features @ W.T + b, applies).backward()
+    torch.testing.assert_close(gradient[:, :-1], W.grad)
+    torch.testing.assert_close(gradient[:, -1], b.grad)
+
+
+def test_tags_together_are_alone():
+    model, jobs = make_model(), tag_jobs()
+    adapters = Engine(model, Tags(C)).train(jobs)
+    for job in jobs:
+        alone = Engine(model, Tags(C), PassConfig(slots=1)).train([job])[job.user]
+        assert (adapters[job.user].row - alone.row).norm() <= 1e-5 * alone.row.norm()
+        assert adapters[job.user].metrics["val_loss"] == pytest.approx(alone.metrics["val_loss"], rel=1e-4)
+    exact = PassConfig(deterministic=True)
+    together, alone = (Engine(model, Tags(C), exact).train(some) for some in (jobs, jobs[2:3]))
+    assert torch.equal(together[jobs[2].user].row, alone[jobs[2].user].row)
+
+
+def test_tags_are_learned_and_answered():
+    """Token 7 means classes 0 and 2, token 8 class 1: scores are log-odds, and the loss is that of the scores."""
+    model = make_model()
+    known = [Question((7, 7, 7), Tags.number([0, 2])), Question((8, 8), Tags.number([1]))] * 8
+    job = Job("u", known, known, replace(CONFIG, epochs=12, learning_rate=3e-2))
+    adapter = Engine(model, Tags(C)).train([job])["u"]
+    scores = label_scores(model, Tags(C), {"u": adapter}, {"u": known[:2]})["u"]
+    assert ((scores > 0) == [[True, False, True], [False, True, False]]).all()
+    applies = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    loss = F.binary_cross_entropy_with_logits(torch.from_numpy(scores), applies)
+    assert min(adapter.metrics["val_loss"]) == pytest.approx(float(loss), rel=1e-3)

@@ -15,12 +15,12 @@ from hf_bases import base_of, random_adapter
 from safetensors.torch import load_file, save_file
 
 from minipeft.errors import InputError
+from minipeft.files import write_file
 from minipeft.interop import export_peft, folders, import_peft
 from minipeft.methods import IA3, Houlsby, LayerNormTuning, LoRA, PrefixTuning, PromptTuning, VeRA
 from minipeft.models.classifier import Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.schedule import Adapter
-from minipeft.store import write_file
 
 
 def written(tmp_path, family="llama", method=None):

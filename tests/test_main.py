@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,7 +83,7 @@ def ask(monkeypatch, store, base, lines, *more) -> int:
     return run("predict", "--store", store, "--model", base, *more)
 
 
-def rows(folder, base) -> dict[str, torch.Tensor]:
+def rows_of(folder, base) -> dict[str, torch.Tensor]:
     store = Store(folder)
     return {user: store.get(user, base).row for user in store.users()}
 
@@ -195,7 +196,7 @@ def test_every_method_trains_where_it_applies_and_says_why_where_not(kind, metho
     described = printed(capsys)["method"]
     parts = [part["name"] for part in described.get("members", [described])]
     assert parts == ([method, "head"] if kind == "bert" and method != "head" else [method])
-    for user, row in rows(tmp_path / "store", base).items():
+    for user, row in rows_of(tmp_path / "store", base).items():
         own = Store(tmp_path / "store").get(user, base).method
         assert not torch.equal(row, own.initial_row(base, 0, user))
 
@@ -237,7 +238,6 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
             assert torch.equal(found.under.row, everyone.row) and found.under.method == everyone.method
     if how == "on":
         assert store.get("ann", plan.base).under is store.get("bob", plan.base).under, "so that they share passes"
-        assert len(list((tmp_path / "a" / "shared").iterdir())) == 1
     assert run("eval", "--store", tmp_path / "a", "--model", bases[kind], "--task", task, "--json") == 0
     whole = load_task(task)
     scored = minipeft.engine.label_scores(plan.base, labels, expected, plan.prompts.encode(whole).test)
@@ -289,14 +289,15 @@ def test_a_t5_writes_its_labels_and_reads_any_length(task, bases):
 
 
 def test_ctrl_c_keeps_who_had_finished(task, bases, tmp_path, capsys, monkeypatch):
-    add = Store.add
+    add_many = Store.add_many
 
-    def add_then_interrupt(store, adapter, base):
-        add(store, adapter, base)
-        if len(store.users()) == 2:
+    def add_then_interrupt(store, adapters, base):
+        few = len(store.users()) < 2
+        add_many(store, adapters, base)
+        if few and len(store.users()) >= 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Store, "add", add_then_interrupt)
+    monkeypatch.setattr(Store, "add_many", add_then_interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
     try:
         assert run("train", "--model", bases["decoder"], "--task", task, "--method", "lora", "--store",
@@ -336,6 +337,37 @@ def test_one_store_may_hold_users_of_different_methods(task, bases, tmp_path, ca
     text = " ".join(example.text for example in everybody.test["ann"])[:60]
     assert ask(monkeypatch, tmp_path / "store", base, [{"user": user, "text": text} for user in ("ann", "bob")]) == 0
     assert [json.loads(line)["was_cut"] for line in capsys.readouterr().out.splitlines()] == [True, False]
+
+
+def test_a_store_is_verified_compacted_and_a_user_deleted(bases, stores, tmp_path, capsys):
+    folder, base = shutil.copytree(stores["decoder"], tmp_path / "store"), open_base(bases["decoder"], 2)
+    assert run("store", "verify", "--store", folder, "--json") == 0
+    assert printed(capsys) == {"num_users": 6, "damaged": []}
+    assert run("store", "delete", "--store", folder, "--user", "ann") == 0
+    assert "stay on disk until `store compact`" in capsys.readouterr().out
+    assert run("store", "compact", "--store", folder, "--json") == 0
+    assert printed(capsys) == {"shards_before": 0, "shards_after": 0, "rows_removed": 0, "erased": True}
+    assert "ann" not in Store(folder) and torch.isfinite(Store(folder).get("bob", base).row).all()
+    with sqlite3.connect(folder / "index.sqlite") as index:
+        index.execute("UPDATE waiting SET row = zeroblob(length(row)) WHERE id = ?", (b"bob",))
+    index.close()
+    assert run("store", "verify", "--store", folder, "--json") == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    (damaged,) = json.loads(last)["damaged"]
+    assert damaged["user"] == "bob" and lines == [damaged["what"], "5 users, 1 damaged"]
+    assert "the adapter of user 'bob' is damaged (waiting in the index): its checksum is not" in damaged["what"]
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "int8"])
+def test_rows_may_be_kept_smaller(rows, task, bases, stores, tmp_path, capsys):
+    argv = ("train", "--model", bases["decoder"], "--task", task, "--method", "lora", "--rank", 2, "--epochs", 2,
+            "--learning-rate", 0.01, "--seed", 3, "--store", tmp_path / "store")  # fmt: skip
+    assert run(*argv, "--rows", rows) == 0
+    base, exact = open_base(bases["decoder"], 2), Store(stores["decoder"])
+    for user, row in rows_of(tmp_path / "store", base).items():
+        expected = exact.get(user, base).row
+        assert 0 < (row - expected).abs().max() < 0.01 * expected.abs().max()
+    assert run("eval", "--store", tmp_path / "store", "--model", bases["decoder"], "--task", task) == 0
 
 
 def train(task, base, *more):
@@ -411,6 +443,14 @@ def bad_missing_model(s):
 
 def bad_device(s):
     return [*train(s.task, s.base, "--method", "lora", "--store", s.new), "--device", "tpu"], "--device tpu"
+
+
+def bad_user_id_too_long(s):
+    folder = shutil.copytree(s.task, s.tmp / "task")
+    for file in folder.glob("*.jsonl"):
+        file.write_text(file.read_text().replace('"bob"', f'"{"b" * 70000}"'))
+    return (train(folder, s.base, "--method", "lora", "--on-bad", "stop", "--store", s.new),
+            "has 70000 bytes; needed at most 65536")  # fmt: skip
 
 
 def bad_store_with_these_users(s):
@@ -506,8 +546,41 @@ def bad_users_no_store(s):
 
 
 def bad_users_broken_store(s):
-    (s.tmp / "store.json").write_text('{"base": 3}')
-    return ["users", "--store", s.tmp], "store.json: not written by minipeft"
+    (s.tmp / "index.sqlite").write_text("SQLite format 3")
+    return ["users", "--store", s.tmp], "index.sqlite is damaged"
+
+
+def bad_users_of_the_old_layout(s):
+    (s.tmp / "store.json").write_text("{}")
+    return ["users", "--store", s.tmp], "a store of an earlier minipeft"
+
+
+def bad_store_no_store(s):
+    return ["store", "verify", "--store", s.tmp / "nowhere"], "is no store"
+
+
+def bad_store_unknown_action(s):
+    return ["store", "burn", "--store", s.store], "verify"
+
+
+def bad_store_delete_nobody(s):
+    return ["store", "delete", "--store", s.store], "store delete takes a --user"
+
+
+def bad_store_compact_somebody(s):
+    return ["store", "compact", "--store", s.store, "--user", "ann"], "store compact takes no --user"
+
+
+def bad_store_delete_unknown_user(s):
+    return ["store", "delete", "--store", s.store, "--user", "zoe"], "'zoe'"
+
+
+def bad_rows(s):
+    return train(s.task, s.base, "--method", "lora", "--rows", "fp4", "--store", s.new), "'fp4'"
+
+
+def bad_other_rows(s):
+    return train(s.task, s.base, "--method", "lora", "--again", "--rows", "int8", "--store", s.store), "keeps rows as"
 
 
 def bad_methods_no_model(s):
@@ -600,7 +673,7 @@ def fake(monkeypatch):
 def test_export_and_import_pass_on_the_adapter(kind, task, bases, stores, tmp_path, capsys, fake):
     store, base = stores[kind], open_base(bases[kind], 2)
     there = ["--to", tmp_path / "ann", "--format", "peft", "--json"]
-    assert run("export", "--store", store, "--user", "ann", *there) == 0  # the model from store.json
+    assert run("export", "--store", store, "--user", "ann", *there) == 0  # the model that the store names
     adapter, base_kind = fake.kept[str(tmp_path / "ann")]
     assert torch.equal(adapter.row, Store(store).get("ann", base).row) and base_kind == type(base).__name__
     assert method_from(printed(capsys)["method"]) == adapter.method
@@ -637,6 +710,32 @@ def test_an_encoders_adapter_is_exported_without_its_head_and_says_so(bases, sto
     assert "it has no head, so every label is as likely" in capsys.readouterr().out
 
 
+def test_everybodys_adapters_are_exported_whatever_their_ids(task, bases, stores, tmp_path, capsys):
+    """Into folders of the one that was named, which users.jsonl lists; and back in."""
+    base = open_base(bases["decoder"], 2)
+    ann = Store(stores["decoder"]).get("ann", base)
+    users = ["ann", "../../x", "a/b\0c", "", "..", "👩", "x" * 10_000, "'; DROP TABLE adapters; --", "a\nb", "%2E",
+             "\x1b[2J"]  # fmt: skip
+    store = Store.make(tmp_path / "a" / "store", base, load_task(task).header)
+    store.add_many([replace(ann, user=user, row=ann.row + i) for i, user in enumerate(users)], base)
+    folder = tmp_path / "a" / "exported"
+    assert run("export", "--store", store.folder, "--to", folder, "--format", "peft", "--json") == 0
+    assert printed(capsys)["num_users"] == len(users)
+    listed = [json.loads(line) for line in (folder / "users.jsonl").read_text().splitlines()]
+    assert {line["user"] for line in listed} == {*users} and len({line["folder"] for line in listed}) == len(users)
+    assert {path.name for path in folder.iterdir()} == {line["folder"] for line in listed} | {"users.jsonl"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"store", "exported"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+    for line in listed:
+        assert run("import", "--from", folder / line["folder"], "--user", line["user"], "--store", tmp_path / "new",
+                   "--model", bases["decoder"]) == 0  # fmt: skip
+        assert torch.equal(Store(tmp_path / "new").get(line["user"], base).row, store.get(line["user"], base).row)
+    capsys.readouterr()
+    assert run("users", "--store", store.folder) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 + len(users) and "\x1b" not in out and "\0" not in out
+
+
 # ---- From Python, and as the README has it --------------------------------------------------------------------------
 
 
@@ -645,9 +744,9 @@ def test_python_does_what_the_command_does(task, bases, stores, tmp_path):
     before = fingerprint(base)
     store = minipeft.train(base, task, LoRA(rank=2), store=tmp_path / "store", epochs=2, learning_rate=0.01, seed=3,
                            on_finish=lambda adapter: finished.append(adapter.user))  # fmt: skip
-    expected = rows(stores["decoder"], base)
+    expected = rows_of(stores["decoder"], base)
     assert sorted(finished) == store.users()
-    assert all(torch.equal(row, expected[user]) for user, row in rows(tmp_path / "store", base).items())
+    assert all(torch.equal(row, expected[user]) for user, row in rows_of(tmp_path / "store", base).items())
     result = minipeft.evaluate(base, store, load_task(task))
     assert minipeft.evaluate(bases["decoder"], stores["decoder"], task) == result
     text = load_task(task).test["ann"][0].text
@@ -695,7 +794,8 @@ def test_the_readmes_commands_and_python_run(task, bases, tmp_path, capsys, monk
     assert f"# {len(NAMES)} methods" in readme
     shell, python, _ = re.findall(r"```\w*\n(.*?)```", readme, re.DOTALL)
     commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
-    assert {words[3] for words in commands} == {"methods", "train", "users", "eval", "predict", "export", "import"}
+    assert {words[3] for words in commands} == {"methods", "train", "users", "eval", "predict", "export", "import",
+                                                "store"}  # fmt: skip
     for words in commands:
         assert words[:3] == ["python", "-m", "minipeft"]
         if "<" in words:
@@ -712,7 +812,7 @@ def test_prompts_start_from_a_text(bases, task, tmp_path, capsys):
     assert run(*argv, "--method", "prompt", "--tokens", 9, "--start-text", "so be it", "--store", tmp_path / "a") == 0
     base, tokenizer = open_base(bases["decoder"], 2), load_tokenizer(bases["decoder"])
     ids = tokenizer.encode("so be it", add_special_tokens=False).ids
-    ((user, row),) = rows(tmp_path / "a", base).items()
+    ((user, row),) = rows_of(tmp_path / "a", base).items()
     method = Store(tmp_path / "a").get(user, base).method
     expected = base.embed.weight[torch.tensor((ids * 9)[:9])]
     torch.testing.assert_close(method.tensors(row, base)["prompt"], expected, atol=1e-6, rtol=0)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from plain_methods import plain_log_probs
+from stores import through_a_store
 from test_recompute import fill
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,7 +41,6 @@ from minipeft.models.loading import fingerprint
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5, T5Config
 from minipeft.schedule import Adapter, Job, PassConfig, Run, TrainConfig
-from minipeft.store import load_adapter, save_adapter
 from minipeft_kernels.segments import Segments
 
 METHODS = {
@@ -189,8 +189,7 @@ def test_every_tensor_moves_and_the_base_does_not(name, kind, tmp_path):
     start, end = (method.tensors(row, base) for row in (method.initial_row(base, 0, "ann"), adapter.row))
     assert method.count(base) == sum(tensor.numel() for tensor in end.values())
     assert [name for name in start if torch.equal(start[name], end[name])] == []
-    save_adapter(tmp_path, adapter, base)
-    again = load_adapter(tmp_path, "ann", base)
+    (again,) = through_a_store(tmp_path, [adapter], base)
     assert torch.equal(again.row, adapter.row) and again.method == method == method_from(method.described())
     assert torch.equal(method.row(end, base), adapter.row)
 

@@ -70,9 +70,10 @@ def test_an_option_that_the_method_has_not_is_named():
 def test_settings_of_training_are_the_fields_of_train_config():
     values = {"learning_rate": 0.5, "weight_decay": 0.25, "warmup": 0.5, "epochs": 3, "batch_size": 5, "patience": 4,
               "max_grad_norm": float("inf"), "beta1": 0.5, "beta2": 0.75, "eps": 0.125, "seed": 9}  # fmt: skip
-    assert values.keys() == {field.name for field in fields(TrainConfig)} - {"method"}
-    args = parse("--method", "vera", *(x for name, value in values.items() for x in (flag(name), value)))
-    assert settings_of(args) == values
+    assert values.keys() == {field.name for field in fields(TrainConfig)} - {"method", "bf16_weights"}
+    given = (x for name, value in values.items() for x in (flag(name), value))
+    args = parse("--method", "vera", *given, "--bf16-weights")
+    assert settings_of(args) == values | {"bf16_weights": True}
     assert method_of(args) == VeRA(), "TrainConfig's seed is not VeRA's"
 
 

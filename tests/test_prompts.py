@@ -154,3 +154,31 @@ def test_a_t5_reads_the_frame_closed_and_writes_closed_labels_of_any_beginning()
     question, was_cut = prompts.question(LONG * 50, label=2)
     assert not was_cut and question.label == 2 and question.prompt[-1] == last and question.prompt.count(last) == 1
     assert tokenizer.decode(question.prompt[:-1]) == f"Do they like it? Text: {LONG * 50} Label:"
+
+
+def several(*labels):
+    task = make_task(("anger", "fear", "joy"), multi_label=True)
+    given = {"train": labels, "val": labels[:1], "test": labels[1:2]}
+    splits = [{"ann": [Example("ann", f"{name}{i}", "x", label) for i, label in enumerate(given[name])]}
+              for name in given]  # fmt: skip
+    return replace(task, train=splits[0], val=splits[1], test=splits[2])
+
+
+def test_a_language_model_answers_with_label_sets_none_of_which_begins_another():
+    sets = [("anger",), ("anger", "fear"), ("fear", "joy")]
+    task, tokenizer = several(*sets), foreign_tokenizer()
+    encoded = Prompts(task.header, tokenizer, 512, sets=sets).encode(task)
+    assert [tokenizer.decode(label) for label in encoded.labels.labels] == [" anger.", " anger, fear.", " fear, joy."]
+    assert [q.label for q in encoded.train["ann"]] == [0, 1, 2]
+    with pytest.raises(InputError, match="label set joy is none of those"):
+        Prompts(task.header, tokenizer, 512, sets=sets).number(("joy",))
+
+
+def test_an_encoder_answers_with_any_labels():
+    task = several(("anger", "joy"), ("fear",))
+    encoded = Prompts(task.header, foreign_tokenizer(), 512, speaks=False, sets=[]).encode(task)
+    assert encoded.labels.num_answers == 8 and [q.label for q in encoded.train["ann"]] == [0b101, 0b010]
+    with pytest.raises(InputError, match="multi-label"):
+        Prompts(task.header, foreign_tokenizer(), 512)
+    with pytest.raises(InputError, match="a base of our own says one label"):
+        Prompts(task.header, train_tokenizer(task), 512, sets=[("joy",)])

@@ -9,10 +9,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from minipeft.errors import InputError
+from minipeft.files import read_file, write_file
 from minipeft.models.checkpoint import one_line, read_json
 from minipeft.models.fields import shown
 from minipeft.schedule import Adapter
-from minipeft.store import read_file, write_file
 
 CONFIG = "adapter_config.json"
 ANOTHER = "was it trained on another base?"

@@ -26,6 +26,7 @@ from minipeft.methods.prompt import check_tokens, virtual_at_input
 from minipeft.models.hooks import Sites
 
 ENCODERS = ("lstm", "mlp")
+MAX_LAYERS = 64  # nobody needs as many, and their names alone would fill a memory
 LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -47,8 +48,9 @@ class PTuning(Method):
             raise InputError(f"ptuning: encoder {self.encoder!r} is unknown; choose one of {', '.join(ENCODERS)}")
         if self.encoder == "mlp" and self.layers != type(self).layers:
             raise InputError(f"ptuning: layers is {self.layers}, but those are of the LSTM; leave it out with an MLP")
-        if self.hidden < 1 or self.layers < 1:
-            raise InputError(f"ptuning: hidden is {self.hidden} and layers {self.layers}; both must be at least 1")
+        if self.hidden < 1 or not 1 <= self.layers <= MAX_LAYERS:
+            raise InputError(f"ptuning: hidden is {self.hidden} and layers {self.layers}; both must be at least 1, and "
+                             f"layers at most {MAX_LAYERS}")  # fmt: skip
 
     def virtual(self, base: Sites) -> tuple[int, int]:
         return virtual_at_input(self.tokens, base)

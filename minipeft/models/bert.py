@@ -132,12 +132,16 @@ class Bert(Sites, nn.Module):
         if rows.attend.causal:
             raise ValueError("Bert.hidden: rows of a decoder, needed rows that see their whole sequence; "
                              "use Rows.pack(..., causal=False).")  # fmt: skip
-        types = self.types.weight[0] if token_types is None else self.types(token_types)  # [width] or [T, width]
-        x = hooks.embed(self.embed(rows.tokens), rows.tokens) + types + self.positions(rows.positions)
-        x = hooks.norm(self.norm, x)  # [T, width]
+        x = self.embedded(rows, hooks, token_types)
         for layer in self.layers:
             x = run(self, layer, x, rows, hooks)
         return x
+
+    def embedded(self, rows: Rows, hooks: Hooks = BASE, token_types: Tensor | None = None) -> Tensor:
+        """What the first layer reads, [T, width]."""
+        types = self.types.weight[0] if token_types is None else self.types(token_types)  # [width] or [T, width]
+        x = hooks.embed(self.embed(rows.tokens), rows.tokens) + types + self.positions(rows.positions)
+        return hooks.norm(self.norm, x)
 
     def pool(self, hidden: Tensor, rows: Rows, how: str, hooks: Hooks = BASE) -> Tensor:
         """One vector per sequence, [sequences, width], from hidden states [T, width]. Sums run in row order.

@@ -58,9 +58,13 @@ class Classifier(Sites, nn.Module):
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """Every row's text in one vector: [T, width + 1], the mean of its text's last hidden states, and 1."""
-        pooled = self.encoder.pool(self.encoder.hidden(rows, hooks), rows, "mean")  # [sequences, width]
+        pooled = self.encoder.pool(self.last_hidden(rows, hooks), rows, "mean")  # [sequences, width]
         text_of_row = torch.from_numpy(np.repeat(np.arange(len(rows.lengths)), rows.lengths)).to(pooled.device)
         return F.pad(pooled, (0, 1), value=1.0).index_select(0, text_of_row)
+
+    def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+        """The encoder's last hidden states [T, width]."""
+        return self.encoder.hidden(rows, hooks)
 
     def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         """Vectors of chosen rows [rows, width + 1] -> logits [rows, C]."""

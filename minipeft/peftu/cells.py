@@ -1,0 +1,199 @@
+"""Training of many adapters in as few fused passes as there can be, each kept on disk the moment it is done.
+
+A cell is one way to train (name, method, learning rate, seed) of all users. The jobs of many cells, whatever their
+methods, go through one engine together. A killed run continues: whoever's adapter is there is not trained again.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minipeft.engine import Engine
+from minipeft.labels import Answerable, Question
+from minipeft.methods.method import Method
+from minipeft.models.classifier import Base
+from minipeft.schedule import Adapter, Job, PassConfig, Run, TrainConfig
+from minipeft.store import Store
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Whose examples a job trains on. place: among the users, for starts that depend on it; None: they do not."""
+
+    user: str
+    train: Sequence[Question]
+    val: Sequence[Question]
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train, of some learners.
+
+    upon:  the cell of the shared adapter that acts under everybody's own; under: that adapter, once it is there.
+    """
+
+    name: str
+    config: TrainConfig
+    learners: tuple[Learner, ...]
+    upon: "Cell | None" = None
+    under: Adapter | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-s{self.config.seed}-lr{self.config.learning_rate:g}"
+
+    @property
+    def examples(self) -> int:
+        """Planned: an upper bound where people may stop early."""
+        return self.config.epochs * sum(len(learner.train) for learner in self.learners)
+
+    def digest(self) -> str:
+        """Of everything that determines its adapters, except the base."""
+        config = asdict(self.config) | {"method": self.config.method.described()}
+        learners = [(each.user, each.place, [*map(asdict, each.train)], [*map(asdict, each.val)])
+                    for each in self.learners]  # fmt: skip
+        return digest_of([self.name, config, self.upon and self.upon.digest(), learners])
+
+
+def digest_of(values) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A cell's adapters by user, and where they are kept. Metrics hold `seconds` beside the engine's."""
+
+    cell: Cell
+    adapters: dict[str, Adapter]
+    store: Store
+
+    @property
+    def seconds(self) -> float:
+        return sum(adapter.metrics["seconds"] for adapter in self.adapters.values())
+
+    def forget(self) -> None:
+        """Remove what is kept on disk."""
+        self.store.close()
+        shutil.rmtree(self.store.folder)
+
+    @property
+    def curves(self) -> list[list[float]]:
+        return [self.adapters[learner.user].metrics["val_loss"] for learner in self.cell.learners]
+
+    def validation(self) -> float:
+        """Mean over users of the best epoch's validation loss; infinite if anybody has none."""
+        best = [adapter.metrics["val_loss"][adapter.metrics["best_epoch"] - 1] for adapter in self.adapters.values()]
+        mean = sum(best) / len(best)
+        return mean if math.isfinite(mean) else math.inf
+
+
+class Timed(Engine):
+    """An engine that knows how long each job took: a pass's seconds are shared out by rows."""
+
+    seconds: dict[str, float]
+
+    def train_step(self, chosen: Sequence[Run]) -> None:
+        rows = {run.job.key: run.minibatch(self.labels).num_rows for run in chosen}
+        began = time.perf_counter()
+        super().train_step(chosen)
+        per_row = (time.perf_counter() - began) / sum(rows.values())
+        for key, number in rows.items():
+            self.seconds[key] = self.seconds.get(key, 0.0) + per_row * number
+
+
+def train_cells(
+    base: Base, labels: Answerable, cells: Sequence[Cell], folder: Path, passes: PassConfig,
+    on_progress: Callable[[int], None], on_found: Callable[[int], None],
+) -> list[Trained]:  # fmt: skip
+    """Every cell's adapters, all in one fused training; those that are in the folder are read.
+
+    Args:
+        folder:      where adapters are kept, one store per cell, named by its digest.
+        on_progress, on_found: called with the number of planned examples just worked off, or found to be done.
+    """
+    engine = Timed(base, labels, passes)
+    engine.seconds = {}
+    found: list[dict[str, Adapter]] = [{} for _ in cells]
+    stores = [Store.make(folder / f"{cell.label}-{cell.digest()[:8]}", base) for cell in cells]
+    jobs, owners = [], {}
+    for number, (cell, store) in enumerate(zip(cells, stores)):
+        for learner in cell.learners:
+            if learner.user in store:
+                found[number][learner.user] = replace(store.get(learner.user, base), under=cell.under)
+                on_found(cell.config.epochs * len(learner.train))
+                continue
+            key = f"{number} {learner.user}"
+            owners[key] = number
+            jobs.append(Job(learner.user, learner.train, learner.val, cell.config, key, start_of(cell, learner, base),
+                            cell.under))  # fmt: skip
+    jobs.sort(key=lambda job: -len(job.train) * job.config.epochs)  # nobody is left to finish alone
+
+    def keep(adapter: Adapter) -> None:
+        number, metrics = owners[adapter.job], adapter.metrics | {"seconds": engine.seconds[adapter.job]}
+        alone = replace(adapter, under=None, metrics=metrics)
+        stores[number].add(alone, base)
+        found[number][adapter.user] = replace(alone, under=cells[number].under)
+
+    engine.train(jobs, keep, on_progress)
+    return [Trained(*each) for each in zip(cells, found, stores)]
+
+
+def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
+    """None: the method's own start, a function of (seed, user)."""
+    if learner.place is None:
+        return None
+    return cell.config.method.initial_row(base, cell.config.seed, f"user number {learner.place}")
+
+
+def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Sequence[Question]) -> float:
+    """Counted floating-point operations of a training step, forward and backward, per row of it.
+
+    By PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's,
+    which it does not see: theirs are taken as 6 per trained number and row.
+    """
+    engine = Engine(base, labels, PassConfig(slots=1))
+    job = Job("counted", questions, questions, TrainConfig(method))
+    run = Run(job, *engine.admit(job.user, method), engine.virtual(0))
+    rows = run.minibatch(labels).num_rows
+    with FlopCounterMode(display=False) as counter:
+        engine.train_step([run])
+    unseen = 6 * method.count(base) if base.device.type == "cuda" else 0
+    return counter.get_total_flops() / rows + unseen
+
+
+def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:
+    """How far each tensor moved: |w - w0| / |w0|, or the RMS of the change where w0 is zero; median and least of users.
+
+    Tensors of one kind in many layers are taken together: "layers.3.attn.q.A" and "layers.5.attn.q.A" are "attn.q.A".
+    """
+    cell, of = trained.cell, {}
+    method = cell.config.method
+    for learner in cell.learners:
+        start = start_of(cell, learner, base)
+        row = method.initial_row(base, cell.config.seed, learner.user) if start is None else start
+        before, after = method.tensors(row, base), method.tensors(trained.adapters[learner.user].row.cpu(), base)
+        joined: dict[str, list[str]] = {}
+        for name in before:
+            words = [word for word in name.split(".") if word != "layers" and not word.isdigit()]
+            joined.setdefault(".".join(words), []).append(name)
+        for kind, names in joined.items():
+            w0, w = (torch.cat([tensors[name].flatten() for name in names]).float() for tensors in (before, after))
+            change, size = (w - w0).norm(), w0.norm()
+            of.setdefault(kind, []).append(float(change / size if size else change / len(w) ** 0.5))
+    return {kind: {"median": float(torch.tensor(moved).median()), "min": min(moved)} for kind, moved in of.items()}
+
+
+def rows_trained(trained: Trained, virtual: int) -> Mapping[str, int]:
+    """User -> rows of all of the user's training steps, virtual tokens included."""
+    return {learner.user: trained.adapters[learner.user].metrics["epochs"]
+            * sum(len(question.prompt) + virtual for question in learner.train)
+            for learner in trained.cell.learners}  # fmt: skip

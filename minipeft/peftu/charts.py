@@ -1,0 +1,203 @@
+"""The report's pictures. Each is narrow, so that its letters can be read on a phone; colours are Okabe and Ito's
+(2008), which keep apart for the colour-blind, and no meaning hangs on colour alone.
+
+Every function returns a figure, or None where there is nothing to draw.
+"""
+
+import io
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from itertools import cycle
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from minipeft.peftu.summary import Outcome, paired
+from minipeft.stats import bootstrap_mean
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
+LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+KINDS = {"personal": (BLUE, "o"), "shared": (GREEN, "s"), "baseline": (GREY, "D")}  # colour, marker
+WIDTH = 4.8  # inches
+STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
+    "text.parse_math": False,        # a name may hold a dollar sign
+    "svg.hashsalt": "minipeft",      # the same records give the same bytes
+}  # fmt: skip
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures are made and written inside."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def written(figure: Figure, kind: str) -> bytes:
+    """The picture as "svg" or "png". No date in it: the same records give the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return file.getvalue()
+
+
+def label(name: str) -> str:
+    """A name as people read it: own_majority is "own majority"."""
+    return name.replace("_", " ")
+
+
+def accuracies(figures: dict[str, dict], ceilings: dict[str, float]) -> Figure:
+    """Every name's accuracy with its interval, best first; known ceilings as lines."""
+    names = sorted(figures, key=lambda name: figures[name]["accuracy"])
+    figure, axes = _axes(height=1.1 + 0.24 * len(names))
+    for place, name in enumerate(names):
+        colour, marker = KINDS[figures[name]["kind"]]
+        axes.plot(figures[name]["ci"], [place, place], color=colour, linewidth=1.5)
+        axes.plot(figures[name]["accuracy"], place, marker, color=colour, markersize=5)
+    for (name, value), dashes in zip(sorted(ceilings.items()), ("--", ":")):
+        axes.axvline(value, color="black", linewidth=1, linestyle=dashes, label=f"{label(name)} ceiling {value:.1f}")
+    for kind, (colour, marker) in KINDS.items():
+        axes.plot([], [], marker, color=colour, label=kind, markersize=5)
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.set_xlabel("accuracy, %, mean over users; 95 % interval")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def gains(personal: dict[str, Outcome], shared: Outcome) -> Figure:
+    """Per method one bar a user, personal minus shared, sorted; the line through a bar spans the seeds."""
+    figure, panels = _panels(personal, height=1.7)
+    for axes, (name, outcome) in zip(panels, personal.items()):
+        differences = paired(outcome, shared)[1]                                            # [users, seeds]
+        differences = differences[np.argsort(-differences.mean(1), kind="stable")]
+        mean, places = differences.mean(1), np.arange(1, len(differences) + 1)
+        axes.bar(places, mean, width=1.0, color=np.where(mean >= 0, BLUE, ORANGE))
+        if differences.shape[1] > 1:
+            axes.vlines(places, differences.min(1), differences.max(1), color=GREY, linewidth=0.5)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_title(f"{label(name)}: {(mean > 1e-9).sum()} gain, {(mean < -1e-9).sum()} lose", fontsize=9)
+        axes.set_xlim(0.4, len(mean) + 0.6)
+    figure.supxlabel("users, sorted", fontsize=9)
+    figure.supylabel("personal minus shared, points", fontsize=9)
+    return figure
+
+
+def against_shared(personal: dict[str, Outcome], shared: Outcome) -> Figure:
+    """Per method one point a user: accuracy under the shared adapter and under the user's own."""
+    figure, panels = _panels(personal, height=2.2)
+    for axes, (name, outcome) in zip(panels, personal.items()):
+        users = [user for user in outcome.users if user in shared.accuracy]
+        x, y = (np.array([each.accuracy[user] for user in users]) for each in (shared, outcome))
+        axes.plot([0, 100], [0, 100], color="black", linewidth=0.8)
+        axes.scatter(x, y, s=10, color=BLUE, alpha=0.6, linewidths=0)
+        low = max(0, min(x.min(), y.min()) - 5)
+        axes.set(xlim=(low, 101), ylim=(low, 101), aspect="equal")
+        axes.set_title(label(name), fontsize=9)
+    figure.supxlabel("shared adapter, accuracy %", fontsize=9)
+    figure.supylabel("own adapter, accuracy %", fontsize=9)
+    return figure
+
+
+def costs(figures: dict[str, dict]) -> Figure:
+    """Accuracy against bytes per user and against seconds; the line joins what nothing cheaper beats."""
+    figure = Figure(figsize=(WIDTH, 5.6))
+    for axes, (field, title) in zip(figure.subplots(2), (("bytes_per_user", "bytes stored per user"),
+                                                         ("train_seconds", "training of all users, seconds"))):
+        known = {name: each for name, each in figures.items() if each[field] is not None}
+        for each in known.values():
+            colour, marker = KINDS[each["kind"]]
+            axes.errorbar(each[field], each["accuracy"], yerr=_arms(each), fmt=marker, color=colour, markersize=4,
+                          linewidth=0.7)
+        front = pareto({name: (each[field], each["accuracy"]) for name, each in known.items()})
+        axes.step([known[name][field] for name in front], [known[name]["accuracy"] for name in front], where="post",
+                  color=ORANGE, linewidth=1)
+        for name in front:
+            axes.annotate(label(name), (known[name][field], known[name]["accuracy"]), xytext=(-4, 4),
+                          textcoords="offset points", fontsize=7, horizontalalignment="right")
+        smallest = min((each[field] for each in known.values() if each[field] > 0), default=1)
+        axes.set_xscale("symlog", linthresh=smallest)  # 0 has a place
+        axes.xaxis.set_major_formatter(lambda value, _: EngFormatter(sep="")(value) if value >= 1 else f"{value:g}")
+        axes.margins(x=0.15)
+        axes.set(xlabel=title, ylabel="accuracy, %")
+    return figure
+
+
+def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The names that no other beats in accuracy at the same cost or less, cheapest first."""
+    front: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not front or points[name][1] > points[front[-1]][1]:
+            front.append(name)
+    return front
+
+
+def cold_start(names: dict[str, Outcome]) -> Figure | None:
+    """Accuracy of new users against the number of their examples, with the interval over users."""
+    figure, axes = _axes(height=3.2)
+    for name, colour, marker in _lines(names):
+        curves = [record.cold_start for record in names[name].records if record.cold_start]
+        points = {}
+        for k in sorted({k for curve in curves for k in curve}):
+            of_user = 100 * np.array([curve[k] for curve in curves if k in curve], dtype=float).T    # [users, seeds]
+            of_user = of_user[~np.isnan(of_user).any(1)]                                             # None became nan
+            if len(of_user):
+                points[k] = bootstrap_mean(of_user, draws=2000)
+        if points:
+            axes.plot(list(points), [each.mean for each in points.values()], marker=marker, color=colour, markersize=4,
+                      label=label(name))
+            axes.fill_between(list(points), [each.low for each in points.values()],
+                              [each.high for each in points.values()], color=colour, alpha=0.1, linewidth=0)
+    if not axes.lines:
+        return None
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set(xlabel="examples of the new user", ylabel="accuracy, %; 95 % interval")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def losses(names: dict[str, Outcome]) -> Figure | None:
+    """Validation loss after each epoch, mean over users and seeds; who stopped early keeps their last."""
+    figure, axes = _axes(height=2.8)
+    for name, colour, marker in _lines(names):
+        every = [curve for record in names[name].records for curve in record.val_loss]
+        curves = [finite for curve in every if (finite := [loss for loss in curve if loss is not None])]
+        if curves:
+            longest = max(map(len, curves))
+            mean = np.mean([curve + curve[-1:] * (longest - len(curve)) for curve in curves], axis=0)
+            axes.plot(range(1, longest + 1), mean, marker=marker, color=colour, markersize=4, label=label(name))
+    if not axes.lines:
+        return None
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set(xlabel="epoch", ylabel="validation loss")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _lines(names: dict[str, Outcome]) -> Iterator[tuple[str, str, str]]:
+    """Each name with its colour and marker: 35 pairs before one comes again."""
+    return zip(names, cycle(LINES), cycle("osD^v"))
+
+
+def _arms(figures: dict) -> np.ndarray:
+    """[2, 1] lengths of the error bar, down and up. A percentile interval need not hold the mean: no arm below 0."""
+    (low, high), mean = figures["ci"], figures["accuracy"]
+    return np.maximum(0, [[mean - low], [high - mean]])
+
+
+def _axes(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots()
+
+
+def _panels(names: Collection[str], height: float) -> tuple[Figure, list[Axes]]:
+    """One panel per name, two beside each other."""
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(WIDTH, 0.4 + height * rows))
+    panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    for unused in panels[len(names):]:
+        unused.remove()
+    return figure, list(panels[: len(names)])

@@ -1,0 +1,107 @@
+"""Cold start: accuracy on users whom nothing shared has seen, against the number of their own examples.
+
+    k = 0        `shared` and `shared_user`: a shared adapter trained on the other users; `own_majority`: the others'
+    k = 1, 2, 4...   every method trains on the user's first k training examples, all methods and k in one fused pass
+
+New users are those whom the task's split `new_users` names, or a fifth of the users, drawn. The k examples are all that
+is known of a user, so nothing is left to stop early by: everybody trains for all epochs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.peftu.baselines import own_majority
+from minipeft.peftu.cells import Cell, Learner
+from minipeft.peftu.metrics import Labels, any_hit, scores
+from minipeft.peftu.records import load_record, record_path, save_record
+from minipeft.peftu.runner import SHARED, SHARED_USER, TaskRun
+from minipeft.randomness import generator
+from minipeft.running import pooled
+from minipeft.schedule import Adapter
+from minipeft.tasks.task import Task
+from minipeft.training import EVERYONE
+
+NEW_USERS_SHARE = 0.2  # drawn where the task does not say who is new
+MAJORITY = "own_majority"
+
+Curve = dict[int, dict[str, float]]  # number of own examples -> user -> accuracy, 0 .. 1
+
+
+def cold_start(run: TaskRun) -> None:
+    """Into the first seed's records of a run that is done: `cold_start`, what has it already left as it is.
+
+    Raises:
+        InputError: nobody is new, or everybody.
+    """
+    task, seed = run.task, run.plan.seeds[0]
+    new = [user for user in run.tidied.new_users or drawn_users(task) if task.test[user]]
+    if not new or len(new) == len(task.users):
+        raise InputError(f"task {task.name!r}: --cold-start needs new users with test examples, and others")
+    every = (*run.methods, SHARED, SHARED_USER, MAJORITY)
+    paths = {name: record_path(run.out, task.name, name, seed) for name in every}
+    names = [name for name, path in paths.items() if load_record(path).cold_start is None]
+    if not names:
+        return
+    for name, curve in _curves(run, names, new).items():
+        record = load_record(paths[name])
+        by_user = {k: [values.get(user) for user in record.users] for k, values in curve.items()}
+        save_record(run.out, replace(record, cold_start=by_user))
+        run.show(f"{task.name}: {name}: cold start done")
+    run.forget_adapters()
+
+
+def drawn_users(task: Task) -> list[str]:
+    """The new users of a task that does not name them."""
+    order = generator(0, "", "new users").permutation(len(task.users))
+    return [task.users[i] for i in sorted(order[: max(1, round(NEW_USERS_SHARE * len(order)))])]
+
+
+def _curves(run: TaskRun, names: Sequence[str], new: Sequence[str]) -> dict[str, Curve]:
+    sizes = [2**i for i in range(max(len(run.task.train[user]) for user in new).bit_length())]
+    shared = _shared_by_others(run, new)
+    tried = [(name, k) for name in names if name not in (SHARED, MAJORITY) for k in sizes]
+    found: dict[str, Curve] = {name: {} for name in names}
+    trained = run.train([_cell(run, name, k, new, shared) for name, k in tried], planned=False)
+    if {SHARED, SHARED_USER} & {*names}:
+        nothing = _accuracy(run, SHARED, dict.fromkeys(new, run.shared_adapter(shared)))
+        found |= {name: {0: nothing} for name in (SHARED, SHARED_USER) if name in names}
+    for (name, k), each in zip(tried, trained):
+        found[name][k] = _accuracy(run, name, each.adapters)
+    if MAJORITY in names:
+        found[MAJORITY] = {k: _majority(run, new, k) for k in (0, *sizes)}
+    return found
+
+
+def _shared_by_others(run: TaskRun, new: Sequence[str]) -> Cell:
+    cell, questions = run.cell(SHARED, run.chosen[SHARED], run.plan.seeds[0]), run.questions(SHARED)
+    others = ({user: own for user, own in questions[split].items() if user not in new} for split in ("train", "val"))
+    return replace(cell, learners=(Learner(EVERYONE, *map(pooled, others)),))
+
+
+def _cell(run: TaskRun, name: str, k: int, new: Sequence[str], shared: Cell) -> Cell:
+    cell, train = run.cell(name, run.chosen[name], run.plan.seeds[0]), run.questions(name)["train"]
+    learners = tuple(Learner(user, train[user][:k], train[user][:k]) for user in new if len(train[user]) >= k)
+    config = replace(cell.config, patience=cell.config.epochs)
+    return Cell(name, config, learners, shared if name == SHARED_USER else None)
+
+
+def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter]) -> dict[str, float]:
+    answers = run.answers(run.score(adapters, run.questions(name)["test"]))
+    return {user: _mean_score(run, user, own) for user, own in answers.items()}
+
+
+def _mean_score(run: TaskRun, user: str, answers: Sequence[Labels]) -> float:
+    truths = [example.label for example in run.task.test[user]]
+    return any_hit(answers, truths) if run.protocol.any_hit else float(np.mean(scores(answers, truths)))
+
+
+def _majority(run: TaskRun, new: Sequence[str], k: int) -> dict[str, float]:
+    """Of a user's first k examples; for k = 0 of everybody who is not new."""
+    task = run.task
+    others = [example for user in task.users if user not in new for example in task.train[user]]
+    known = {user: task.train[user][:k] if k else others for user in new if len(task.train[user]) >= k}
+    few = replace(task.subset(known), train=known)
+    return {user: _mean_score(run, user, own) for user, own in own_majority(few, run.audit).items()}

@@ -1,0 +1,203 @@
+"""python -m minipeft.bench peftu: the protocol on prepared tasks, from options to result.json and the report."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minipeft.console import OneLineParser, check_device
+from minipeft.default_base import default_base
+from minipeft.errors import InputError
+from minipeft.files import write_file
+from minipeft.models.checkpoint import read_json
+from minipeft.models.loading import load_model
+from minipeft.options import NAMES
+from minipeft.peftu.cold_start import cold_start
+from minipeft.peftu.protocol import PROTOCOLS
+from minipeft.peftu.records import load_records
+from minipeft.peftu.runner import Plan, TaskRun
+from minipeft.peftu.summary import summarise
+from minipeft.peftu.tidy import Tidied, load_tidied, tidied
+from minipeft.running import open_base
+from minipeft.schedule import PassConfig
+from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_shared, make_synthetic
+from minipeft.tasks.task import KINDS
+
+METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
+PASSES = PassConfig(slots=64, token_budget=4096)
+
+
+def run_peftu(argv: Sequence[str]) -> None:
+    """The suite. Leaves records/, result.json and the report in OUT; result.json is also the last line on stdout."""
+    args = parse(argv)
+    write_report = report_writer()
+    if args.report is not None:
+        print(f"written: {write_report(args.report)}")
+        return
+    check_device(args.device)
+    plan = plan_of(args)
+    tasks = [load_tidied(folder, args.split, args.users) for folder in args.tasks]
+    ceilings = {}
+    if not args.tasks:
+        task, truth = make_synthetic(SyntheticConfig(users=args.users or SyntheticConfig.users))
+        tasks = [tidied(task)]
+        ceilings[task.name] = {"shared": ceiling_shared(task, truth), "personal": ceiling_personal(task, truth)}
+    if len(names := [each.task.name for each in tasks]) != len(set(names)):
+        raise InputError(f"--tasks: two are called {max(names, key=names.count)!r}; run them into two folders")
+    if args.instructions is not None:
+        tasks = [with_instruction(each, args.instructions) for each in tasks]
+    check_out(args.out)
+    audits, left_out = {}, {}
+    for each in tasks:
+        folder = args.model or default_base(each.task, 0)
+        base = open_base(load_model(folder, device=args.device), len(each.task.labels))
+        with progress(each.task.name) as (show, update):
+            run = TaskRun(plan, each, base, args.out, show, update)
+            run.run()
+            if args.cold_start:
+                cold_start(run)
+        audits[each.task.name], left_out[each.task.name] = run.audit.report(), run.left_out
+    result = summarise([record for record in load_records(args.out) if record.task in audits]) | {
+        "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
+        "command": "python -m minipeft.bench peftu " + " ".join(map(str, argv)),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
+        "ceilings": ceilings, "audit": audits, "left_out": left_out,
+    }  # fmt: skip
+    write_file(args.out / "result.json", json.dumps(result, indent=1).encode() + b"\n")
+    print(f"written: {write_report(args.out)} and result.json")
+    print(json.dumps(result))
+
+
+def report_writer() -> Callable[[Path], Path]:
+    """Found before anything is trained. InputError where its libraries are missing."""
+    try:
+        from minipeft.peftu.report import write_report
+    except ImportError as error:
+        raise InputError(f"the report needs {error.name}: pip install 'minipeft[report]'") from None
+    return write_report
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(prog="python -m minipeft.bench peftu", description="The PEFT-U protocol: every method, user "
+                           "and seed, beside the baselines that must be beaten.")  # fmt: skip
+    parser.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="DIR",
+                        help="prepared tasks (default: synthetic users whose truth is known)")
+    parser.add_argument("--model", type=Path, metavar="DIR",
+                        help="a Hugging Face model folder (default: a small base made from each task)")
+    parser.add_argument("--methods", type=names, metavar="NAME,...", default=METHODS,
+                        help=f"of {', '.join(NAMES)} (default: {','.join(METHODS)})")
+    parser.add_argument("--mode", choices=list(PROTOCOLS), default="fixed",
+                        help="paper: published prompts, hyper-parameters and scoring (default: fixed)")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="how many (default: 1)")
+    parser.add_argument("--users", type=positive, metavar="N", help="the first N of every task (default: all)")
+    parser.add_argument("--epochs", type=positive, default=8, metavar="N", help="at most (default: 8)")
+    parser.add_argument("--lrs", type=rates, metavar="X,...",
+                        help="learning rates to try of every method (default: each method's own three)")
+    parser.add_argument("--lrs-from", type=Path, metavar="OUT",
+                        help="take the learning rates that another run has chosen, on its only task")
+    parser.add_argument("--top-layers", type=positive, metavar="N", help="act in the last N layers only")
+    parser.add_argument("--equal", choices=["parameters", "time"], default="", help="compare at equal size or cost")
+    parser.add_argument("--cold-start", action="store_true", help="also: new users after 0, 1, 2, 4... examples")
+    parser.add_argument("--split", choices=KINDS, default="leaked", help="which split of the tasks (default: leaked)")
+    parser.add_argument("--instructions", type=Path, metavar="FILE", help="the published repository's config.json")
+    parser.add_argument("--report", type=Path, metavar="OUT", help="only write the report of a finished run again")
+    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"), metavar="DIR",
+                        help="folder for records and result; a run that was killed continues (default: runs/<time>)")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needed a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in found if name not in NAMES]
+    if unknown or not found:
+        raise argparse.ArgumentTypeError(f"no method is called {(unknown or [text])[0]!r}; it is one of "
+                                         f"{', '.join(NAMES)}")  # fmt: skip
+    return found
+
+
+def rates(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < rate < float("inf") for rate in found):
+        raise argparse.ArgumentTypeError(f"needed learning rates above 0 like 1e-3,1e-2, got {text!r}")
+    return found
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    protocol = PROTOCOLS[args.mode]
+    if args.mode == "paper" and (args.lrs or args.lrs_from):
+        raise InputError("--mode paper has one learning rate for all methods; leave out --lrs and --lrs-from")
+    methods = {name: protocol.methods()[name] for name in args.methods}
+    first = 42 if args.mode == "paper" else 0
+    return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs,
+                carried_from(args.lrs_from) if args.lrs_from else (), args.equal, args.top_layers,
+                PASSES)  # fmt: skip
+
+
+def carried_from(out: Path) -> tuple[tuple[str, float], ...]:
+    """Name -> the learning rate that was chosen there. InputError where that run had several tasks."""
+    records = load_records(out)
+    if len(tasks := {record.task for record in records}) != 1:
+        raise InputError(f"--lrs-from {out}: it has {len(tasks)} tasks; needed a run on one")
+    return tuple({record.name: record.chosen_lr for record in records if record.chosen_lr is not None}.items())
+
+
+def with_instruction(given: Tidied, path: Path) -> Tidied:
+    """The task with the instruction that the published configuration has for it, word for word."""
+    fields, name = read_json(path, prefix=f"{path}: "), given.task.name
+    try:
+        instruction = fields["datasets"][name]["instruction"]
+    except (KeyError, TypeError):
+        raise InputError(f"--instructions {path}: no datasets.{name}.instruction in it; needed the published "
+                         "repository's config.json") from None  # fmt: skip
+    return replace(given, task=replace(given.task, instruction=instruction))
+
+
+def check_out(out: Path) -> None:
+    """Make the folder. Records in it are continued from; anything else of a stranger's is left alone."""
+    try:
+        (out / "records").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+@contextmanager
+def progress(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """A bar over planned training examples. Yields what shows a line, with the time left, and what moves the bar.
+
+    The time left takes it that as many stop early as did so far; what an earlier run did counts for nothing.
+    """
+    with tqdm(desc=title, disable=None, leave=False) as bar:
+        began, done = time.perf_counter(), [0, 0]  # worked off, planned
+
+        def update(now: int, planned: int) -> None:
+            done[:] = now, planned
+            bar.total = planned
+            bar.update(now - bar.n)
+
+        def show(line: str) -> None:
+            spent = time.perf_counter() - began
+            left = f", about {spent * (done[1] - done[0]) / done[0] / 60:.0f} min left" if done[0] else ""
+            tqdm.write(f"{line} ({spent / 60:.1f} min{left})", file=sys.stdout)
+            sys.stdout.flush()
+
+        yield show, update

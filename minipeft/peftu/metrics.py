@@ -1,0 +1,98 @@
+"""How good answers are: scores from 0 to 1, of one user's test examples.
+
+An answer and a truth are tuples of label names: one name, or several where the task is multi-label. Written-out answers
+(generative tasks) are texts.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+Labels = tuple[str, ...]
+BINS = 10
+
+
+def scores(answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
+    """Jaccard's |answer & truth| / |answer | truth| of each example: with one label each, 0 or 1.
+
+    An empty answer scores 0, for no truth is empty.
+    """
+    return [len({*answer} & {*truth}) / len({*answer} | {*truth}) for answer, truth in zip(answers, truths)]
+
+
+def any_hit(answers: Sequence[Labels], truths: Sequence[Labels]) -> float:
+    """Share of examples where any answered label is right. The published measure: answering all labels gives 1."""
+    return _mean(bool({*answer} & {*truth}) for answer, truth in zip(answers, truths))
+
+
+def exact_set(answers: Sequence[Labels], truths: Sequence[Labels]) -> float:
+    """Share of examples where all labels are right and none is missing."""
+    return _mean({*answer} == {*truth} for answer, truth in zip(answers, truths))
+
+
+def f1_scores(answers: Sequence[Labels], truths: Sequence[Labels]) -> tuple[float, float]:
+    """(micro, macro) F1 = 2 TP / (2 TP + FP + FN): of all labels together, and the mean over labels.
+
+    Macro counts the labels that occur in an answer or a truth, as scikit-learn does for single labels.
+    """
+    right, wrong, missed = Counter(), Counter(), Counter()
+    for answer, truth in zip(answers, truths):
+        right.update({*answer} & {*truth})
+        wrong.update({*answer} - {*truth})
+        missed.update({*truth} - {*answer})
+    f1 = lambda tp, others: 2 * tp / (2 * tp + others)  # noqa: E731
+    occurring = sorted({*right, *wrong, *missed})
+    return (f1(right.total(), wrong.total() + missed.total()),
+            _mean(f1(right[label], wrong[label] + missed[label]) for label in occurring))  # fmt: skip
+
+
+def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error: weighted mean |confidence - accuracy| of BINS equal bins (arXiv:1706.04599, eq. 3).
+
+    Args:
+        probabilities: [n, C], of each example's labels. right: [n] int, the number of the true one.
+    """
+    confidence, hit = probabilities.max(1), probabilities.argmax(1) == right
+    bins = np.ceil(confidence * BINS).astype(int)  # (0, 0.1] is bin 1
+    return float(sum(abs(confidence[bins == each].sum() - hit[bins == each].sum()) for each in np.unique(bins))
+                 / len(right))
+
+
+def user_metrics(answers: Sequence[Labels], truths: Sequence[Labels], multi_label: bool) -> dict[str, float]:
+    """Everything that labels alone tell: macro_f1, and for a multi-label task any_hit, jaccard, micro_f1, exact."""
+    micro, macro = f1_scores(answers, truths)
+    if not multi_label:
+        return {"macro_f1": macro}
+    return {"macro_f1": macro, "micro_f1": micro, "jaccard": _mean(scores(answers, truths)),
+            "any_hit": any_hit(answers, truths), "exact": exact_set(answers, truths)}  # fmt: skip
+
+
+# ---- Written-out answers -------------------------------------------------------------------------------------------
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of stemmed words (Lin 2004), by the library rouge-score."""
+    from rouge_score.rouge_scorer import RougeScorer  # an extra
+
+    return RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 of the words in common, as SQuAD does it: lower case, no punctuation, no articles (arXiv:1606.05250, 6.1)."""
+    said, wanted = _words(answer), _words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    common = (Counter(said) & Counter(wanted)).total()
+    return 2 * common / (len(said) + len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))

@@ -1,0 +1,242 @@
+"""The report of a run: report.html, one file that needs no network; report.md with figures/*.png says the same.
+
+Everything comes from result.json and records/: no training, and no figure that the two do not hold. The sections are
+made once, as tables and pictures, and then written twice. Ids and names are data: escaped wherever they appear.
+"""
+
+import base64
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from minipeft.errors import InputError
+from minipeft.files import write_file
+from minipeft.peftu import charts
+from minipeft.peftu.charts import label
+from minipeft.peftu.records import load_records
+from minipeft.peftu.summary import Outcome, outcomes
+from minipeft.peftu.tables import (
+    RIVALS,
+    Table,
+    accuracy_table,
+    comparison_table,
+    cost_table,
+    estimate,
+    facts_table,
+    metric_table,
+    movement_table,
+    notes_table,
+    number,
+    p_text,
+    rate_table,
+    span,
+    users_table,
+    words,
+)
+
+FIELDS = {"tasks": dict, "comparisons": list, "mode": str, "seeds": list, "versions": dict, "command": str,
+          "ceilings": dict, "audit": dict, "minimum_detectable_difference": dict}  # fmt: skip
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    caption: str
+    figure: Figure
+
+    @property
+    def data_uri(self) -> str:
+        return "data:image/svg+xml;base64," + base64.b64encode(charts.written(self.figure, "svg")).decode()
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    lines: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def write_report(out: Path) -> Path:
+    """Write report.html, report.md and figures/; replaces earlier ones. Returns the path of report.html.
+
+    Raises:
+        InputError: result.json or a record is missing or damaged, or they are not of the same run.
+    """
+    out = Path(out)
+    result = read_result(out / "result.json")
+    found = outcomes([record for record in load_records(out) if record.task in result["tasks"]])
+    check_same_run(out, result, found)
+    with charts.style():
+        sections = [overview(result), *(task_section(task, names, result) for task, names in found.items()),
+                    made_by(result)]  # fmt: skip
+        write_file(out / "report.html", as_html(sections).encode())
+        for old in (out / "figures").glob("*.png"):
+            old.unlink()
+        write_file(out / "report.md", as_markdown(sections, out / "figures").encode())
+    return out / "report.html"
+
+
+def read_result(path: Path) -> dict:
+    """Raises InputError, naming the file and the field."""
+    try:
+        result = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); needed a folder that "
+                         "`python -m minipeft.bench peftu` finished") from None  # fmt: skip
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: not JSON ({type(error).__name__}); run the command again") from None
+    for name, kind in FIELDS.items():
+        if not isinstance(result, dict) or not isinstance(result.get(name), kind):
+            raise InputError(f"{path} is damaged: field {name!r} is missing or no {kind.__name__}; run the command "
+                             "again")
+    return result
+
+
+def check_same_run(out: Path, result: dict, found: dict[str, dict[str, Outcome]]) -> None:
+    """Raises InputError if result.json does not speak of exactly these records."""
+    for task, entries in result["tasks"].items():
+        stated = {name: entry["seeds"] for name, entry in entries.items() if entry is not None}
+        there = {name: list(outcome.by_seed) for name, outcome in found.get(task, {}).items()}
+        if stated != there:
+            names = sorted(name for name in stated | there if stated.get(name) != there.get(name))
+            raise InputError(f"{out}: result.json and records/ disagree about {names[0]!r} of task {task!r}; the run "
+                             "is not finished: the same command with the same --out continues it")  # fmt: skip
+
+
+# ---- Sections ------------------------------------------------------------------------------------------------------
+
+
+def overview(result: dict) -> Section:
+    tasks = result["tasks"]
+    names = dict.fromkeys(name for entries in tasks.values() for name, entry in entries.items() if entry is not None)
+    rows = [[words(label(name)), *(estimate(entries.get(name)) for entries in tasks.values())] for name in names]
+    count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
+    return Section(
+        f"Protocol report: {count}, mode {result['mode']}",
+        lines=[
+            "Accuracy is each user's share of right answers, averaged over users (and seeds), in percent. Brackets "
+            "hold the 95 % interval: users and seeds redrawn with replacement, percentiles widened as Student's t "
+            "asks (Hesterberg 2015).",
+            "Two names whose intervals overlap may still differ, and the other way round: what was compared user by "
+            "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task.",
+        ],
+        tables=[Table("Accuracy, %", ["method", *tasks], rows)],
+    )
+
+
+def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
+    figures = {name: entry for name, entry in result["tasks"][task].items() if entry is not None}
+    pairs = [pair for pair in result["comparisons"] if pair["task"] == task]
+    personal = {name: outcome for name, outcome in names.items() if outcome.first.kind == "personal"}
+    ceilings = result["ceilings"].get(task, {})
+    drawn = [("accuracy", "Accuracy with 95 % intervals. Lines: the best that is possible, where the truth is known.",
+              charts.accuracies(figures, ceilings)),
+             ("cost", "Accuracy against cost. The line joins the methods that nothing cheaper beats; where intervals "
+                      "overlap, neighbours on it may change places.", charts.costs(figures)),
+             ("cold-start", "New users: accuracy against the number of their own examples.", charts.cold_start(names)),
+             ("loss", "Validation loss, mean over users; who stopped early keeps the last value.",
+              charts.losses(names))]  # fmt: skip
+    if personal and "shared" in names:
+        drawn += [("gains", "Gain of the own adapter over the shared one, user by user; thin lines span the seeds.",
+                   charts.gains(personal, names["shared"])),
+                  ("against-shared", "Each user under the shared adapter and under the own one; above the line the own "
+                                     "one is better.", charts.against_shared(personal, names["shared"]))]  # fmt: skip
+    main = [pair for pair in pairs if pair["a"] in personal and pair["b"] in RIVALS]
+    return Section(
+        f"Task {task}",
+        lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings)],
+        pictures=[Picture(name, caption, figure) for name, caption, figure in drawn if figure is not None],
+        tables=[table for table in (
+            accuracy_table(figures),
+            comparison_table("Personal methods against what they have to beat", main, len(pairs)),
+            comparison_table("All comparisons", pairs, len(pairs), folded=True),
+            metric_table(figures),
+            cost_table(figures),
+            rate_table(names),
+            movement_table(names),
+            notes_table(names, result["tasks"][task], result.get("left_out", {}).get(task, {})),
+            facts_table("Audit: was any test example fitted on?", result["audit"].get(task, {})),
+            users_table(names, personal),
+        ) if table.rows],
+    )
+
+
+def made_by(result: dict) -> Section:
+    facts = {"command": result["command"], "mode": result["mode"], "model": result.get("model"),
+             "seeds": ", ".join(map(str, result["seeds"])), **result["versions"]}  # fmt: skip
+    return Section("How this was made", tables=[facts_table("Command, seeds and versions", facts)])
+
+
+def headline(figures: dict[str, dict], pairs: list[dict], personal: Iterable[str]) -> list[str]:
+    """What can be said, each with its uncertainty."""
+    ranked = sorted(personal, key=lambda name: -figures[name]["accuracy"])
+    if not ranked:
+        return []
+    best = ranked[0]
+    about = {(pair["a"], pair["b"]): pair for pair in pairs}
+    lines = [f"Highest of the personal methods: {label(best)}, {estimate(figures[best]).text}."]
+    for rival in RIVALS:
+        if pair := about.get((best, rival)):
+            told = "" if pair["p_holm"] < SIGNIFICANT else ", not told apart"
+            lines.append(f"Against {label(rival)}: {number(pair['difference'], '+.1f').text} points (95 % interval "
+                         f"{span(pair).text}, Holm p {p_text(pair['p_holm'])}{told}); {pair['wins']} users win, "
+                         f"{pair['ties']} tie, {pair['losses']} lose.")  # fmt: skip
+    both = {other: about.get((best, other)) or about.get((other, best)) for other in ranked[1:]}
+    alike = [label(other) for other, pair in both.items() if pair and pair["p_holm"] >= SIGNIFICANT]
+    if alike:
+        lines.append(f"Not told apart from {label(best)}: {', '.join(alike)}.")
+    return lines
+
+
+def ceiling_lines(ceilings: dict[str, float]) -> list[str]:
+    if not ceilings:
+        return []
+    known = ", ".join(f"{label(name)} {value:.1f} %" for name, value in sorted(ceilings.items()))
+    return [f"The best possible in expectation, for the truth of these users is known: {known}."]
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------
+
+
+def as_html(sections: list[Section]) -> str:
+    template = files("minipeft.peftu").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(sections=sections)
+
+
+def as_markdown(sections: list[Section], figures: Path) -> str:
+    """Writes the pictures into the folder `figures`, which lies beside the file."""
+    lines = []
+    for i, section in enumerate(sections):
+        lines += [f"{'##' if i else '#'} {plain(section.title)}", ""]
+        lines += [part for line in section.lines for part in (plain(line), "")]
+        for picture in section.pictures:
+            path = figures / f"{i}-{picture.name}.png"
+            write_file(path, charts.written(picture.figure, "png"))
+            lines += [f"![{plain(picture.caption)}]({figures.name}/{path.name})", "", plain(picture.caption), ""]
+        for table in section.tables:
+            lines += [f"### {plain(table.title)}", "", *([plain(table.note), ""] if table.note else [])]
+            lines += ["<details><summary>show</summary>", ""] if table.folded else []
+            aligned = [all(row[i].numeric for row in table.rows) for i in range(len(table.columns))]
+            lines += [_row(table.columns), "|" + "|".join("--:" if right else ":--" for right in aligned) + "|"]
+            lines += [_row(cell.text for cell in row) for row in table.rows]
+            lines += ["", "</details>", ""] if table.folded else [""]
+    return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """Text that Markdown and the HTML in it leave as it is."""
+    escaped = escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{each}" if each in "\\`*_[]|#~$" else each for each in escaped)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(plain, cells)) + " |"

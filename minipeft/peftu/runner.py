@@ -1,0 +1,434 @@
+"""One task through the whole protocol: baselines, methods, learning rates and seeds; a record for each.
+
+    baselines               each its record
+    first seed              every method at every learning rate, the shared adapter too: one fused training;
+                            then personal adapters on top of the best shared one
+    further seeds           every method at its best learning rate, all seeds in one fused training; then those on top
+
+A learning rate is chosen by the validation loss, averaged over users, of the first seed. What has a record is not done
+again.
+"""
+
+import resource
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minipeft.engine import Engine, label_scores
+from minipeft.errors import InputError
+from minipeft.labels import LabelSet, Question, Tags
+from minipeft.methods.lora import LoRA
+from minipeft.methods.method import Method
+from minipeft.models.classifier import Base, Classifier
+from minipeft.models.t5 import T5
+from minipeft.models.trunk import Trunk, keep_top
+from minipeft.peftu.asking import Asking
+from minipeft.peftu.audit import Audit
+from minipeft.peftu.baselines import BASELINES, Answers
+from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
+from minipeft.peftu.features import features
+from minipeft.peftu.metrics import Labels, calibration_error, scores, user_metrics
+from minipeft.peftu.probes import chosen_labels, probe_scores
+from minipeft.peftu.protocol import Protocol, equal_size
+from minipeft.peftu.records import Record, load_record, record_path, save_record
+from minipeft.peftu.scoring import JOINED_BY, published_reading, published_right
+from minipeft.peftu.tidy import Tidied
+from minipeft.running import for_base, pooled
+from minipeft.schedule import Adapter, PassConfig
+from minipeft.tasks.task import SPLITS
+from minipeft.training import EVERYONE
+
+SHARED, SHARED_USER = "shared", "shared_user"
+SHARED_BATCH = 32  # examples per step of the one adapter of all users
+FEW_SHOT = 4  # examples in the prompt of the few-shot baseline
+ANSWER_TOKENS = 16  # at most, of a decoded answer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, for every task.
+
+    rates:   the learning rates to try of every method, in place of its own grid. carried: name -> the one to take.
+    equal:   "parameters": every method at the size whose trained numbers come nearest to those of a LoRA of rank 1,
+             an encoder's head not counted; "time": as many epochs as cost what `epochs` of the first method cost,
+             counted in floating-point operations; "": neither.
+    top_layers: methods act in that many last layers only; None: in all.
+    """
+
+    protocol: Protocol
+    methods: dict[str, Method]
+    seeds: tuple[int, ...] = (0,)
+    epochs: int = 8
+    rates: tuple[float, ...] | None = None
+    carried: tuple[tuple[str, float], ...] = ()
+    equal: str = ""
+    top_layers: int | None = None
+    passes: PassConfig = field(default_factory=PassConfig)
+
+    def grid(self, name: str, first: bool, chosen: dict[str, float]) -> list[float]:
+        """The learning rates of a method on its first or a further seed."""
+        if not first:
+            return [chosen[name]]
+        carried = dict(self.carried)
+        return [carried[name]] if name in carried else list(self.rates or self.protocol.rates(name))
+
+
+class TaskRun:
+    """One task on one base.
+
+    Args:
+        tidied: the task as it is trained, and what was done to it.
+        base:   this run's own: its sites are cut down to the top layers where the plan says so.
+        show:   called with a line at a time; update: with (done, planned) training examples.
+    """
+
+    def __init__(
+        self, plan: Plan, tidied: Tidied, base: Base, out: Path, show: Callable[[str], None],
+        update: Callable[[int, int], None],
+    ):  # fmt: skip
+        self.plan, self.task, self.tidied, self.out = plan, tidied.task, tidied, out
+        self.protocol, self.show, self.update = plan.protocol, show, update
+        self.audit = Audit(self.task)
+        self.asking = Asking(base, self.task, self.protocol, self.audit)
+        self.users = [user for user in self.task.users if self.task.test[user]]  # who can be scored
+        if plan.top_layers is not None:
+            keep_top(base, plan.top_layers)
+        self.base = base
+        if plan.top_layers is not None and isinstance(base, Classifier):
+            questions = self.asking.questions()
+            self.base = Trunk(base, (q.prompt for split in questions.values() for q in pooled(split)))
+        self.methods, self.left_out = self._methods()
+        self.chosen: dict[str, float] = {}
+        self._done = self._planned = 0
+
+    def _methods(self) -> tuple[dict[str, Method], dict[str, str]]:
+        """Name -> method as users of this base train it; and of those that do not apply, why."""
+        found, left_out = {}, {}
+        for name, method in self.plan.methods.items():
+            method = for_base(self.protocol.for_base(method, self.base), self.base)
+            try:
+                method.check(self.base)
+                if self.plan.top_layers is not None and any(method.virtual(self.base)):
+                    raise InputError(f"{name} puts virtual tokens before a text, which all layers read; it cannot act "
+                                     "in the top layers only")  # fmt: skip
+                found[name] = method
+            except InputError as error:
+                left_out[name] = str(error)
+        if not found:
+            raise InputError(f"no method applies to this base: {'; '.join(left_out.values())}")
+        if self.plan.equal == "parameters":
+            anchor = for_base(replace(self.protocol.methods()["lora"], rank=1), self.base).parts[0].count(self.base)
+            found = {name: for_base(equal_size(method.parts[0], self.base, anchor), self.base)
+                     for name, method in found.items()}  # fmt: skip
+        return found, left_out
+
+    @cached_property
+    def shared_method(self) -> Method:
+        return for_base(self.plan.methods.get("lora", LoRA()), self.base)
+
+    # ---- The whole task --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Leaves every record in OUT; adapters are deleted once all are there."""
+        for line in self.left_out.values():
+            self.show(f"{self.task.name}: left out: {line}")
+        self._baselines()
+        names = [*self.methods, SHARED, SHARED_USER]
+        self._planned = sum(self._examples_of(name) for name in names)
+        for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
+            for stage in ([*self.methods, SHARED], [SHARED_USER]):
+                self._stage(stage, seeds, first)
+        self.forget_adapters()
+
+    def forget_adapters(self) -> None:
+        """Records are all that is kept."""
+        shutil.rmtree(self._adapters_folder, ignore_errors=True)
+
+    def _examples_of(self, name: str) -> int:
+        """Planned training examples of a method over all its cells: an upper bound, people may stop early."""
+        first = len(self.plan.grid(name, True, {}))
+        own = sum(len(self.task.train[user]) for user in (self.task.users if name == SHARED else self.users))
+        return self._epochs(name) * own * (first + len(self.plan.seeds) - 1)
+
+    def _count(self, examples: int) -> None:
+        self._done += examples
+        self.update(self._done, self._planned)
+
+    def _found(self, examples: int) -> None:
+        """An earlier run did these: they are no longer planned."""
+        self._planned = max(self._done, self._planned - examples)
+
+    @property
+    def _adapters_folder(self) -> Path:
+        return self.out / "adapters" / self.task.name
+
+    def _stage(self, names: Sequence[str], seeds: Sequence[int], first: bool) -> None:
+        """Train what of these has no record yet, all in one fused training, and write the records."""
+        todo: list[tuple[str, int, list[Cell]]] = []
+        for seed in seeds:
+            for name in names:
+                rates = self.plan.grid(name, first, self.chosen)
+                cells = [self.cell(name, rate, seed) for rate in rates]
+                record = self._existing(name, seed, self._digest(cells))
+                if record is None:
+                    todo.append((name, seed, cells))
+                else:
+                    self._found(sum(cell.examples for cell in cells))
+                    if first:
+                        self.chosen[name] = record.chosen_lr
+        trained = iter(self.train([cell for _, _, cells in todo for cell in cells]))
+        for name, seed, cells in todo:
+            tried = [next(trained) for _ in cells]
+            losses = {each.cell.config.learning_rate: each.validation() for each in tried}
+            best = min(tried, key=Trained.validation)
+            if not np.isfinite(best.validation()):
+                self.show(f"{self.task.name}: {name}, seed {seed}: at every learning rate somebody's validation loss "
+                          "was not finite")  # fmt: skip
+            if first:
+                self.chosen[name] = best.cell.config.learning_rate
+            save_record(self.out, self._record_of(name, seed, self._digest(cells), best, losses))
+            for each in tried:
+                if each is not best or name != SHARED:
+                    each.forget()
+            self.show(f"{self.task.name}: {name}, seed {seed}, learning rate {best.cell.config.learning_rate:g}: done")
+
+    def train(self, cells: Sequence[Cell], planned: bool = True) -> list[Trained]:
+        """planned: whether the examples of these cells are among the planned ones."""
+        cells = [cell if cell.upon is None else replace(cell, under=self.shared_adapter(cell.upon)) for cell in cells]
+        callbacks = (self._count, self._found) if planned else (lambda examples: None,) * 2
+        return train_cells(self.base, self.asking.prompts.labels, cells, self._adapters_folder, self.plan.passes,
+                           *callbacks)  # fmt: skip
+
+    def shared_adapter(self, cell: Cell) -> Adapter:
+        """A shared cell's adapter, one object for all who have it under theirs; trained again if its file is gone."""
+        digest = cell.digest()
+        if digest not in self._kept:
+            self._kept[digest] = self.train([cell], planned=False)[0].adapters[EVERYONE]
+        return self._kept[digest]
+
+    @cached_property
+    def _kept(self) -> dict[str, Adapter]:
+        return {}
+
+    # ---- What is trained -------------------------------------------------------------------------------------------
+
+    def _method(self, name: str) -> Method:
+        return self.shared_method if name in (SHARED, SHARED_USER) else self.methods[name]
+
+    def _epochs(self, name: str) -> int:
+        if self.plan.equal != "time" or name in (SHARED, SHARED_USER):
+            return self.plan.epochs
+        first = next(iter(self.methods))
+        return max(1, round(self.plan.epochs * self._step_cost(first) / self._step_cost(name)))
+
+    def _step_cost(self, name: str) -> float:
+        """Operations of a training pass over one text, of this method."""
+        method, question = self._method(name), self.questions(name)["train"][self.users[0]][0]
+        return self._flops(name) * (len(question.prompt) + sum(method.virtual(self.base)))
+
+    def _flops(self, name: str) -> float:
+        """Per row of a training step."""
+        if name not in self._counted:
+            questions = self.questions(name)["train"][self.users[0]]
+            self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, self._method(name), questions)
+        return self._counted[name]
+
+    @cached_property
+    def _counted(self) -> dict[str, float]:
+        return {}
+
+    def questions(self, name: str) -> dict[str, dict[str, list[Question]]]:
+        return self.asking.questions(self._method(name), self.protocol.examples)
+
+    def cell(self, name: str, rate: float, seed: int) -> Cell:
+        config = self.protocol.config(self._method(name), rate, seed, self._epochs(name))
+        questions = self.questions(name)
+        for split in ("train", "val"):
+            self.audit.fitting("adapters", self.task.pooled(split))
+        if name == SHARED:
+            everyone = Learner(EVERYONE, pooled(questions["train"]), pooled(questions["val"]))
+            return Cell(name, replace(config, batch_size=SHARED_BATCH), (everyone,))
+        learners = tuple(Learner(user, questions["train"][user], questions["val"][user],
+                                 i if self.protocol.start_by_place else None)
+                         for i, user in enumerate(self.users))  # fmt: skip
+        upon = self.cell(SHARED, self.chosen[SHARED], seed) if name == SHARED_USER else None
+        return Cell(name, config, learners, upon)
+
+    # ---- Answers ---------------------------------------------------------------------------------------------------
+
+    def score(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, np.ndarray]:
+        """User -> label scores of their questions [n, C]."""
+        asked = {user: questions[user] for user in self.users if user in adapters}
+        return label_scores(self.base, self.asking.prompts.labels, adapters, asked, self.plan.passes)
+
+    def answers(self, scored: dict[str, np.ndarray]) -> dict[str, list[Labels]]:
+        """The answer of the highest likelihood; of tags those more likely than not."""
+        prompts = self.asking.prompts
+        if isinstance(prompts.labels, Tags):
+            return {user: chosen_labels(self.task.labels, own, True) for user, own in scored.items()}
+        return {user: [prompts.sets[i] for i in own.argmax(1)] for user, own in scored.items()}
+
+    def decoded(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[str]]:
+        """What a T5 says, greedily."""
+        passes, found = self.plan.passes, {}
+        speaking = Engine(self.base, self.asking.prompts.labels, passes)
+        users = list(adapters)
+        for start in range(0, len(users), passes.slots):
+            group = users[start : start + passes.slots]
+            places = [speaking.admit(user, a.method, a.row, under=a.under, name=user)
+                      for user, a in ((user, adapters[user]) for user in group)]  # fmt: skip
+            asked = [(*place, [q.prompt for q in questions[user]]) for place, user in zip(places, group)]
+            for user, said in zip(group, speaking.generate(asked, ANSWER_TOKENS)):
+                found[user] = [self.asking.prompts.tokenizer.decode(tokens) for tokens in said]
+            for place in places:
+                speaking.evict(*place)
+        return found
+
+    def _record(
+        self, name: str, kind: str, seed: int, digest: str, answers: Answers, *,
+        probabilities: dict[str, np.ndarray] | None = None, decoded: dict[str, list[str]] | None = None, **facts,
+    ) -> Record:  # fmt: skip
+        """The record of these answers to the test examples; those that are None are left out and counted."""
+        task, notes = self.task, self.tidied.notes | self.asking.notes
+        known = {user: [i for i, answer in enumerate(answers[user]) if answer is not None] for user in self.users}
+        users = [user for user in self.users if known[user]]
+        unknown = sum(len(answers[user]) - len(known[user]) for user in self.users)
+        notes |= {"test examples without an answer": unknown} if unknown else {}
+        correct, metrics, paper = [], {}, []
+        for user in users:
+            truths = [task.test[user][i].label for i in known[user]]
+            said = [answers[user][i] for i in known[user]]
+            texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
+            right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
+            paper.append(float(np.mean(right)))
+            if self.protocol.decoded and decoded is not None:
+                said = [published_reading(text, task.labels) for text in texts]
+            correct.append(right if self.protocol.any_hit else scores(said, truths))
+            own = user_metrics(said, truths, task.multi_label)
+            if probabilities is not None and not task.multi_label:
+                numbers = np.array([task.labels.index(truth[0]) for truth in truths])
+                own["ece"] = calibration_error(probabilities[user], numbers)
+            for metric, value in own.items():
+                metrics.setdefault(metric, []).append(value)
+        if not users:
+            raise InputError(f"task {task.name!r}: {name} has an answer to no test example")
+        notes |= facts.pop("more_notes", {})
+        facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
+                 "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
+        return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
+                      metrics, paper, notes=notes, **facts)  # fmt: skip
+
+    def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
+        """The record of trained adapters, at the best learning rate."""
+        questions, method = self.questions(name), best.cell.config.method
+        own = best.adapters
+        adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
+        scored = self.score(adapters, questions["test"])
+        rows = rows_trained(best, sum(method.virtual(self.base)))
+        trained_for = len(self.task.users) if name == SHARED else len(own)
+        diverged = sum(not np.isfinite(loss) for loss in losses.values())
+        skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
+        more = {"learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped}
+        return self._record(
+            name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
+            probabilities={user: softmax(each) for user, each in scored.items()},
+            decoded=self.decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
+            method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
+            train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=best.seconds,
+            peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),
+            movement=movement(best, self.base),
+            chosen_lr=best.cell.config.learning_rate,
+            lr_grid={rate: loss for rate, loss in losses.items() if np.isfinite(loss)},
+            more_notes={what: number for what, number in more.items() if number},
+        )  # fmt: skip
+
+    def _curves(self, name: str, best: Trained) -> list[list[float | None]]:
+        curves = [[loss if np.isfinite(loss) else None for loss in curve] for curve in best.curves]
+        return curves * len(self.users) if name == SHARED else curves
+
+    # ---- Baselines -------------------------------------------------------------------------------------------------
+
+    def _baselines(self) -> None:
+        for name, baseline in BASELINES.items():
+            self._baseline(name, lambda baseline=baseline: {"answers": baseline(self.task, self.audit)})
+        if self.asking.prompts.instructed or isinstance(self.asking.prompts.labels, LabelSet):
+            zero = self.protocol.examples if self.protocol.zero_shot_examples else 0
+            self._baseline("zero_shot", lambda: self._untrained(zero))
+        if self.asking.prompts.instructed:
+            self._baseline("few_shot", lambda: self._untrained(FEW_SHOT))
+        for name in ("probe_pooled", "probe_user", "probe_pooled_user"):
+            self._baseline(name, lambda name=name: self._probed(name))
+
+    def _baseline(self, name: str, make: Callable[[], dict]) -> None:
+        digest = digest_of([name, asdict(self.protocol), self._task_digest, self._base_digest])
+        if self._existing(name, self.plan.seeds[0], digest) is None:
+            made = make()
+            if any(answer is not None for user in self.users for answer in made["answers"][user]):
+                save_record(self.out, self._record(name, "baseline", self.plan.seeds[0], digest, **made))
+            self.show(f"{self.task.name}: {name}: done")
+
+    def _untrained(self, shots: int) -> dict:
+        """The base alone: a LoRA changes nothing at its start value."""
+        silent = for_base(LoRA(rank=1), self.base)
+        adapters = {user: Adapter(user, silent, silent.initial_row(self.base, 0, user)) for user in self.users}
+        questions = self.asking.questions(shots=shots)["test"]
+        scored = self.score(adapters, questions)
+        decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
+        return {"answers": self.answers(scored), "decoded": decoded,
+                "probabilities": {user: softmax(each) for user, each in scored.items()}}  # fmt: skip
+
+    def _probed(self, name: str) -> dict:
+        scored = self._probe_scores[name]
+        answers = {user: chosen_labels(self.task.labels, own, self.task.multi_label) for user, own in scored.items()}
+        return {"answers": answers, "probabilities": {user: softmax(own) for user, own in scored.items()}}
+
+    @cached_property
+    def _probe_scores(self) -> dict[str, dict[str, np.ndarray]]:
+        tokens: dict[str, tuple[int, ...]] = {}  # each distinct text once
+        for name, split in self.asking.questions().items():
+            for user, questions in split.items():
+                tokens |= zip((example.text for example in self.task.split(name)[user]), (q.prompt for q in questions))
+        feature = features(self.base, tokens.values())
+        return probe_scores(self.task, self.audit, lambda example: feature[tokens[example.text]])
+
+    # ---- What is there already -------------------------------------------------------------------------------------
+
+    def _digest(self, cells: Sequence[Cell]) -> str:
+        return digest_of([[cell.digest() for cell in cells], asdict(self.protocol), self._task_digest,
+                          self._base_digest, self.plan.top_layers])  # fmt: skip
+
+    @cached_property
+    def _task_digest(self) -> str:
+        return digest_of([asdict(self.task.header), *(asdict(e) for split in SPLITS for e in self.task.pooled(split))])
+
+    @cached_property
+    def _base_digest(self) -> str:
+        return self.base.origin.fingerprint
+
+    def _existing(self, name: str, seed: int, digest: str) -> Record | None:
+        """The record of an earlier run. InputError if other settings made it."""
+        path = record_path(self.out, self.task.name, name, seed)
+        if not path.exists():
+            return None
+        record = load_record(path)
+        if record.digest != digest:
+            raise InputError(f"{path} was made by other settings, data or another base; name another folder with --out")
+        return record
+
+
+def softmax(scored: np.ndarray) -> np.ndarray:
+    """Scores [n, C] -> probabilities among the labels."""
+    exp = np.exp(scored - scored.max(1, keepdims=True))
+    return exp / exp.sum(1, keepdims=True)
+
+
+def peak_memory_mb(base: Base) -> float:
+    """Of the process so far: everything that shares the fused passes."""
+    if base.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(base.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,181 @@
+"""From records to the figures of result.json: every name's accuracy with its interval, every pair compared.
+
+All accuracies and differences are in percent and points; a user's accuracy is the mean over the seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+
+from minipeft.errors import InputError
+from minipeft.peftu.records import BASELINES, Record
+from minipeft.stats import (
+    bootstrap_mean,
+    holm,
+    interval,
+    minimum_detectable_difference,
+    p_value,
+    redrawn_means,
+    worst_decile,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One name on one task: its records, one per seed, all of the same users."""
+
+    records: list[Record]
+
+    @property
+    def first(self) -> Record:
+        return self.records[0]
+
+    @property
+    def users(self) -> list[str]:
+        return self.first.users
+
+    @cached_property
+    def by_seed(self) -> dict[int, np.ndarray]:
+        """Seed -> [users] accuracy in percent, in the order of `users`."""
+        place = {user: i for i, user in enumerate(self.users)}
+        result = {}
+        for record in self.records:
+            if set(record.users) != set(self.users):
+                raise InputError(f"records of {record.task!r}, {record.name!r}: seeds {self.first.seed} and "
+                                 f"{record.seed} scored different users; delete one of them and run again")
+            result[record.seed] = np.empty(len(self.users))
+            result[record.seed][[place[user] for user in record.users]] = 100 * np.array(record.accuracy)
+        return result
+
+    @property
+    def values(self) -> np.ndarray:
+        """[users, seeds] accuracy in percent."""
+        return np.stack(list(self.by_seed.values()), axis=1)
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """User -> accuracy in percent, mean over seeds."""
+        return dict(zip(self.users, self.values.mean(1).tolist()))
+
+    def mean(self, field: str) -> float | None:
+        """Mean over seeds of a number of the records; None where nobody took it."""
+        values = [getattr(record, field) for record in self.records if getattr(record, field) is not None]
+        return float(np.mean(values)) if values else None
+
+    def metric(self, name: str) -> float | None:
+        """A metric's mean over users and seeds, as the records have it; None where no user has one."""
+        values = [value for record in self.records for value in record.metrics.get(name, []) if value is not None]
+        return float(np.mean(values)) if values else None
+
+
+def outcomes(records: Sequence[Record]) -> dict[str, dict[str, Outcome]]:
+    """task -> name -> outcome; personal methods, then shared adapters, then baselines in the order of BASELINES."""
+    kinds = {"personal": 0, "shared": 1, "baseline": 2}
+
+    def order(record: Record) -> tuple:
+        known = BASELINES.index(record.name) if record.name in BASELINES else len(BASELINES)
+        return record.task, kinds[record.kind], known, record.name, record.seed
+
+    found: dict[str, dict[str, list[Record]]] = {}
+    for record in sorted(records, key=order):
+        found.setdefault(record.task, {}).setdefault(record.name, []).append(record)
+    return {task: {name: Outcome(some) for name, some in names.items()} for task, names in found.items()}
+
+
+def summarise(records: Sequence[Record]) -> dict:
+    """`tasks`, `comparisons` and `minimum_detectable_difference` of result.json; a baseline that was not made is null.
+
+    Comparisons are a minus b over the users both have, for every pair of names of a task; `p_holm` is adjusted over all
+    pairs of the task. Where one of the two has a single seed, that one stands against all seeds of the other. A task's
+    `minimum_detectable_difference` is the median over its pairs.
+    """
+    tasks: dict[str, dict[str, dict | None]] = {}
+    comparisons, detectable = [], {}
+    for task, names in outcomes(records).items():
+        tasks[task] = {name: figures(outcome, names) for name, outcome in names.items()}
+        tasks[task] |= {name: None for name in BASELINES if name not in names}
+        pairs = compare(task, names)
+        comparisons += pairs
+        known = [pair["minimum_detectable_difference"] for pair in pairs
+                 if pair["minimum_detectable_difference"] is not None]  # fmt: skip
+        detectable[task] = float(np.median(known)) if known else None
+    return {"tasks": tasks, "comparisons": comparisons, "minimum_detectable_difference": detectable}
+
+
+def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
+    """One name's entry of `tasks.<task>`."""
+    mean = bootstrap_mean(outcome.values)
+    record = outcome.first
+    paper = [values for each in outcome.records if (values := each.paper_accuracy) is not None]
+    scores = [score for each in outcome.records for user in each.correct for score in user]
+    return {
+        "kind": record.kind,
+        "accuracy": mean.mean,
+        "ci": [mean.low, mean.high],
+        "worst_decile": worst_decile(outcome.values.mean(1)),
+        "pooled_accuracy": 100 * float(np.mean(scores)),
+        "paper_accuracy": 100 * float(np.mean(paper)) if paper else None,
+        "harmed_vs_shared": harmed(outcome, names.get("shared")),
+        "harmed_vs_own_majority": harmed(outcome, names.get("own_majority")),
+        "num_users": len(outcome.users),
+        "seeds": [each.seed for each in outcome.records],
+        "metrics": {name: outcome.metric(name) for name in record.metrics},
+        "trainable": record.trainable,
+        "bytes_per_user": record.bytes_per_user,
+        "train_flops_per_user": outcome.mean("train_flops_per_user"),
+        "train_seconds": outcome.mean("train_seconds"),
+        "peak_memory_mb": outcome.mean("peak_memory_mb"),
+        "chosen_lr": record.chosen_lr,
+    }
+
+
+def harmed(outcome: Outcome, other: Outcome | None) -> int | None:
+    """How many users are worse off than under the other; None where there is no other."""
+    if other is None or other is outcome:
+        return None
+    return int((paired(outcome, other)[1].mean(1) < -1e-9).sum())
+
+
+def compare(task: str, names: dict[str, Outcome]) -> list[dict]:
+    """Every pair of names, in the order of `names`, with p-values adjusted over all of them."""
+    result, groups = [], {}
+    for a, b in combinations(names, 2):
+        users, differences = paired(names[a], names[b])
+        if not users:
+            continue
+        by_user = differences.mean(1)
+        groups.setdefault((tuple(users), differences.shape), []).append((len(result), differences))
+        result.append({
+            "task": task, "a": a, "b": b, "difference": float(by_user.mean()), "ci": None, "p": None, "p_holm": None,
+            "wins": int((by_user > 1e-9).sum()), "ties": int((abs(by_user) <= 1e-9).sum()),
+            "losses": int((by_user < -1e-9).sum()),
+            "minimum_detectable_difference": minimum_detectable_difference(by_user),
+        })  # fmt: skip
+    for (users, _), members in groups.items():  # pairs of the same users share their redraws
+        means = redrawn_means(np.stack([differences for _, differences in members]))
+        for column, (place, _) in enumerate(members):
+            pair = result[place]
+            pair["ci"] = list(interval(means[:, column], len(users)))
+            pair["p"] = p_value(means[:, column], pair["difference"], len(users))
+    for pair, adjusted in zip(result, holm([pair["p"] for pair in result])):
+        pair["p_holm"] = float(adjusted)
+    return result
+
+
+def paired(a: Outcome, b: Outcome) -> tuple[list[str], np.ndarray]:
+    """The users both have, and a minus b for them: [users, seeds], in points."""
+    theirs = set(b.users)
+    users = [user for user in a.users if user in theirs]
+    sides = []
+    for side, other in ((a, b), (b, a)):
+        place = {user: i for i, user in enumerate(side.users)}
+        seeds = [seed for seed in side.by_seed if seed in other.by_seed or 1 in (len(a.records), len(b.records))]
+        if not seeds:
+            raise InputError(f"records of {a.first.task!r}: {a.first.name!r} and {b.first.name!r} have no seed in "
+                             "common; run both with the same --seeds")  # fmt: skip
+        chosen = np.array([place[user] for user in users], dtype=int)
+        sides.append(np.stack([side.by_seed[seed][chosen] for seed in seeds], axis=1))
+    return users, sides[0] - sides[1]

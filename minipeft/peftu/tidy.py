@@ -1,0 +1,62 @@
+"""A task as the protocol trains it: what is odd about it is handled in one place, and said.
+
+    no validation examples     a tenth of the user's training examples, the last ones, are taken for it (their only one
+                               serves as both)
+    no test examples           the user is not scored, but what they labelled is still common knowledge
+    one label in training      the user trains like others: the answer is easy
+    a label unseen in training nobody can learn it; its test examples count like others
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from minipeft.errors import InputError
+from minipeft.running import first_users
+from minipeft.tasks.task import Task, load_new_users, load_task
+
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Tidied:
+    """notes: what is odd or was done, and how often. new_users: those whom the split holds out for cold start."""
+
+    task: Task
+    notes: dict[str, int] = field(default_factory=dict)
+    new_users: tuple[str, ...] = ()
+
+
+def load_tidied(folder: Path, kind: str = "leaked", num_users: int | None = None) -> Tidied:
+    """The split of that kind, of the first users. In `no_leak` only users with all three parts stay, as published."""
+    task = load_task(folder, kind, only_complete=kind == "no_leak")
+    new = load_new_users(folder) if kind == "new_users" else ()
+    task = task if num_users is None else first_users(task, num_users)
+    return tidied(task, [user for user in new if user in task.train])
+
+
+def tidied(task: Task, new_users: Sequence[str] = ()) -> Tidied:
+    """The task with labels in its own order and validation examples for everybody.
+
+    Raises:
+        InputError: nobody has a test example.
+    """
+    if not any(task.test.values()):
+        raise InputError(f"task {task.name!r}: the test split is empty; needed at least one test example")
+    rank = {label: i for i, label in enumerate(task.labels)}
+    ordered = {name: {user: [replace(e, label=tuple(sorted(e.label, key=rank.__getitem__))) for e in examples]
+                      for user, examples in task.split(name).items()}
+               for name in ("train", "val", "test")}  # fmt: skip
+    task = replace(task, **ordered)
+    without = [user for user in task.users if not task.val[user]]
+    borrowed = {user: max(1, round(VALIDATION_SHARE * len(task.train[user]))) for user in without}
+    train = {user: own[: -borrowed[user]] or own if user in borrowed else own for user, own in task.train.items()}
+    val = {user: task.train[user][-borrowed[user] :] if user in borrowed else own for user, own in task.val.items()}
+    seen = {label for examples in train.values() for example in examples for label in example.label}
+    notes = {
+        "users without validation examples: a tenth of their training examples taken": len(without),
+        "users without a test example, not scored": sum(not own for own in task.test.values()),
+        "users with one label in training": sum(len({e.label for e in own}) == 1 for own in train.values()),
+        "labels unseen in training": len(set(task.labels) - seen),
+    }
+    return Tidied(replace(task, train=train, val=val), {what: n for what, n in notes.items() if n}, tuple(new_users))

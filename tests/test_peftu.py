@@ -1,0 +1,380 @@
+"""Does `bench peftu` run the whole protocol, continue where it was killed, and meet odd tasks as one would expect?"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_bases import MAKERS
+
+from minipeft import bench
+from minipeft.errors import InputError
+from minipeft.models.loading import load_model
+from minipeft.peftu import cells, command, runner
+from minipeft.peftu.audit import Audit, LeakError
+from minipeft.peftu.cold_start import drawn_users
+from minipeft.peftu.protocol import FIXED, PAPER
+from minipeft.peftu.records import load_records
+from minipeft.peftu.runner import Plan, TaskRun
+from minipeft.peftu.tidy import tidied
+from minipeft.running import open_base
+from minipeft.store import Store
+from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
+from minipeft.tasks.task import save_task
+
+CONFIG = SyntheticConfig(users=5, max_examples=24, test_examples=5, texts=60, max_words=14)
+TRAINED = {"lora", "head", "shared", "shared_user"}
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_synthetic(CONFIG)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    save_task(task, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(task, tmp_path_factory):
+    return {kind: MAKERS[kind](task, tmp_path_factory.mktemp(kind)) for kind in ("bert", "t5", "gpt2")}
+
+
+@pytest.fixture(autouse=True)
+def needs_probes():
+    for extra in ("sklearn", "matplotlib", "jinja2"):
+        pytest.importorskip(extra)
+
+
+def run(*argv, report=False) -> int:
+    """The command; most runs leave out the report, whose pictures take longer than everything else."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not report:
+            patch.setattr(command, "report_writer", lambda: lambda out: out / "report.html")
+        return bench.main(["peftu", *map(str, argv)])
+
+
+def few(*more):
+    return ("--epochs", 1, "--methods", "lora,head", "--lrs", "1e-3,1e-2", *more)
+
+
+def records_of(out):
+    return {(record.name, record.seed): record for record in load_records(out)}
+
+
+@pytest.fixture(scope="module")
+def finished(folder, bases, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert run("--tasks", folder, "--model", bases["bert"], "--seeds", 2, "--out", out, "--cold-start", *few()) == 0
+    return out
+
+
+def test_every_baseline_and_method_has_its_records(finished, task):
+    records = records_of(finished)
+    assert {name for name, _ in records} == TRAINED | {
+        "global_majority", "own_majority", "others_vote", "retrieval", "probe_pooled", "probe_user",
+        "probe_pooled_user"}  # fmt: skip
+    assert {(name, seed) for name, seed in records if seed} == {(name, 1) for name in TRAINED}
+    for (name, seed), record in records.items():
+        assert [len(own) for own in record.correct] == [len(task.test[user]) for user in record.users] or (
+            name == "others_vote")
+        assert record.paper_accuracy == pytest.approx(record.accuracy)  # labels that none contains
+        if name in TRAINED:
+            assert record.trainable > 0 and record.bytes_per_user >= 4 * record.trainable
+            assert record.train_flops_per_user > 1000 * record.trainable and record.train_seconds > 0
+            assert set(record.lr_grid) == ({1e-3, 1e-2} if seed == 0 else {record.chosen_lr})
+            assert record.chosen_lr == min(records[name, 0].lr_grid, key=records[name, 0].lr_grid.get)
+            assert record.movement["head.weight"]["min"] > 0
+            assert [len(curve) for curve in record.val_loss] == [1] * len(task.users)
+    assert not any((finished / "adapters").iterdir()), "adapters go once there is a record"
+
+
+def test_the_result_is_written_and_printed(finished, folder, bases, capsys):
+    argv = ("--tasks", folder, "--model", bases["bert"], "--seeds", 2, "--out", finished, "--cold-start", *few())
+    assert run(*argv, report=True) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((finished / "result.json").read_text())
+    names = result["tasks"]["synthetic"]
+    assert names["zero_shot"] is None and names["few_shot"] is None
+    assert {names[name]["kind"] for name in ("lora", "head", "shared_user")} == {"personal"}
+    assert names["shared"]["kind"] == "shared" and names["lora"]["accuracy"] > 0
+    audit = result["audit"]["synthetic"]
+    assert audit["test_examples_fitted"] == 0 and result["mode"] == "fixed" and result["seeds"] == [0, 1]
+    assert "<html" in (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    assert run("--report", finished, report=True) == 0 and (finished / "report.html").exists()
+
+
+def test_what_is_done_is_not_done_again(finished, folder, bases, monkeypatch):
+    monkeypatch.setattr(cells.Timed, "train_step", lambda *args: pytest.fail("trained again"))
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", finished, "--cold-start")
+    assert run(*argv, "--seeds", 2, *few()) == 0
+    assert run(*argv, "--seeds", 1, *few()) == 0
+
+
+def test_records_of_other_settings_are_refused(finished, folder, bases, capsys):
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", finished, "--methods", "lora", "--lrs", "1e-3,1e-2")
+    assert run(*argv, "--epochs", 2) == 2
+    error = capsys.readouterr().err
+    assert "made by other settings" in error and "--out" in error and error.count("\n") == 1
+
+
+def test_a_killed_run_continues_with_the_same_result(finished, folder, bases, tmp_path, monkeypatch):
+    """Killed in the middle of the first fused training: whoever was done is not trained again, nobody differs."""
+    kept, again, add = [], [], Store.add
+
+    def killed(store, adapter, base):
+        if len(kept) == 7:
+            raise KeyboardInterrupt
+        add(store, adapter, base)
+        kept.append((store.folder, adapter.user))
+
+    def noted(store, adapter, base):
+        add(store, adapter, base)
+        again.append((store.folder, adapter.user))
+
+    monkeypatch.setattr(Store, "add", killed)
+    argv = ("--tasks", folder, "--model", bases["bert"], "--seeds", 1, "--out", tmp_path, *few())
+    assert run(*argv) == 130
+    stores = {index.parent for index in (tmp_path / "adapters").glob("*/*/index.sqlite")}
+    assert {(store, user) for store in stores for user in Store(store).users()} == set(kept)
+    monkeypatch.setattr(Store, "add", noted)
+    assert run(*argv) == 0
+    assert not {*kept} & {*again} and len(kept) + len(again) == 3 * 2 * 5 + 2  # methods, rates, users; shared ones
+    whole, continued = records_of(finished), records_of(tmp_path)
+    for key, record in continued.items():
+        assert record.correct == whole[key].correct and record.digest == whole[key].digest, key
+        assert record.chosen_lr == whole[key].chosen_lr
+
+
+def test_cold_start_is_of_new_users_after_k_of_their_own_examples(finished, task):
+    new = set(drawn_users(task))
+    assert 0 < len(new) < len(task.users)
+    for name in (*TRAINED, "own_majority"):
+        curve = records_of(finished)[name, 0].cold_start
+        users = records_of(finished)[name, 0].users
+        assert all(user in new or value is None for values in curve.values() for user, value in zip(users, values))
+        assert (0 in curve) == (name in ("shared", "shared_user", "own_majority"))
+        for k in curve:
+            enough = {user for user in new if len(task.train[user]) >= k}
+            assert {u for u, value in zip(users, curve[k]) if value is not None} == (new if k == 0 else enough)
+
+
+# ---- Other bases and modes -----------------------------------------------------------------------------------------
+
+
+def run_of(task, base, out, plan=None, **changes):
+    plan = plan or Plan(FIXED, {"lora": FIXED.methods()["lora"]}, epochs=1, rates=(1e-2,))
+    run = TaskRun(replace(plan, **changes), tidied(task), base, out, lambda line: None, lambda done, total: None)
+    run.run()
+    return run
+
+
+def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkeypatch):
+    plan = Plan(PAPER, {name: PAPER.methods()[name] for name in ("lora", "prefix")}, (42,), epochs=1)
+    said = {}
+
+    def decoded(run, adapters, questions):
+        said.update({user: ["", "yes."] * len(own) for user, own in questions.items()})
+        return {user: said[user][: len(own)] for user, own in questions.items()}
+
+    monkeypatch.setattr(TaskRun, "decoded", decoded)
+    run = run_of(task.subset(task.users[:2]), open_base(bases["t5"], 2), tmp_path, plan)
+    records = records_of(tmp_path)
+    record = records["lora", 42]
+    for user, right in zip(record.users, record.correct):
+        truths = [example.label[0] for example in task.test[user]]
+        assert right == [float(truth == ("no", "yes")[i % 2]) for i, truth in enumerate(truths)]  # "" is "no"
+    assert record.chosen_lr == 2e-5 and record.method["alpha"] == 32 and records["prefix", 42].method["hf_compat"]
+    prompt = run.asking.prompts.tokenizer.decode(run.questions("lora")["test"][record.users[0]][0].prompt)
+    assert prompt.count("Text:") == 4 and prompt.count("Label: no.") == 3  # the first label's examples only
+    assert {"zero_shot", "few_shot"} <= {name for name, _ in records}
+
+
+def test_a_t5_is_heard_through_each_users_own_adapter(task, bases, tmp_path):
+    """Two users who were taught one label each say it, one of them as far as this small base can spell."""
+    taught = dict(zip(task.users, (("yes",), ("no",))))
+    train = {user: [replace(example, label=label) for example in task.train[user]] for user, label in taught.items()}
+    plan = Plan(FIXED, {"lora": FIXED.methods()["lora"]})
+    run = TaskRun(plan, tidied(replace(task.subset(taught), train=train, val=train)), open_base(bases["t5"], 2),
+                  tmp_path, print, lambda done, planned: None)  # fmt: skip
+    (trained,) = run.train([run.cell("lora", 3e-2, 0)])
+    said = run.decoded(trained.adapters, run.questions("lora")["test"])
+    one, other = taught
+    assert said[one] == ["yes"] * len(task.test[one])
+    assert len(said[other]) == len(task.test[other]) and all(text.startswith("n") for text in said[other])
+
+
+def test_top_layers_of_an_encoder_start_from_kept_states(task, bases, tmp_path, monkeypatch):
+    base = open_base(bases["bert"], 2)
+    plan = Plan(FIXED, {name: FIXED.methods()[name] for name in ("lora", "prompt")}, epochs=1, rates=(1e-2,))
+    run = run_of(task, base, tmp_path, plan, top_layers=1)
+    assert "virtual tokens" in run.left_out["prompt"] and set(run.methods) == {"lora"}
+    assert {name for name, _ in records_of(tmp_path)} >= {"lora", "shared", "shared_user", "probe_user"}
+    assert all(site.startswith("layers.1.") for site in run.base.sites)
+
+
+def with_several_labels(task):
+    names = ("anger", "fear", "joy")
+    draw = np.random.default_rng(0)
+    sets = lambda: tuple(name for name in names if draw.random() < 0.5) or ("joy",)  # noqa: E731
+    splits = {name: {user: [replace(e, label=sets()) for e in own] for user, own in task.split(name).items()}
+              for name in ("train", "val", "test")}  # fmt: skip
+    return replace(task, labels=names, multi_label=True, **splits)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "gpt2"])
+def test_several_labels(task, bases, tmp_path, kind):
+    """Seven sets can be answered at most; of a test set that nobody gave in training nothing need be known."""
+    several = with_several_labels(task)
+    run = run_of(several.subset(several.users[:2]), open_base(bases[kind], 3), tmp_path)
+    record = records_of(tmp_path)["lora", 0]
+    assert set(record.metrics) == {"macro_f1", "micro_f1", "jaccard", "any_hit", "exact"}
+    assert record.accuracy == pytest.approx(record.metrics["jaccard"])
+    if kind == "bert":  # answered labels, read by their names
+        assert record.paper_accuracy == pytest.approx(record.metrics["any_hit"])
+    assert ("zero_shot", 0) in records_of(tmp_path) or kind == "bert"
+    assert run.audit.report()["test_examples_fitted"] == 0
+
+
+def test_equal_parameters(task, bases, tmp_path):
+    base = open_base(bases["bert"], 2)
+    methods = {name: FIXED.methods()[name] for name in ("lora", "houlsby", "prefix", "ia3")}
+    plan = Plan(FIXED, methods, equal="parameters")
+    run = TaskRun(plan, tidied(task), base, tmp_path, print, print)
+    counts = {name: method.parts[0].count(base) for name, method in run.methods.items()}
+    smallest = 2 * (4 * (32 + 32) + 2 * (32 + 48))  # a LoRA of rank 1 in two layers
+    assert counts == {"lora": smallest, "ia3": 2 * (32 + 32 + 48), "houlsby": 4 * (7 * 32 + 3), "prefix": 6 * 4 * 32}
+
+
+def test_equal_time_gives_cheap_methods_more_epochs(task, bases, tmp_path):
+    plan = Plan(FIXED, {name: FIXED.methods()[name] for name in ("lora", "prefix")}, epochs=8, equal="time")
+    run = TaskRun(plan, tidied(task), open_base(bases["bert"], 2), tmp_path, print, print)
+    assert run._epochs("lora") == 8 and 1 <= run._epochs("prefix") < 8  # twenty virtual tokens are twenty more rows
+
+
+# ---- Leaks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("where", "how"), [
+    ("adapters", lambda run: run.cell("lora", 1e-2, 0)),
+    ("prompts", lambda run: run.asking.questions(shots=2)),
+    ("answers", lambda run: runner.Asking(run.base, run.task, FIXED, run.audit)),
+])  # fmt: skip
+def test_a_test_example_in_training_or_prompts_is_noticed(where, how, task, bases, tmp_path):
+    kind = "gpt2" if where == "prompts" else "bert"
+    run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(task), open_base(bases[kind], 2), tmp_path,
+                  print, print)  # fmt: skip
+    user = run.task.users[0]
+    run.task = replace(run.task, train=run.task.train | {user: run.task.train[user] + run.task.test[user][:1]})
+    run.asking.task = run.task
+    with pytest.raises(LeakError, match=f"{where}: example .* is a test example"):
+        how(run)
+
+
+def test_a_test_label_is_in_no_question(task, bases):
+    asking = runner.Asking(open_base(bases["gpt2"], 2), task, FIXED, Audit(task))
+    assert {q.label for own in asking.questions()["test"].values() for q in own} == {0}
+
+
+# ---- Odd tasks -----------------------------------------------------------------------------------------------------
+
+
+def test_users_without_validation_give_a_tenth_of_their_training_examples(task):
+    user, other = task.users[:2]
+    given = tidied(replace(task, val=task.val | {user: []}))
+    own = task.train[user]
+    borrowed = max(1, round(0.1 * len(own)))
+    assert given.task.train[user] == own[:-borrowed] and given.task.val[user] == own[-borrowed:]
+    assert given.task.val[other] == task.val[other]
+    assert list(given.notes.values()) == [1] and "without validation" in next(iter(given.notes))
+    alone = tidied(replace(task, val={user: [] for user in task.users}, train=task.train | {user: own[:1]})).task
+    assert alone.train[user] == alone.val[user] == own[:1]
+
+
+def test_a_task_without_validation_a_user_with_one_label_and_an_unseen_class(task, bases, tmp_path):
+    user = task.users[0]
+    odd = replace(task, labels=(*task.labels, "never"), val={user: [] for user in task.users},
+                  train=task.train | {user: [replace(e, label=("yes",)) for e in task.train[user]]},
+                  test=task.test | {task.users[1]: []})  # fmt: skip
+    run_of(odd, open_base(bases["bert"], 3), tmp_path)
+    for record in load_records(tmp_path):
+        assert task.users[1] not in record.users and len(record.users) == len(task.users) - 1
+        notes = " ".join(record.notes)
+        for said in ("without validation", "one label", "unseen in training", "without a test"):
+            assert said in notes
+
+
+def test_an_empty_test_split_is_an_error(task):
+    with pytest.raises(InputError, match="the test split is empty"):
+        tidied(replace(task, test={user: [] for user in task.users}))
+
+
+def test_methods_that_do_not_apply_are_left_out_and_said(folder, bases, tmp_path, capsys):
+    argv = ("--tasks", folder, "--model", bases["gpt2"], "--epochs", 1, "--lrs", "1e-2", "--users", 2)
+    assert run(*argv, "--methods", "lora,head", "--out", tmp_path / "a") == 0
+    out = capsys.readouterr().out
+    assert "left out: head" in out
+    assert "head" in json.loads(out.splitlines()[-1])["left_out"]["synthetic"]
+    assert run(*argv, "--methods", "head", "--out", tmp_path / "b") == 2
+    assert "no method applies to this base: head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--methods", "lora,magic"], "no method is called 'magic'"), (["--methods", ","], "no method"),
+    (["--lrs", "0"], "needed learning rates above 0"), (["--lrs", "x"], "needed learning rates above 0"),
+    (["--seeds", "0"], "at least 1"), (["--tasks", "nowhere"], "no folder nowhere"),
+    (["--mode", "paper", "--lrs", "1e-3"], "one learning rate for all"), (["--users", "99"], "has 5 users"),
+    (["--lrs-from", "nowhere"], "no records"), (["--top-layers", "9"], "has 2 layers"),
+    (["--split", "strict"], "strict"), (["--instructions", "nowhere.json"], "nowhere.json"),
+])  # fmt: skip
+def test_bad_options_are_one_line(argv, said, folder, bases, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--tasks" in argv else ["--tasks", folder]
+    assert run(*given, "--model", bases["bert"], "--out", tmp_path / "out", *argv) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_two_tasks_of_one_name_are_refused(folder, bases, tmp_path, capsys):
+    assert run("--tasks", folder, folder, "--model", bases["bert"], "--out", tmp_path) == 2
+    assert "two are called 'synthetic'" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused(folder, bases, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert run("--tasks", folder, "--model", bases["bert"], "--out", tmp_path / "file") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_learning_rates_are_carried_over(finished):
+    carried = dict(command.carried_from(finished))
+    assert set(carried) == TRAINED
+    assert Plan(FIXED, {}, carried=tuple(carried.items())).grid("lora", True, {}) == [carried["lora"]]
+
+
+def test_published_instructions_are_taken_word_for_word(task, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"datasets": {"synthetic": {"instruction": "As publishd."}}}))
+    assert command.with_instruction(tidied(task), tmp_path / "config.json").task.instruction == "As publishd."
+    with pytest.raises(InputError, match=r"no datasets\.other\.instruction"):
+        command.with_instruction(tidied(replace(task, name="other")), tmp_path / "config.json")
+
+
+def test_weights_in_bf16_lose_small_steps(task, bases):
+    """The published precision: at its learning rate next to nothing of IA3 moves."""
+    base = open_base(load_model(bases["bert"]), 2)
+    moved = {}
+    for bf16 in (False, True):
+        protocol = replace(FIXED, bf16_weights=bf16)
+        plan = Plan(protocol, {"ia3": protocol.methods()["ia3"]}, epochs=1, rates=(2e-5,))
+        run = TaskRun(plan, tidied(task), base, None, print, print)
+        trained = cells.train_cells(base, run.asking.prompts.labels, [run.cell("ia3", 2e-5, 0)],
+                                    bases["bert"].parent / f"bf16 {bf16}", plan.passes, print, print)  # fmt: skip
+        moved[bf16] = cells.movement(trained[0], base)["attn.k.l"]["median"]
+        row = trained[0].adapters[task.users[0]].row
+        assert torch.equal(row, row.bfloat16().float()) == bf16
+    assert moved[True] == 0 < moved[False]

@@ -1,0 +1,111 @@
+"""Does a prompt hold the examples it should, in the published way and in ours, and lose the right part if too long?"""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from small_bases import MAKERS, POSITIONS
+
+from minipeft.methods.bottleneck import Houlsby
+from minipeft.methods.lora import LoRA
+from minipeft.methods.prefix import PrefixTuning
+from minipeft.methods.prompt import PromptTuning
+from minipeft.methods.ptuning import PTuning
+from minipeft.models.t5 import T5, T5Config
+from minipeft.peftu.asking import Asking, balanced_examples, published_examples
+from minipeft.peftu.audit import Audit
+from minipeft.peftu.protocol import FIXED, PAPER, Protocol, equal_size
+from minipeft.running import open_base
+from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
+from minipeft.tasks.task import Example
+
+KNOWN = [Example("u", str(i), f"t{i}", ("a" if i % 3 == 0 else "b",)) for i in range(8)]
+ASKED = [Example("u", "9", "t9", ("b",)), Example("u", "10", "t10", ("a",))]
+
+
+def test_published_examples_are_those_of_the_published_code():
+    """What load_dataset_with_prompts of the published code drew for these examples: always the first label's."""
+    said = lambda shots: " ".join(text for text, label in shots if label == "a")  # noqa: E731
+    assert [said(shots) for shots in published_examples(KNOWN, KNOWN, 3, True)] == [
+        "t6 t0 t3", "t0 t6 t3", "t0 t6 t3", "t0 t3 t6", "t0 t3 t6", "t3 t0 t6", "t3 t6 t0", "t0 t3 t6"]  # fmt: skip
+    assert [said(shots) for shots in published_examples(KNOWN, ASKED, 3, True)] == ["t6 t0 t3", "t0 t6 t3"]
+    several = [replace(KNOWN[0], label=("a", "b")), *KNOWN[1:]]
+    assert [said(shots) for shots in published_examples(several, ASKED, 2, True)] == ["t6 t0", "t0 t6"]
+
+
+def test_a_training_example_stands_in_its_own_prompt_only_as_published():
+    own = lambda allowed: [any(text == query.text for text, _ in shots)  # noqa: E731
+                           for query, shots in zip(KNOWN, published_examples(KNOWN, KNOWN, 3, allowed))]  # fmt: skip
+    assert any(own(True)) and not any(own(False))
+    for query in KNOWN:
+        assert query.text not in [text for text, _ in balanced_examples("u", KNOWN, query, 8)]
+
+
+def test_balanced_examples_take_labels_in_turn():
+    labels = [label for _, label in balanced_examples("u", KNOWN, None, 6)]
+    assert sorted(labels[:2]) == sorted(labels[2:4]) == sorted(labels[4:6]) == ["a", "b"]
+    assert len(balanced_examples("u", KNOWN, None, 99)) == 8
+    assert balanced_examples("u", KNOWN, None, 4) == balanced_examples("u", KNOWN, None, 4)
+    assert balanced_examples("u", KNOWN, None, 4) != balanced_examples("v", KNOWN, None, 4)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    task, _ = make_synthetic(SyntheticConfig(users=2, max_examples=24, test_examples=5, texts=60))
+    return task, {kind: open_base(MAKERS[kind](task, tmp_path_factory.mktemp(kind)), 2) for kind in ("gpt2", "bert")}
+
+
+def said(asking, question):
+    return asking.prompts.tokenizer.decode(question.prompt)
+
+
+def test_examples_go_first_then_the_text_is_shortened(asked):
+    task, bases = asked
+    user = task.users[0]
+    sizes = [*range(1, 30), 300]
+    texts = [replace(task.test[user][0], text="word " * n) for n in sizes]
+    long = replace(task, instruction="Say.", test=task.test | {user: texts})
+    asking = Asking(bases["gpt2"], long, FIXED, Audit(long))
+    prompts = asking.questions(shots=2)["test"][user]
+    counts = [said(asking, question).count("Text:") - 1 for question in prompts]
+    assert counts == sorted(counts, reverse=True) and set(counts) == {2, 1, 0}
+    assert all(said(asking, question).endswith(" Label:") for question in prompts)
+    assert all(len(question.prompt) <= POSITIONS - 1 for question in prompts)
+    whole = [said(asking, question).count("word") == n for question, n in zip(prompts, sizes)]
+    assert all(kept for kept, count in zip(whole, counts) if count) and not whole[-1]
+    assert asking.notes["texts shortened"] >= whole.count(False)
+    assert asking.notes["prompts with fewer examples"] >= sum(count < 2 for count in counts)
+
+
+def test_as_published_a_long_prompt_loses_its_query(asked):
+    task, bases = asked
+    user = task.users[0]
+    long = replace(task, test=task.test | {user: [replace(task.test[user][0], text="word " * 300 + "query")]})
+    asking = Asking(bases["gpt2"], long, replace(PAPER, examples=0), Audit(long))
+    (question,) = asking.questions(shots=3)["test"][user]
+    assert not said(asking, question).endswith("Label:") and asking.notes["queries cut"] >= 1
+
+
+def test_an_encoder_reads_the_text_alone(asked):
+    task, bases = asked
+    asking = Asking(bases["bert"], task, PAPER, Audit(task))
+    assert asking.questions(shots=3)["test"] == asking.questions()["test"]
+
+
+def test_paper_differs_from_fixed_in_every_switch():
+    assert FIXED == Protocol()
+    assert all(getattr(PAPER, field.name) != getattr(FIXED, field.name) for field in fields(Protocol))
+    assert all(f"{field.name}:" in Protocol.__doc__ for field in fields(Protocol))
+    assert FIXED.rates("ia3") == [0.0033, 0.01, 0.03] and PAPER.rates("ia3") == [2e-5]
+    config = PAPER.config(PAPER.methods()["ia3"], 2e-5, 42, 8)
+    assert (config.warmup, config.patience, config.batch_size, config.weight_decay) == (0.01, 8, 8, 0.01)
+
+
+@pytest.mark.parametrize(("method", "count"), [
+    (LoRA(8, sites=("q", "v")), 110_592), (Houlsby(), 110_640), (PrefixTuning(20, hf_compat=True), 110_592),
+    (PromptTuning(20), 110_592), (PTuning(20), 110_232),
+])  # fmt: skip
+def test_equal_sizes_are_the_published_ablations(method, count):
+    with torch.device("meta"):
+        base = T5(T5Config(32128, 768, 12, 12, 12, 64, 2048, start_token=0, gated=True))
+    assert equal_size(method, base, 110_592).count(base) == count

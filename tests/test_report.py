@@ -1,0 +1,205 @@
+"""Does the report say what result.json and the records say, does it work in a browser, and is every id in it inert?"""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from simulated_records import NAMES, simulate
+
+from minipeft.errors import InputError
+from minipeft.peftu import charts
+from minipeft.peftu.charts import pareto
+from minipeft.peftu.records import load_record, save_record
+from minipeft.peftu.report import plain, write_report
+from minipeft.peftu.summary import outcomes, summarise
+from minipeft.peftu.tables import movement_table, notes_table
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
+FEW = {name: NAMES[name] for name in ("lora", "prompt", "shared", "own_majority", "others_vote", "probe_pooled_user")}
+
+
+def write_run(out: Path, records: list) -> dict:
+    """What a finished run leaves: records and result.json."""
+    for record in records:
+        save_record(out, record)
+    result = summarise(records) | {
+        "mode": "fixed", "seeds": [0, 1], "model": "tiny", "command": "python -m minipeft.bench peftu --seeds 2",
+        "versions": {"torch": "9.8.7"}, "ceilings": {"synthetic": {"shared": 70.0, "personal": 90.0}},
+        "audit": {"synthetic": {"test_examples_fitted": 0, "examples_fitted": {"adapters": 345}}},
+        "left_out": {"synthetic": {"ptuning": "no place for virtual tokens"}},
+    }  # fmt: skip
+    (out / "result.json").write_text(json.dumps(result))
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two tasks, one with a name and a user that try to be more than data. Returns the folder and the result."""
+    out = tmp_path_factory.mktemp("run")
+    records = simulate("synthetic", names=FEW, seeds=2) + simulate(EVIL, users=30, multi_label=True, seeds=1, names={
+        name: FEW[name] for name in ("lora", "shared", "own_majority")}, ids=EVIL + "{}")  # fmt: skip
+    result = write_run(out, records)
+    assert write_report(out) == out / "report.html"
+    return out, result
+
+
+def test_both_reports_hold_the_figures_of_the_result(run):
+    out, result = run
+    lora = result["tasks"]["synthetic"]["lora"]
+    for text in ((out / "report.html").read_text(), (out / "report.md").read_text().replace("\\", "")):
+        assert f"{lora['accuracy']:.1f} [{lora['ci'][0]:.1f} to {lora['ci'][1]:.1f}]" in text
+        assert "personal 90.0 %" in text and "shared 70.0 %" in text                              # ceilings
+        for said in ("python -m minipeft.bench peftu --seeds 2", "9.8.7", "no place for virtual tokens", "HARDLY MOVED",
+                     "users without a label of anybody else", "adapters", "345", "All comparisons"):
+            assert said in text, said
+
+
+def test_no_figure_is_shown_without_its_uncertainty(run):
+    """Every line of the summary that names an accuracy or a difference names an interval too."""
+    lines = re.findall(r"<p>(Highest|Against)(.*?)</p>", (run[0] / "report.html").read_text())
+    assert len(lines) == 7 and all(re.search(r"\d to \S*\d", rest) for _, rest in lines)
+
+
+def test_the_html_needs_nothing_else(run):
+    text = (run[0] / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', re.sub(r"&lt;.*?&gt;", "", text))
+    assert all(source.startswith(("data:image/svg+xml;base64,", "#s")) for source in sources)
+    pictures = [source for source in sources if source.startswith("data:")]
+    assert len(pictures) == 12 and all(b"</svg>" in base64.b64decode(each.split(",")[1]) for each in pictures)
+
+
+def test_markdown_links_to_pictures_that_are_there(run):
+    out, _ = run
+    links = re.findall(r"\]\((figures/[\w.-]+)\)", (out / "report.md").read_text())
+    assert len(links) == 12 and all((out / link).read_bytes().startswith(b"\x89PNG") for link in links)
+    assert sorted(links) == sorted(f"figures/{file.name}" for file in (out / "figures").iterdir())
+
+
+def test_ids_and_names_are_data(run):
+    html, markdown = ((run[0] / name).read_text() for name in ("report.html", "report.md"))
+    assert html.count("<script>") == 1 and "<img src=x" not in html and html.count("&lt;img src=x") > 30
+    assert "<script>" not in markdown and "<img" not in markdown
+    assert plain("a|b *c* <d>\n# e_f") == "a\\|b \\*c\\* &lt;d&gt; \\# e\\_f"
+
+
+def test_written_again_it_is_the_same_to_the_byte_and_old_pictures_go(tmp_path):
+    write_run(tmp_path, simulate("one", names={"own_majority": FEW["own_majority"]}))
+    before = write_report(tmp_path).read_bytes()
+    (tmp_path / "figures" / "7-gains.png").write_bytes(b"of a task that is gone")
+    assert write_report(tmp_path).read_bytes() == before
+    assert not (tmp_path / "figures" / "7-gains.png").exists()
+
+
+def test_baselines_alone_make_a_report_too(tmp_path):
+    write_run(tmp_path, simulate("one", names={name: FEW[name] for name in ("own_majority", "others_vote")}))
+    text = write_report(tmp_path).read_text()
+    assert "Highest of the personal" not in text and text.count("<figure>") == 2
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda out: (out / "result.json").unlink(), r"result\.json: cannot be read"),
+    (lambda out: (out / "result.json").write_text("{"), r"result\.json is damaged: not JSON"),
+    (lambda out: (out / "result.json").write_text("[]"), r"result\.json is damaged: field 'tasks'"),
+    (lambda out: shutil.rmtree(out / "records"), "no records in it"),
+    (lambda out: (out / "records" / "one" / "lora-s0.json").unlink(), "disagree about 'lora' of task 'one'"),
+    (lambda out: save_record(out, replace(load_record(out / "records" / "one" / "lora-s0.json"), seed=1)),
+     "disagree about 'lora' of task 'one'"),
+])  # fmt: skip
+def test_a_folder_that_is_not_whole_is_one_clear_line(tmp_path, damage, message):
+    write_run(tmp_path, simulate("one", names={name: FEW[name] for name in ("lora", "shared")}, seeds=1))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "report.html").exists()
+
+
+def test_what_did_not_train_is_flagged():
+    records = simulate("one", names={name: FEW[name] for name in ("lora", "prompt", "shared")}, seeds=1)
+    still = {tensor: {"median": 0.0, "min": 0.0} for tensor in records[2].movement}
+    table = movement_table(outcomes([*records[:2], replace(records[2], movement=still)])["one"])
+    assert {row[0].text: row[1].text for row in table.rows} == {
+        "lora": "trained", "prompt": "HARDLY MOVED", "shared": "DID NOT TRAIN"}  # fmt: skip
+    assert [row[5].text for row in table.rows] == ["0", "6", "6"]
+
+
+def test_what_is_true_of_several_stands_once():
+    names = outcomes(simulate("one", names=FEW, seeds=2))["one"]
+    rows = notes_table(names, {name: {} for name in names} | {"retrieval": None}, {}).rows
+    said = {row[0].text: (row[1].text, row[2].text) for row in rows}
+    assert said["texts cut to 512 positions"] == ("4", "lora, prompt, shared")
+    assert said["not made: does not apply here, or was not asked for"][1] == "retrieval"
+
+
+def test_the_front_holds_what_nothing_cheaper_beats():
+    points = {"free": (0, 50), "free too": (0, 40), "cheap": (10, 60), "dear": (100, 60), "best": (1000, 61)}
+    assert pareto(points) == ["free", "cheap", "best"]
+
+
+def test_a_dollar_in_a_name_is_a_dollar():
+    """As a formula this name cannot be set."""
+    figures = {"$\\nothing$": {"kind": "baseline", "accuracy": 50.0, "ci": [40.0, 60.0]}}
+    with charts.style():
+        assert charts.written(charts.accuracies(figures, {}), "png").startswith(b"\x89PNG")
+
+
+# ---- In a browser --------------------------------------------------------------------------------------------------
+
+PROBE = """
+<script>
+const problems = [];
+addEventListener("error", event => problems.push(event.message), true);
+addEventListener("securitypolicyviolation", event => problems.push(event.violatedDirective));
+addEventListener("load", () => {
+  const table = document.querySelectorAll("table")[1], headers = [...table.tHead.rows[0].cells];
+  const column = name => headers.findIndex(header => header.textContent.trim().startsWith(name));
+  const read = i => [...table.tBodies[0].rows].map(row => row.cells[i].textContent.trim());
+  const click = name => { headers[column(name)].querySelector("button").click(); return read(column(name)); };
+  const found = {
+    accuracy: click("accuracy"), turned: click("accuracy"), method: click("method"),
+    unknown: click("users below shared"),
+    sort: headers.map(header => header.getAttribute("aria-sort")),
+    focusable: headers.every(header => header.querySelector("button").tabIndex === 0),
+    wide: document.documentElement.scrollWidth, window: innerWidth, title: document.title,
+    pictures: [...document.images].every(image => image.complete && image.naturalWidth > 0), problems,
+  };
+  document.body.innerHTML = "";
+  const out = document.createElement("pre");
+  out.id = "found"; out.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(found))));
+  document.body.append(out);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_in_a_browser_tables_sort_nothing_fails_and_the_page_keeps_its_width(run, width, tmp_path):
+    """Chromium windows have a least width: the page lies in a frame as wide as asked, on a page of the same origin."""
+    page = tmp_path / "probed.html"
+    page.write_text((run[0] / "report.html").read_text().replace("<title>", PROBE + "<title>", 1))
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"""<iframe src="probed.html" style="width:{width}px;height:800px;border:0"></iframe><script>
+        addEventListener("load", () => {{
+          document.body.append(document.querySelector("iframe").contentDocument.getElementById("found")); }});
+        </script>""")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--enable-logging=stderr",
+         "--dump-dom", outer.as_uri()], capture_output=True, text=True, timeout=120)  # fmt: skip
+    answer = re.search(r'<pre id="found">([\w+/=]+)</pre>', done.stdout)
+    assert answer, done.stdout[-500:] + done.stderr[-2000:]
+    found = json.loads(base64.b64decode(answer[1]))
+    assert found["problems"] == [] and "CONSOLE" not in done.stderr and found["title"].startswith("Protocol report")
+    figures = run[1]["tasks"][EVIL]
+    accuracies = sorted(f"{each['accuracy']:.1f}" for each in figures.values() if each)
+    assert found["accuracy"] == accuracies and found["turned"] == accuracies[::-1]
+    assert found["method"] == sorted(found["method"])
+    assert found["unknown"][-1] == "\N{EN DASH}"
+    assert [sort for sort in found["sort"] if sort] == ["ascending"] and found["focusable"] and found["pictures"]
+    assert found["window"] == width and found["wide"] <= width

@@ -1,0 +1,89 @@
+"""Do the figures of result.json say what the records hold, and does the comparison find the order that was put in?"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated_records import NAMES, simulate
+from test_records import RECORD
+
+from minipeft.errors import InputError
+from minipeft.peftu.records import BASELINES
+from minipeft.peftu.summary import summarise
+
+
+def record(name, scores, kind="personal", seed=0, **changes):
+    """A record whose users a, b, c, ... have these scores, one test example each."""
+    users = [chr(ord("a") + i) for i in range(len(scores))]
+    fields = dict(metrics={}, paper_accuracy=None, val_loss=[], cold_start=None, num_train=[4] * len(scores),
+                  correct=[[score] for score in scores], users=users, task="t") | changes  # fmt: skip
+    return replace(RECORD, name=name, kind=kind, seed=seed, **fields)
+
+
+def pair_of(result, a, b):
+    return next(pair for pair in result["comparisons"] if (pair["a"], pair["b"]) == (a, b))
+
+
+def test_figures_of_a_case_by_hand():
+    """Lora: per user means over seeds 1, .5, .25, 1; the second seed lists the users the other way round."""
+    second = record("lora", [1, 0.5, 0, 1], seed=1, users=list("dcba"), paper_accuracy=[0.5] * 4)
+    result = summarise([
+        record("lora", [1, 1, 0, 1], paper_accuracy=[0.0] * 4), second, record("shared", [1, 1, 1, 0], "shared"),
+        record("own_majority", [0, 0, 1, 0.5], "baseline"),
+    ])  # fmt: skip
+    lora = result["tasks"]["t"]["lora"]
+    assert lora["accuracy"] == 68.75 and lora["worst_decile"] == 25 and lora["paper_accuracy"] == 25
+    assert lora["harmed_vs_shared"] == 2 and lora["harmed_vs_own_majority"] == 1 and lora["num_users"] == 4
+    assert lora["kind"] == "personal" and lora["seeds"] == [0, 1] and lora["trainable"] == RECORD.trainable
+    assert result["tasks"]["t"]["shared"]["harmed_vs_shared"] is None
+    pair = pair_of(result, "lora", "shared")
+    assert pair["difference"] == -6.25 and (pair["wins"], pair["ties"], pair["losses"]) == (1, 1, 2)
+    assert pair["ci"][0] < -6.25 < pair["ci"][1] and pair["p_holm"] >= pair["p"] > 0.05
+    assert all(result["tasks"]["t"][name] is None for name in BASELINES if name != "own_majority")
+
+
+def test_a_clear_order_is_found_and_stated_with_its_uncertainty():
+    result = summarise(simulate(users=68))
+    tasks = result["tasks"]["sarcasm"]
+    assert tasks["lora"]["accuracy"] > tasks["shared"]["accuracy"] > tasks["global_majority"]["accuracy"]
+    for better, worse in (("lora", "shared"), ("lora", "own_majority"), ("shared", "global_majority")):
+        pair = pair_of(result, better, worse)
+        assert pair["p_holm"] < 0.05 and pair["ci"][0] > 0
+        assert pair["difference"] == pytest.approx(tasks[better]["accuracy"] - tasks[worse]["accuracy"])
+    assert pair_of(result, "prompt", "shared")["p_holm"] > 0.05
+    assert len(result["comparisons"]) == len(NAMES) * (len(NAMES) - 1) // 2
+    assert 1 < result["minimum_detectable_difference"]["sarcasm"] < 15
+    assert result == summarise(simulate(users=68)[::-1])
+
+
+def test_users_only_one_side_has_are_left_out_of_the_pair():
+    result = summarise([record("lora", [1, 1, 0]), record("others_vote", [0, 1], "baseline")])
+    pair = pair_of(result, "lora", "others_vote")
+    assert pair["difference"] == 50 and pair["wins"] + pair["ties"] + pair["losses"] == 2
+    nobody = summarise([record("lora", [1, 1]), record("others_vote", [0, 1], "baseline", users=["x", "y"])])
+    assert nobody["comparisons"] == []
+
+
+def test_the_same_seeds_are_paired_and_one_seed_stands_against_all():
+    rng = np.random.default_rng(0)
+    base, luck = rng.random((30, 1)) * 0.5, rng.random((30, 3)) * 0.4          # each seed's luck, the same for both
+    records = [record(name, base[:, 0] * 0 + (base + luck)[:, s] + gain, seed=s)
+               for name, gain in (("lora", 0.1), ("ia3", 0.0)) for s in range(3)]  # fmt: skip
+    pair = pair_of(summarise([*records, record("own_majority", base[:, 0], "baseline")]), "ia3", "lora")
+    assert pair["ci"] == pytest.approx([-10, -10])
+    result = summarise([*records[:3], record("ia3", base[:, 0])])
+    assert pair_of(result, "ia3", "lora")["difference"] == pytest.approx(-100 * (luck.mean() + 0.1))
+    some = summarise([*records[:3], *records[4:]])                             # ia3's seed 0 is missing
+    assert pair_of(some, "ia3", "lora")["difference"] == pytest.approx(-10)
+
+
+def test_tasks_are_families_of_their_own():
+    both = summarise([*simulate("one"), *simulate("another")])
+    assert [pair for pair in both["comparisons"] if pair["task"] == "one"] == summarise(simulate("one"))["comparisons"]
+
+
+def test_records_that_do_not_belong_together_are_an_error():
+    with pytest.raises(InputError, match="seeds 0 and 1 scored different users"):
+        summarise([record("lora", [1, 1]), record("lora", [1, 1, 0], seed=1)])
+    with pytest.raises(InputError, match="have no seed in common"):
+        summarise([record("lora", [1, 0], seed=s) for s in (0, 1)] + [record("ia3", [1, 0], seed=s) for s in (2, 3)])
