@@ -165,10 +165,11 @@ def _step_with_pytorch(buffers, slots, table, squares, compute) -> Tensor:
     v = v.mul_(beta2).add_(grad.mul_(grad).mul_(rest2))
     denominator = v.sqrt().mul_(correction).add_(eps)
     w = w.mul_(decay).sub_((m * step_size).div_(denominator))
-    for buffer, rows in ((exp_avg, m), (exp_avg_sq, v), (weights, w)):
-        buffer.index_copy_(0, slots, rows)
+    written = [(exp_avg, m), (exp_avg_sq, v), (weights, w)]
     if compute is not None:
-        compute.index_copy_(0, slots, w.to(compute.dtype))
+        written.append((compute, w.to(compute.dtype)))
+    for buffer, rows in written:  # all is allocated by now: short of memory, a step is taken whole or not at all
+        buffer.index_copy_(0, slots, rows)
     return norms
 
 

@@ -87,7 +87,7 @@ class State:
         self.begun = begun
 
     def forget_standings(self) -> None:
-        for path in self.folder.glob("rank-*.safetensors"):
+        for path in self.folder.glob("rank-*"):  # and what a full disk left half written
             path.unlink()
 
     # ---- Who is done -----------------------------------------------------------------------------------------------

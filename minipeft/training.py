@@ -8,6 +8,7 @@ Memory holds the base, the resident users and the examples of those alone; a use
 reason, and nobody else's adapter is another for it.
 """
 
+import errno
 import json
 import signal
 import threading
@@ -38,6 +39,7 @@ EVERYONE = "(everyone)"  # the one "user" of a shared adapter
 SHARED = {"epochs": 1, "batch_size": 64}  # what is different in training for the one adapter of everybody
 SAVE_MINUTES = 10.0  # between two savings of what is under way
 PROBED = 8  # users whose first minibatches tell how much memory a pass takes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says of a full disk, quota or file
 MINUTE = 60.0  # seconds between two lines of statistics in the log
 
 Show = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # a title -> a function of (done, total)
@@ -305,25 +307,34 @@ class Training:
             Interrupted: Ctrl-C or SIGTERM; what was under way is saved.
         """
         with stoppable() as stop, ExitStack() as opened:
-            log = Log(self.store.folder / "log.jsonl", scalar) if self.ranks.writes else None
-            if log is not None:
-                opened.callback(log.close)
-            desk = Desk(self, log, on_finish, on_fault)
-            mine = self._begin(desk)
-            everyone = self._everyone(desk, stop, show) if self.shared else None
-            desk.under = everyone if self.shared == "on" else None
-            self.ranks.listen()
-            standings = self.state.standings(set(mine))
-            behind = sum(standing.examples(self.source.num_train(user)) for user, standing in standings.items())
-            planned = sum(map(self.source.num_train, mine)) * self.config.epochs - behind
-            jobs = self._jobs(mine, standings, everyone, desk)
-            self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned)
-            self._end(desk, stop)
+            try:
+                log = Log(self.store.folder / "log.jsonl", scalar) if self.ranks.writes else None
+                if log is not None:
+                    opened.callback(log.close)
+                desk = Desk(self, log, on_finish, on_fault)
+                self._run(desk, stop, show)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise InputError(f"{self.state.folder.parent}: the disk is full; who was reported is there, make room "
+                                 "and go on with --resume") from None  # fmt: skip
         if desk.summary.quarantined and (self.strict or not desk.summary.trained + desk.summary.skipped):
             user, reason = next(iter(desk.summary.quarantined.items()))
             raise InputError(f"{len(desk.summary.quarantined)} of {len(self.users)} users could not be trained, e.g. "
                              f"{user!r}: {reason}")  # fmt: skip
         return desk.summary
+
+    def _run(self, desk: Desk, stop: Stop, show: Show) -> None:
+        mine = self._begin(desk)
+        everyone = self._everyone(desk, stop, show) if self.shared else None
+        desk.under = everyone if self.shared == "on" else None
+        self.ranks.listen()
+        standings = self.state.standings(set(mine))
+        behind = sum(standing.examples(self.source.num_train(user)) for user, standing in standings.items())
+        planned = sum(map(self.source.num_train, mine)) * self.config.epochs - behind
+        jobs = self._jobs(mine, standings, everyone, desk)
+        self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned)
+        self._end(desk, stop)
 
     def _begin(self, desk: Desk) -> list[str]:
         """Note on disk what begins. Returns this rank's users who are not done."""

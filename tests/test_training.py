@@ -1,5 +1,6 @@
 """Does a training that is interrupted, poisoned or spread over processes give everybody the same adapter to the bit?"""
 
+import errno
 import json
 import os
 import shutil
@@ -165,6 +166,28 @@ def test_what_is_under_way_is_saved_now_and_then_too(task, base, whole, tmp_path
     plan.run()
     assert_same(adapters(store, base), whole)
     assert State(store).done() == dict.fromkeys(whole, "")
+
+
+@pytest.mark.parametrize("calls", [1, 12, 40])
+def test_a_full_disk_is_one_line_and_nobody_is_lost(task, base, whole, tmp_path, monkeypatch, calls):
+    """Whatever was to be flushed to it then: the state, who is done, or the store."""
+    store, fsync, left, told = tmp_path / "store", os.fsync, [calls], []
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    plan = Training.plan(base, task, CONFIG, store, passes=EXACT, resume=True, save_minutes=1e-9)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError) as raised:
+        plan.run(lambda adapter: told.append(adapter.user))
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert "\n" not in str(raised.value)
+    found = adapters(store, base)
+    assert set(told) <= found.keys() and all(torch.equal(found[user].row, whole[user].row) for user in found)
+    assert_same(trained(base, task, store, resume=True), whole)
 
 
 def interrupted_store(base, task, store, stop_after, **how):
