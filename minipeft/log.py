@@ -41,5 +41,6 @@ def tensorboard(folder: Path) -> Callable[[str, float, float], None]:
 
     def scalar(name: str, number: float, now: float) -> None:
         writer.add_scalar(name, number, round(now - began), walltime=now)
+        writer.flush()  # it would keep them for two minutes, and a killed training with them
 
     return scalar
