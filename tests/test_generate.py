@@ -9,7 +9,7 @@ import test_t5
 import torch
 from test_decoder import make_reference, make_sequences
 
-from minipeft.models.generate import Sampling, generate
+from minipeft.models.generate import Cache, Memory, Sampling, Step, generate
 from minipeft.models.hooks import Hooks
 from minipeft.models.loading import load_model
 
@@ -144,6 +144,56 @@ def test_every_pass_is_told_whose_rows_it_has(base):
 def test_options_that_make_no_sense_are_errors(base, message, options):
     with pytest.raises(ValueError, match=message):
         base[0].generate(make_sequences([3, 40]), **{"max_new_tokens": 5} | options)
+
+
+# ---- One long sequence among short ones ----------------------------------------------------------------------------
+
+
+def steps(lengths, chosen, number=3, heads=(4, 2), window=None):
+    """Attention outputs of these among sequences of these lengths, step by step: [number, len(chosen), H, D]; and the
+    cache. What a sequence holds and asks depends on its length alone."""
+    rows = [torch.randn(n + number, 3, 4, 8, generator=torch.Generator().manual_seed(n)) for n in lengths]  # q, k, v
+    first = torch.cat([own[:n] for own, n in zip(rows, lengths)])
+    cache, outputs = Cache.of(np.array(lengths), "cpu", number), []
+    cache.put(0, first[:, 1, : heads[1]], first[:, 2, : heads[1]])
+    for turn in range(number):
+        q, k, v = torch.stack([own[n + turn] for own, n in zip(rows, lengths)]).unbind(1)
+        cache.step()
+        outputs.append(Step(cache)(0, q, k[:, : heads[1]], v[:, : heads[1]], window)[chosen])
+    return torch.stack(outputs), cache
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_steps_attention_has_the_same_bits_in_any_company(window):
+    lengths = [10, 700, 3, 11, 10, 40]
+    together, _ = steps(lengths, list(range(6)), window=window)
+    for place, length in enumerate(lengths):
+        alone, _ = steps([length], [0], window=window)
+        assert torch.equal(together[:, place], alone[:, 0])
+
+
+def test_a_long_sequence_does_not_make_the_others_caches_long():
+    cache = Cache.of(np.array([2000] + [10] * 63), "cpu", 12)
+    cache.put(0, *torch.zeros(2, 2630, 2, 8))
+    held = sum(shelf.keys[0].shape[0] * shelf.keys[0].shape[1] for shelf in cache.shelves)
+    seen = sum(ages.numel() for ages in cache.ages())
+    assert held <= 1.5 * (2016 + 63 * 32) and seen <= 1.5 * (2000 + 63 * 16)
+    cache.keep(torch.arange(1, 64))
+    assert [tuple(shelf.keys[0].shape) for shelf in cache.shelves] == [(63, 32, 2, 8)]
+    assert sum(ages.numel() for ages in Memory(cache).masks) == 63 * 16
+
+
+@pytest.mark.parametrize("chosen", [[0, 2, 5], [3], [1, 4]])
+def test_who_stays_is_not_touched_when_others_leave(chosen):
+    lengths = [10, 70, 3, 11, 10, 40]
+    _, cache = steps(lengths, [0])
+    _, alone = steps([lengths[i] for i in chosen], [0])
+    cache.keep(torch.tensor(chosen))
+    q, k, v = torch.randn(3, len(chosen), 4, 8, generator=torch.Generator().manual_seed(0))
+    for one in (cache, alone):
+        one.step()
+    ours, theirs = (Step(one)(0, q, k[:, :2], v[:, :2]) for one in (cache, alone))
+    assert torch.equal(ours, theirs) and torch.equal(cache.lengths, alone.lengths)
 
 
 # ---- T5 ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from minipeft.errors import InputError
 from minipeft.models.attention import Packed
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
-from minipeft.models.generate import Sampling, generate_from
+from minipeft.models.generate import Memory, Sampling, generate_from
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
 from minipeft.models.layers import RMSNorm, SwiGLU, gelu_tanh
 from minipeft.models.recompute import run
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
         k, v = together((self.k, self.v), memory, hooks)
         return hooks.keys(self.site, k.unflatten(1, (-1, self.head_dim)), v.unflatten(1, (-1, self.head_dim)))
 
-    def forward(self, x: Tensor, keys: Keys, cross: Packed, hooks: Hooks) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys | tuple[()], cross: Packed | Memory, hooks: Hooks) -> Tensor:
         q = self.q(x, hooks).unflatten(1, (-1, self.head_dim))  # [T, H, D]
         return self.o(cross(self.layer, q, *keys, scale=1.0).flatten(1), hooks)
 
@@ -178,7 +178,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(f"{site}.mlp", config)
 
     def forward(
-        self, x: Tensor, rows: Rows, biases: Sequence[Tensor], keys: Keys, cross: Packed, hooks: Hooks
+        self, x: Tensor, rows: Rows, biases: Sequence[Tensor], keys: Keys | tuple[()], cross: Packed | Memory,
+        hooks: Hooks,
     ) -> Tensor:
         h = hooks.norm(self.attn_norm, x)
         x = x + hooks.block(self.attn.site, self.attn(h, rows, biases, hooks), h, x)
@@ -248,14 +249,14 @@ class T5(Sites, nn.Module):
         return [layer.cross.keys(memory, hooks) for layer in self.decoder.layers]
 
     def decode_rows(
-        self, rows: Rows, keys: Sequence[Keys], cross: Packed, hooks: Hooks = BASE
+        self, rows: Rows, keys: Sequence[Keys | tuple[()]], cross: Packed | Memory, hooks: Hooks = BASE
     ) -> Tensor:
         """Last hidden states of the decoder after the final norm.
 
         Args:
             rows:   target rows, causal, each target after the start token.
-            keys:   from cross_keys.
-            cross:  which input each target sees: Packed.plan(..., k_lengths=...), or a cache that is called like it.
+            keys:   from cross_keys; () for each layer where cross holds them.
+            cross:  which input each target sees: Packed.plan(..., k_lengths=...), or generate.py's Memory.
             hooks:  those of the target rows.
         Returns:
             [T_out, width], dtype of the weights.
