@@ -1,5 +1,6 @@
 """Is attention on packed rows plain attention inside each sequence, to the bit whatever the company?"""
 
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -285,6 +286,7 @@ CUDA, CPU, BF16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
 ])  # fmt: skip
 def test_which_way_is_taken(expected, device, dtype, head_dim, plain, monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cu130"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for plan, _ in (make() for make in PLANS.values()):
         assert plan.way(device, dtype, head_dim, plain) == expected
     lengths = np.array([4, 2, 3])
@@ -293,6 +295,22 @@ def test_which_way_is_taken(expected, device, dtype, head_dim, plain, monkeypatc
         assert gathered.way(device, dtype, head_dim, plain) == "padded"
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
     assert Rows.pack([[1]]).attend.way(device, dtype, head_dim, plain) == "padded"
+
+
+def test_a_gpu_without_flash_attention_goes_by_buckets(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cu130"))
+    for capability, expected in (((7, 5), "padded"), ((8, 0), "varlen"), ((12, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
+        assert Rows.pack([[1]]).attend.way(CUDA, BF16, 64, True) == expected
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_long_sequences_plan_is_no_larger_than_the_sequence(causal):
+    tracemalloc.start()
+    plan = Packed.plan(np.array([4096]), causal, "cpu")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4096 * 200 and plan.buckets[0].before.numel() == 1
 
 
 def test_a_call_goes_the_way_that_was_chosen(monkeypatch):
