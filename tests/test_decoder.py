@@ -318,13 +318,11 @@ def test_weights_are_frozen_and_gradients_reach_the_first_site():
     assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
 
 
-def test_converting_a_model_leaves_its_angles_in_fp32():
-    model = make_model()
-    before = model.rotary.frequencies.clone()
-    for converted in (model.bfloat16(), model.double(), model.to(torch.float16)):
-        now = converted.rotary.frequencies
-        assert now.dtype == torch.float32 and torch.equal(now, before)
-    assert not any("frequencies" in name for name in model.state_dict())
+def test_a_bf16_bases_angles_are_those_of_fp32_rounded_once():
+    rows = Rows.pack([[0] * 700])
+    exact = make_model().rotary(rows, torch.float32)
+    for ours, theirs in zip(make_model().bfloat16().rotary(rows, torch.bfloat16), exact):
+        assert torch.equal(ours, theirs.bfloat16())
 
 
 def test_a_positions_angles_do_not_depend_on_the_company():

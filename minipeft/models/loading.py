@@ -107,7 +107,7 @@ def load_model(
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
     model.origin = Origin(folder.absolute(), asked_for, model)
-    return model.to(device)  # buffers
+    return model
 
 
 def load_shape(name: str | Path) -> nn.Module:
