@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.console import OneLineParser, check_device, progress
+from minipeft.console import OneLineParser, check_device, plain_warnings, progress
 from minipeft.errors import InputError
 from minipeft.methods import Method, PromptTuning
 from minipeft.models.classifier import Base, Classifier
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, finished = None, []
     try:
         args = parse(argv)
-        result = COMMANDS[args.command](args, finished)
+        with plain_warnings("minipeft"):
+            result = COMMANDS[args.command](args, finished)
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
         sys.stdout.flush()

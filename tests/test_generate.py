@@ -106,6 +106,23 @@ def test_choices_have_the_probabilities_they_should():
     assert shares()[1] == 1
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30])
+def test_next_to_no_temperature_is_greedy_and_a_giant_one_draws_evenly(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]).expand(100, -1)
+    draws = (torch.arange(100).double() + 0.5) / 100
+    assert set(Sampling(temperature=temperature).choose(logits, draws).tolist()) == {1}
+    even = Sampling(temperature=1e308).choose(logits, draws)
+    assert (torch.bincount(even, minlength=4) - torch.tensor([33, 33, 33, 0])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_are_an_error(options, bad):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, bad, 1.0]])
+    with pytest.raises(ValueError, match=r"^generate: the logits of 1 of 2 sequences are NaN or infinite; look for "):
+        Sampling(**options).choose(logits, torch.zeros(2).double())
+
+
 def test_every_pass_is_told_whose_rows_it_has(base):
     """An adapter that belongs to some sequences acts on their rows only, in the prompt pass and in every step."""
     ours, _ = base
@@ -135,7 +152,9 @@ def test_every_pass_is_told_whose_rows_it_has(base):
 
 @pytest.mark.parametrize("message, options", [
     ("max_new_tokens is 0; needed at least 1", {"max_new_tokens": 0}),
-    ("temperature is -1; needed 0 or more", {"temperature": -1}),
+    ("temperature is -1; needed a finite number, 0 or more", {"temperature": -1}),
+    ("temperature is inf; needed a finite number", {"temperature": float("inf")}),
+    ("temperature is nan; needed a finite number", {"temperature": float("nan")}),
     ("top_k is 0; needed at least 1", {"temperature": 1, "top_k": 0}),
     ("top_p is 1.5; needed above 0 and at most 1", {"temperature": 1, "top_p": 1.5}),
     ("top_k and top_p choose among sampled tokens; give a temperature", {"top_k": 3}),

@@ -195,8 +195,8 @@ class Sampling:
 
     def check(self) -> None:
         """Raises ValueError if a field makes no sense."""
-        if not self.temperature >= 0:
-            raise ValueError(f"generate: temperature is {self.temperature}; needed 0 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"generate: temperature is {self.temperature}; needed a finite number, 0 or more.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"generate: top_k is {self.top_k}; needed at least 1, or None for no limit.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -205,10 +205,16 @@ class Sampling:
             raise ValueError("generate: top_k and top_p choose among sampled tokens; give a temperature above 0.")
 
     def choose(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """logits [n, vocab], draws [n] uniform in [0, 1) -> tokens [n]."""
+        """logits [n, vocab], draws [n] uniform in [0, 1) -> tokens [n]. ValueError if a logit is NaN or +inf."""
+        largest, likeliest = logits.max(-1, keepdim=True)  # NaN where any is
+        if not largest.isfinite().all():
+            raise ValueError(f"generate: the logits of {int((~largest.isfinite()).sum())} of {len(logits)} sequences "
+                             "are NaN or infinite; look for such numbers in the base's weights and in the adapters, or "
+                             "take a dtype with more range.")  # fmt: skip
         if self.temperature == 0:
-            return logits.argmax(-1)
-        probs, tokens = (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+            return likeliest[:, 0]
+        scores = (logits.double() - largest) / self.temperature  # at most 0, however small the temperature
+        probs, tokens = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             probs[:, self.top_k :] = 0.0
         if self.top_p is not None:  # a token stays if those before it do not reach p yet
