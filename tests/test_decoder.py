@@ -368,6 +368,25 @@ def test_phi3_reads_as_transformers_4_and_5_spell_it():
     assert decoder_files.read(spelled_anew) == mini
 
 
+@pytest.mark.parametrize("family", [*decoder_files.FAMILIES, "phi3"])
+def test_what_config_json_leaves_out_is_as_in_transformers(family):
+    fields = {"model_type": family, "vocab_size": 61, "hidden_size": 256, "num_attention_heads": 32,
+              "num_hidden_layers": 2, "intermediate_size": 40}  # fmt: skip
+    theirs = transformers.AutoConfig.for_model(**fields, pad_token_id=None).to_dict()
+    ours = decoder_files.read(fields)
+    assert ours == decoder_files.read(theirs)
+    assert (ours.norm_eps, ours.max_positions) == (theirs["rms_norm_eps"], theirs["max_position_embeddings"])
+
+
+def test_a_ropes_original_length_may_lie_outside_of_it():
+    fields = SIZES | {"model_type": "llama", "rope_scaling": LLAMA3}
+    inside = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    outside = fields | {"rope_scaling": inside, "original_max_position_embeddings": 32}
+    assert decoder_files.read(outside) == decoder_files.read(fields)
+    with pytest.raises(InputError, match="'original_max_position_embeddings' is missing"):
+        decoder_files.read(fields | {"rope_scaling": inside})
+
+
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
 

@@ -347,7 +347,7 @@ REFUSED = {
     "quantised": (config(quantization_config={"quant_method": "gptq"}), ["quantised"]),
     "activation": (config(hidden_act="gelu"), ["'gelu'", "'silu'"]),
     **{f"no {name}": (config(**{name: ...}), [f"{name!r} is missing", "config.json"]) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")},
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
     "size not whole": (config(hidden_size="24"), ["hidden_size is '24'", "whole number"]),
     "size giant": (config(vocab_size=10**4000), ["vocab_size is 10000", "..., needed", "at most"]),
     "size larger than the weights": (config(head_dim=2**27), ["head_dim is 134217728", "weights are only"]),
@@ -605,6 +605,12 @@ def test_an_old_hub_id_without_its_organisation_is_told_the_whole_one(name, full
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"^{name}: no such folder. On the hub it is {full}: give that name.$"):
         load_model(name)
+
+
+def test_any_other_short_id_is_told_where_the_whole_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^distilgpt2: no such folder.* Of a short id the hub's page shows the whole"):
+        load_model("distilgpt2")
 
 
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)
