@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipeft.errors import InputError
 from minipeft.models.attention import Packed, padded_length
+from minipeft.models.causal import check_lengths
 from minipeft.models.rows import Rows
 from minipeft_kernels import reference
 
@@ -346,10 +348,21 @@ def test_padded_length_grows_by_at_most_half():
 @pytest.mark.parametrize("sequences, message", [
     ([[1, 2], [40]], "token ids from 1 to 40, but this base's are 0 to 39. Use the tokenizer that came with it"),
     ([[1, -1]], "token ids from -1 to 1, but"), ([[1.7, 2]], "token ids are float64; needed whole numbers"),
+    ([1, 2, 3], "token ids: number 0 is 1; needed a list of lists of ids"),
+    (["abc"], "token ids: number 0 is 'abc'; needed a list of lists of ids"),
+    ([[1], [[1, 2], [3, 4]]], "token ids: number 1 is .*; needed a list of lists"),
+    ([[1], [[1, 2], [3]]], "token ids: number 1 is .*; needed a list of lists"), ([["a"]], "token ids are <U1; needed"),
 ])  # fmt: skip
 def test_pack_refuses_what_is_no_token(sequences, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         Rows.pack(sequences, vocab_size=40)
+
+
+def test_a_sequence_that_its_prefix_makes_too_long_is_named():
+    rows = Rows.pack([[1] * 6, [2], [3] * 3], prefixes=[-1, 0, 0])
+    with pytest.raises(InputError, match="too long: number 2 has 9 tokens with its prefix but"):
+        check_lengths(rows, 8)
+    check_lengths(rows, 9)
 
 
 @pytest.mark.parametrize("sequences", [[], [[]], [[1, 2], []]])

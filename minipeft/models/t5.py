@@ -31,7 +31,7 @@ from minipeft.models.generate import Memory, Sampling, generate_from
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
 from minipeft.models.layers import RMSNorm, SwiGLU, gelu_tanh
 from minipeft.models.recompute import run
-from minipeft.models.rows import Rows
+from minipeft.models.rows import Rows, joined
 
 Keys = tuple[Tensor, Tensor]  # k and v of a layer, [T, H, D] each
 KEY_PARTS = {  # our name of a module in a layer -> Hugging Face's; {} is 1 in the encoder, 2 in the decoder
@@ -279,12 +279,12 @@ class T5(Sites, nn.Module):
         Row j of a target holds the token before its token j, so the last token is nobody's row: it is predicted only.
 
         Raises:
-            ValueError: not as many targets as inputs, or one of them is empty.
+            InputError: not as many targets as inputs, or see `joined`.
         """
-        if len(inputs) != len(targets) or not all(len(target) for target in targets):
-            raise ValueError(f"T5: {len(inputs)} inputs and {len(targets)} targets; needed one target with at least "
-                             "one token for each input.")  # fmt: skip
         vocab_size = self.config.vocab_size
+        _, lengths = joined(targets, "target ids", vocab_size)  # the last of each is in no row
+        if len(inputs) != len(lengths):
+            raise InputError(f"T5: {len(inputs)} inputs and {len(lengths)} targets; needed one for each.")
         read = Rows.pack(inputs, self.device, causal=False, vocab_size=vocab_size)
         begun = [[self.config.start_token, *target[:-1]] for target in targets]
         write = Rows.pack(begun, self.device, vocab_size=vocab_size)
