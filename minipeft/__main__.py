@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.console import OneLineParser, check_device, progress
+from minipeft.console import OneLineParser, check_device, plain_warnings, progress
 from minipeft.errors import InputError
 from minipeft.files import folder_name, write_file
 from minipeft.log import tensorboard
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, finished = None, []
     try:
         args = parse(argv)
-        result = COMMANDS[args.command](args, finished)
+        with plain_warnings("minipeft"):
+            result = COMMANDS[args.command](args, finished)
         if args.json and result is not None:
             print(json.dumps(result, ensure_ascii=False))
         sys.stdout.flush()

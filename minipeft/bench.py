@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from minipeft.bench_kernels import run_kernels
-from minipeft.console import OneLineParser, check_device, progress
+from minipeft.console import OneLineParser, check_device, plain_warnings, progress
 from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         check_device(args.device)
         check_out(args.out, args.suite)
-        {"quick": run_quick, "kernels": run_kernels}[args.suite](args, finished)
+        with plain_warnings("minipeft.bench"):
+            {"quick": run_quick, "kernels": run_kernels}[args.suite](args, finished)
     except InputError as error:
         print(f"minipeft.bench: {error}", file=sys.stderr)
         return 2

@@ -1,13 +1,16 @@
 """What the commands share: options and errors of one line, a progress bar."""
 
 import argparse
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from minipeft.errors import InputError
+from minipeft.models.checkpoint import one_line
 from minipeft_kernels.backend import backend
 
 MINUTE = 60.0  # seconds between two lines where there is no terminal
@@ -25,6 +28,18 @@ def check_device(device: str) -> None:
         backend(device)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--device {device}: {error}") from None
+
+
+@contextmanager
+def plain_warnings(command: str) -> Iterator[None]:
+    """Inside, a warning is one line on stderr, without the line of code that gave it."""
+
+    def show(message: Warning | str, *_args, **_options) -> None:
+        print(f"{command}: {one_line(message)}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

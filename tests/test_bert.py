@@ -258,6 +258,11 @@ def test_token_types_are_per_token_and_zero_by_default():
     assert largest_difference(plain, model.encode(sequences, mixed)) > 0.1
     with pytest.raises(ValueError, match="one type for each token"):
         model.encode(sequences, [[0] * 5, [0], [0] * 29])
+    for types, message in (([[0, 3], [0]], "token types from 0 to 3, but this base's are 0 to 2"),
+                           ([[0, -1], [0]], "token types from -1 to 0"), ([[0, 0.5], [0]], "token types are float64"),
+                           ([0, 0], "token types: number 0 is 0; needed a list of lists")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            model.encode([[1, 2], [3]], types)
 
 
 def test_rows_that_do_not_fit_are_refused():

@@ -318,13 +318,11 @@ def test_weights_are_frozen_and_gradients_reach_the_first_site():
     assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
 
 
-def test_converting_a_model_leaves_its_angles_in_fp32():
-    model = make_model()
-    before = model.rotary.frequencies.clone()
-    for converted in (model.bfloat16(), model.double(), model.to(torch.float16)):
-        now = converted.rotary.frequencies
-        assert now.dtype == torch.float32 and torch.equal(now, before)
-    assert not any("frequencies" in name for name in model.state_dict())
+def test_a_bf16_bases_angles_are_those_of_fp32_rounded_once():
+    rows = Rows.pack([[0] * 700])
+    exact = make_model().rotary(rows, torch.float32)
+    for ours, theirs in zip(make_model().bfloat16().rotary(rows, torch.bfloat16), exact):
+        assert torch.equal(ours, theirs.bfloat16())
 
 
 def test_a_positions_angles_do_not_depend_on_the_company():
@@ -368,6 +366,25 @@ def test_phi3_reads_as_transformers_4_and_5_spell_it():
     spelled_anew = transformers.Phi3Config(**PHI3_MINI).to_dict()
     assert "rope_parameters" in spelled_anew and "rope_theta" not in spelled_anew
     assert decoder_files.read(spelled_anew) == mini
+
+
+@pytest.mark.parametrize("family", [*decoder_files.FAMILIES, "phi3"])
+def test_what_config_json_leaves_out_is_as_in_transformers(family):
+    fields = {"model_type": family, "vocab_size": 61, "hidden_size": 256, "num_attention_heads": 32,
+              "num_hidden_layers": 2, "intermediate_size": 40}  # fmt: skip
+    theirs = transformers.AutoConfig.for_model(**fields, pad_token_id=None).to_dict()
+    ours = decoder_files.read(fields)
+    assert ours == decoder_files.read(theirs)
+    assert (ours.norm_eps, ours.max_positions) == (theirs["rms_norm_eps"], theirs["max_position_embeddings"])
+
+
+def test_a_ropes_original_length_may_lie_outside_of_it():
+    fields = SIZES | {"model_type": "llama", "rope_scaling": LLAMA3}
+    inside = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    outside = fields | {"rope_scaling": inside, "original_max_position_embeddings": 32}
+    assert decoder_files.read(outside) == decoder_files.read(fields)
+    with pytest.raises(InputError, match="'original_max_position_embeddings' is missing"):
+        decoder_files.read(fields | {"rope_scaling": inside})
 
 
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}

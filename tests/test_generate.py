@@ -9,7 +9,7 @@ import test_t5
 import torch
 from test_decoder import make_reference, make_sequences
 
-from minipeft.models.generate import Sampling, generate
+from minipeft.models.generate import Cache, Memory, Sampling, Step, generate
 from minipeft.models.hooks import Hooks
 from minipeft.models.loading import load_model
 
@@ -106,6 +106,23 @@ def test_choices_have_the_probabilities_they_should():
     assert shares()[1] == 1
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30])
+def test_next_to_no_temperature_is_greedy_and_a_giant_one_draws_evenly(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]]).expand(100, -1)
+    draws = (torch.arange(100).double() + 0.5) / 100
+    assert set(Sampling(temperature=temperature).choose(logits, draws).tolist()) == {1}
+    even = Sampling(temperature=1e308).choose(logits, draws)
+    assert (torch.bincount(even, minlength=4) - torch.tensor([33, 33, 33, 0])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 2}], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_are_an_error(options, bad):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, bad, 1.0]])
+    with pytest.raises(ValueError, match=r"^generate: the logits of 1 of 2 sequences are NaN or infinite; look for "):
+        Sampling(**options).choose(logits, torch.zeros(2).double())
+
+
 def test_every_pass_is_told_whose_rows_it_has(base):
     """An adapter that belongs to some sequences acts on their rows only, in the prompt pass and in every step."""
     ours, _ = base
@@ -135,7 +152,9 @@ def test_every_pass_is_told_whose_rows_it_has(base):
 
 @pytest.mark.parametrize("message, options", [
     ("max_new_tokens is 0; needed at least 1", {"max_new_tokens": 0}),
-    ("temperature is -1; needed 0 or more", {"temperature": -1}),
+    ("temperature is -1; needed a finite number, 0 or more", {"temperature": -1}),
+    ("temperature is inf; needed a finite number", {"temperature": float("inf")}),
+    ("temperature is nan; needed a finite number", {"temperature": float("nan")}),
     ("top_k is 0; needed at least 1", {"temperature": 1, "top_k": 0}),
     ("top_p is 1.5; needed above 0 and at most 1", {"temperature": 1, "top_p": 1.5}),
     ("top_k and top_p choose among sampled tokens; give a temperature", {"top_k": 3}),
@@ -144,6 +163,56 @@ def test_every_pass_is_told_whose_rows_it_has(base):
 def test_options_that_make_no_sense_are_errors(base, message, options):
     with pytest.raises(ValueError, match=message):
         base[0].generate(make_sequences([3, 40]), **{"max_new_tokens": 5} | options)
+
+
+# ---- One long sequence among short ones ----------------------------------------------------------------------------
+
+
+def steps(lengths, chosen, number=3, heads=(4, 2), window=None):
+    """Attention outputs of these among sequences of these lengths, step by step: [number, len(chosen), H, D]; and the
+    cache. What a sequence holds and asks depends on its length alone."""
+    rows = [torch.randn(n + number, 3, 4, 8, generator=torch.Generator().manual_seed(n)) for n in lengths]  # q, k, v
+    first = torch.cat([own[:n] for own, n in zip(rows, lengths)])
+    cache, outputs = Cache.of(np.array(lengths), "cpu", number), []
+    cache.put(0, first[:, 1, : heads[1]], first[:, 2, : heads[1]])
+    for turn in range(number):
+        q, k, v = torch.stack([own[n + turn] for own, n in zip(rows, lengths)]).unbind(1)
+        cache.step()
+        outputs.append(Step(cache)(0, q, k[:, : heads[1]], v[:, : heads[1]], window)[chosen])
+    return torch.stack(outputs), cache
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_steps_attention_has_the_same_bits_in_any_company(window):
+    lengths = [10, 700, 3, 11, 10, 40]
+    together, _ = steps(lengths, list(range(6)), window=window)
+    for place, length in enumerate(lengths):
+        alone, _ = steps([length], [0], window=window)
+        assert torch.equal(together[:, place], alone[:, 0])
+
+
+def test_a_long_sequence_does_not_make_the_others_caches_long():
+    cache = Cache.of(np.array([2000] + [10] * 63), "cpu", 12)
+    cache.put(0, *torch.zeros(2, 2630, 2, 8))
+    held = sum(shelf.keys[0].shape[0] * shelf.keys[0].shape[1] for shelf in cache.shelves)
+    seen = sum(ages.numel() for ages in cache.ages())
+    assert held <= 1.5 * (2016 + 63 * 32) and seen <= 1.5 * (2000 + 63 * 16)
+    cache.keep(torch.arange(1, 64))
+    assert [tuple(shelf.keys[0].shape) for shelf in cache.shelves] == [(63, 32, 2, 8)]
+    assert sum(ages.numel() for ages in Memory(cache).masks) == 63 * 16
+
+
+@pytest.mark.parametrize("chosen", [[0, 2, 5], [3], [1, 4]])
+def test_who_stays_is_not_touched_when_others_leave(chosen):
+    lengths = [10, 70, 3, 11, 10, 40]
+    _, cache = steps(lengths, [0])
+    _, alone = steps([lengths[i] for i in chosen], [0])
+    cache.keep(torch.tensor(chosen))
+    q, k, v = torch.randn(3, len(chosen), 4, 8, generator=torch.Generator().manual_seed(0))
+    for one in (cache, alone):
+        one.step()
+    ours, theirs = (Step(one)(0, q, k[:, :2], v[:, :2]) for one in (cache, alone))
+    assert torch.equal(ours, theirs) and torch.equal(cache.lengths, alone.lengths)
 
 
 # ---- T5 ------------------------------------------------------------------------------------------------------------

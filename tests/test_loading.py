@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_decoder import CASES, RAGGED, largest_difference, make_model, make_reference, make_sequences, reference_logits
 
 from minipeft.errors import InputError
-from minipeft.models import checkpoint, loading
+from minipeft.models import checkpoint, loading, rotary
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import check_vocabulary, fingerprint, load_model, load_tokenizer, read_config, save_model
 
@@ -309,6 +309,13 @@ def big_heads(folder):
     edit_config(folder, hidden_size=2**21, head_dim=2**21, num_attention_heads=2**21, num_key_value_heads=2**21)
 
 
+def crowd(folder):
+    """A header of 30,000 tensors without a number."""
+    header = {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(30_000)}
+    header = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 def make_index(spoil_index=lambda where: None, spoil_shard=lambda shard: None):
     """Split the weights into a.safetensors and b.safetensors with an index, then spoil the map and the second shard."""
     def spoil(folder):
@@ -335,10 +342,12 @@ REFUSED = {
     "not an object": (write("config.json", b"[1]"), ["needed a JSON object, got list"]),
     "unknown architecture": (config(model_type="gpt3"), ["'gpt3'", "llama, mistral, qwen2, qwen3"]),
     "no architecture": (config(model_type=...), ["model_type is None"]),
+    "giant config": (write("config.json", b"{" + b" " * 2**20 + b"}"), ["config.json", "1048578 bytes", "at most"]),
+    "crowded header": (crowd, ["model.safetensors", "a header of 19", "at most 1048576"]),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), ["quantised"]),
     "activation": (config(hidden_act="gelu"), ["'gelu'", "'silu'"]),
     **{f"no {name}": (config(**{name: ...}), [f"{name!r} is missing", "config.json"]) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")},
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
     "size not whole": (config(hidden_size="24"), ["hidden_size is '24'", "whole number"]),
     "size giant": (config(vocab_size=10**4000), ["vocab_size is 10000", "..., needed", "at most"]),
     "size larger than the weights": (config(head_dim=2**27), ["head_dim is 134217728", "weights are only"]),
@@ -543,6 +552,14 @@ def test_tensors_that_are_cut_or_transposed_are_never_held_twice(family, tmp_pat
 # a hub id
 
 
+def test_no_angle_is_computed_before_config_and_weights_agree(folder, monkeypatch):
+    """A damaged head_dim may be as large as the weights: its angles alone would take gigabytes."""
+    big_heads(folder)
+    monkeypatch.setattr(rotary, "rope_frequencies", lambda *args: pytest.fail("angles were computed"))
+    with pytest.raises(InputError):
+        load_model(folder)
+
+
 def test_a_hub_id_is_loaded_from_the_folder_that_the_hub_library_gives(folder, tmp_path, monkeypatch):
     calls = []
 
@@ -588,6 +605,12 @@ def test_an_old_hub_id_without_its_organisation_is_told_the_whole_one(name, full
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"^{name}: no such folder. On the hub it is {full}: give that name.$"):
         load_model(name)
+
+
+def test_any_other_short_id_is_told_where_the_whole_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^distilgpt2: no such folder.* Of a short id the hub's page shows the whole"):
+        load_model("distilgpt2")
 
 
 @pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)

@@ -137,9 +137,22 @@ def change_header(rng, data):
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
+def crowd(rng, data):
+    """Many tensors more, or a list as long: parsed, each takes many times its bytes."""
+    number, end = rng.choice([10_000, 80_000]), 8 + int.from_bytes(data[:8], "little")
+    tensors = (f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}},'.encode() for i in range(number))
+    header = b"{" + b"".join(tensors) + data[9:end]
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+def crowd_json(rng, data):
+    return data.rstrip().removesuffix(b"}") + b', "more": [' + b"[]," * rng.choice([10_000, 1_500_000]) + b"[]]}"
+
+
 DAMAGE = {
-    ".json": (flip, cut, change_json, change_json, change_json, change_number, change_number, double_key, whole_json),
-    ".safetensors": (flip_header, flip_header, flip_header, cut, header_length, change_header, change_header),
+    ".json": (flip, cut, change_json, change_json, change_json, change_number, change_number, double_key, whole_json,
+              crowd_json),
+    ".safetensors": (flip_header, flip_header, flip_header, cut, header_length, change_header, change_header, crowd),
 }
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_bases import MAKERS, POSITIONS
 
 import minipeft
@@ -850,3 +851,14 @@ def test_an_imported_adapter_is_evaluated_on_the_task_given(bases, task, tmp_pat
     (tmp_path / "file").write_text("")
     assert run("export", "--store", store, "--user", user, "--to", tmp_path / "file" / "x", "--format", "peft") == 2
     assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_on_stderr(bases, tmp_path, capsys):
+    folder = shutil.copytree(bases["bert"], tmp_path / "base")
+    weights = {f"bert.{key}": weight for key, weight in load_file(folder / "model.safetensors").items()}
+    weights["bert.embeddings.word_embeddings.weight"][3, :2] = torch.nan
+    save_file(weights | {"cls.predictions.bias": torch.zeros(400)}, folder / "model.safetensors")
+    assert run("methods", "--model", folder) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"minipeft: {folder}: ") for line in lines)
+    assert "2 numbers in 1 tensors are NaN" in lines[0] and "1 tensors of heads are not used (cls)" in lines[1]

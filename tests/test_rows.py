@@ -1,5 +1,6 @@
 """Is attention on packed rows plain attention inside each sequence, to the bit whatever the company?"""
 
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minipeft.errors import InputError
 from minipeft.models.attention import Packed, padded_length
+from minipeft.models.causal import check_lengths
 from minipeft.models.rows import Rows
 from minipeft_kernels import reference
 
@@ -285,6 +288,7 @@ CUDA, CPU, BF16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
 ])  # fmt: skip
 def test_which_way_is_taken(expected, device, dtype, head_dim, plain, monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cu130"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for plan, _ in (make() for make in PLANS.values()):
         assert plan.way(device, dtype, head_dim, plain) == expected
     lengths = np.array([4, 2, 3])
@@ -293,6 +297,22 @@ def test_which_way_is_taken(expected, device, dtype, head_dim, plain, monkeypatc
         assert gathered.way(device, dtype, head_dim, plain) == "padded"
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1"))
     assert Rows.pack([[1]]).attend.way(device, dtype, head_dim, plain) == "padded"
+
+
+def test_a_gpu_without_flash_attention_goes_by_buckets(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0+cu130"))
+    for capability, expected in (((7, 5), "padded"), ((8, 0), "varlen"), ((12, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, own=capability: own)
+        assert Rows.pack([[1]]).attend.way(CUDA, BF16, 64, True) == expected
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_long_sequences_plan_is_no_larger_than_the_sequence(causal):
+    tracemalloc.start()
+    plan = Packed.plan(np.array([4096]), causal, "cpu")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4096 * 200 and plan.buckets[0].before.numel() == 1
 
 
 def test_a_call_goes_the_way_that_was_chosen(monkeypatch):
@@ -328,10 +348,21 @@ def test_padded_length_grows_by_at_most_half():
 @pytest.mark.parametrize("sequences, message", [
     ([[1, 2], [40]], "token ids from 1 to 40, but this base's are 0 to 39. Use the tokenizer that came with it"),
     ([[1, -1]], "token ids from -1 to 1, but"), ([[1.7, 2]], "token ids are float64; needed whole numbers"),
+    ([1, 2, 3], "token ids: number 0 is 1; needed a list of lists of ids"),
+    (["abc"], "token ids: number 0 is 'abc'; needed a list of lists of ids"),
+    ([[1], [[1, 2], [3, 4]]], "token ids: number 1 is .*; needed a list of lists"),
+    ([[1], [[1, 2], [3]]], "token ids: number 1 is .*; needed a list of lists"), ([["a"]], "token ids are <U1; needed"),
 ])  # fmt: skip
 def test_pack_refuses_what_is_no_token(sequences, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         Rows.pack(sequences, vocab_size=40)
+
+
+def test_a_sequence_that_its_prefix_makes_too_long_is_named():
+    rows = Rows.pack([[1] * 6, [2], [3] * 3], prefixes=[-1, 0, 0])
+    with pytest.raises(InputError, match="too long: number 2 has 9 tokens with its prefix but"):
+        check_lengths(rows, 8)
+    check_lengths(rows, 9)
 
 
 @pytest.mark.parametrize("sequences", [[], [[]], [[1, 2], []]])

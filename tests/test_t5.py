@@ -324,8 +324,12 @@ def test_weights_are_frozen():
 
 def test_pairs_that_are_none_are_refused():
     model = make_model()
-    for inputs, targets in (([[1]], [[1], [2]]), ([[1], [2]], [[1], []])):
-        with pytest.raises(ValueError, match="needed one target with at least one token for each input"):
+    beyond = model.config.vocab_size
+    for inputs, targets, message in (([[1]], [[1], [2]], "1 inputs and 2 targets; needed one for each"),
+                                     ([[1], [2]], [[1], []], "target ids: needed at least one sequence and no empty"),
+                                     ([[1]], [[1, beyond]], f"target ids from 1 to {beyond}, but"),
+                                     ([[1]], [1], "target ids: number 0 is 1; needed a list of lists")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
             model.logits(inputs, targets)
 
 

@@ -37,16 +37,32 @@ def flash_attention(*args, **options) -> Tensor:
 class Bucket:
     """Sequences of one padded length: n members of q_width rows each, which see k_width rows each.
 
-    ages:    [n, q_width, k_width] int64: how many places before the row each row lies that it may see; negative: after.
-             n is 1 where all members agree.
+    before:  [n, 1] int32: how many rows a member sees before its own first; [1, 1] where all members agree.
     real:    [n, k_width] bool: which places of the keys hold a row; None: all.
     """
 
     num: int
     q_width: int
     k_width: int
-    ages: Tensor
+    before: Tensor
     real: Tensor | None
+
+    def ages(self) -> Tensor:
+        """[n or 1, q_width, k_width] int32: how many places before the row each row lies that it may see; negative:
+        after. Made where a bias reads it: of a long sequence it is large."""
+        places, own = self._places()
+        return own[:, :, None] - places
+
+    def reached(self, window: int | None) -> Tensor:
+        """[n or 1, q_width, k_width] bool: which ages are 0 or more, and below window."""
+        places, own = self._places()
+        seen = places <= own[:, :, None]
+        return seen if window is None else seen & (places > own[:, :, None] - window)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The keys' places [k_width], and those of the members' own rows among them [n or 1, q_width]."""
+        places = torch.arange(max(self.q_width, self.k_width), dtype=torch.int32, device=self.before.device)
+        return places[: self.k_width], self.before + places[: self.q_width]
 
 
 class Stretches(NamedTuple):
@@ -126,13 +142,12 @@ class Packed:
             k_rows = np.where(k_cols < column(prefix), column(prefix_first) + k_cols, own)  # [n, k_width]
             q_index.append(q_rows.ravel())
             k_index.append(k_rows.ravel())
-            offsets = np.unique(prefix[members]) if not prefix[members].any() else column(prefix)[:, 0]
-            ages = offsets[:, None, None] + q_cols[:, None] - k_cols  # [1 or n, q_width, k_width]
+            before = column(prefix).astype(np.int32) if prefix[members].any() else np.zeros((1, 1), np.int32)
             seen = k_cols < column(prefix + k_own)
             if all_once:
                 k_places[k_rows[seen]] = k_filled + np.flatnonzero(seen)
                 k_filled += k_rows.size
-            buckets.append(Bucket(len(members), q_width, k_width, on(ages), None if seen.all() else on(seen)))
+            buckets.append(Bucket(len(members), q_width, k_width, on(before), None if seen.all() else on(seen)))
         q_index, k_index = np.concatenate(q_index), np.concatenate(k_index)
         q_index, q_places, k_index, k_places = map(on, (q_index, q_places, k_index, k_places))
         return Packed(q_index, q_places, k_index, k_places if all_once else None, tuple(buckets), causal, square,
@@ -160,11 +175,12 @@ class Packed:
     def way(self, device: torch.device, dtype: torch.dtype, head_dim: int, plain: bool) -> str:
         """How a call is computed: "varlen" or "padded".
 
-        "varlen" wherever flash attention can: a GPU, bf16 or fp16, heads of up to 256 features, scores without bias
-        and soft cap (`plain`), sequences that see one stretch of rows each. From torch 2.13 on, whose varlen_attn has
-        windows and grouped queries.
+        "varlen" wherever flash attention can: a GPU of compute capability 8.0 or more, bf16 or fp16, heads of up to 256
+        features, scores without bias and soft cap (`plain`), sequences that see one stretch of rows each. From torch
+        2.13 on, whose varlen_attn has windows and grouped queries.
         """
         flash = device.type == "cuda" and torch.__version__ >= (2, 13) and dtype in (torch.bfloat16, torch.float16)
+        flash = flash and torch.cuda.get_device_capability(device) >= (8, 0)
         fits = head_dim <= 256 and head_dim % 8 == 0 and self.stretches is not None
         return "varlen" if flash and fits and plain else "padded"
 
@@ -211,10 +227,9 @@ class Packed:
         """[n or 1, 1, q_width, k_width] bool, what is seen; None where the causal kernel or no mask says the same."""
         windowed = window is not None and bucket.k_width > window
         if self.causal and (always or windowed or not self.square):  # what pads keys lies after every real row
-            seen = bucket.ages >= 0
-            return (seen & (bucket.ages < window) if windowed else seen)[:, None]
+            return bucket.reached(window if windowed else None)[:, None]
         if self.causal or bucket.real is None:
-            return bucket.ages.new_ones(1, 1, 1, 1, dtype=torch.bool) if always else None
+            return bucket.before.new_ones(1, 1, 1, 1, dtype=torch.bool) if always else None
         return bucket.real[:, None, None]  # [n, 1, 1, k_width]
 
     def scores_bias(self, bias_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -224,7 +239,7 @@ class Packed:
         """
         biases = []
         for bucket in self.buckets:
-            bias, mask = bias_of(bucket.ages), self._mask(bucket, None, always=self.causal)
+            bias, mask = bias_of(bucket.ages()), self._mask(bucket, None, always=self.causal)
             biases.append(bias if mask is None else torch.where(mask, bias, -torch.inf))
         return biases
 

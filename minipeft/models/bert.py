@@ -26,7 +26,7 @@ from minipeft.models.fields import choice, flag, num_layers, real, whole
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
 from minipeft.models.layers import LayerNorm, gelu, gelu_tanh, stable
 from minipeft.models.recompute import run
-from minipeft.models.rows import Rows
+from minipeft.models.rows import Rows, joined
 
 ACTIVATIONS = {"gelu": gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": torch.relu}
 POOLS = ("mean", "first", "pooler")
@@ -170,6 +170,10 @@ class Bert(Sites, nn.Module):
         if self.pooler is None:
             raise ValueError("Bert.pool: this base has no pooler, its checkpoint holds no pooler.dense; "
                              "use 'mean' or 'first'.")  # fmt: skip
+        return self.pooled(first, hooks)
+
+    def pooled(self, first: Tensor, hooks: Hooks = BASE) -> Tensor:
+        """tanh(W first + b) of the pooler, [n, width]."""
         return stable(torch.tanh, self.pooler(first, hooks))
 
     @torch.no_grad()
@@ -179,9 +183,10 @@ class Bert(Sites, nn.Module):
         """Lists of token ids, and of their types -> for each its last hidden states [its length, width]."""
         rows = Rows.pack(sequences, self.device, causal=False, vocab_size=self.config.vocab_size)
         if token_types is not None:
-            if [len(types) for types in token_types] != rows.lengths.tolist():
-                raise ValueError("Bert.encode: token_types must have one type for each token of each sequence.")
-            token_types = torch.tensor([number for types in token_types for number in types], device=self.device)
+            types, lengths = joined(token_types, "token types", self.config.num_types)
+            if not np.array_equal(lengths, rows.lengths):
+                raise InputError("Bert.encode: token_types must have one type for each token of each sequence.")
+            token_types = torch.from_numpy(types).to(self.device)
         return rows.split(self.hidden(rows, token_types=token_types))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from minipeft.errors import InputError
 from minipeft.models.generate import Sampling, generate
 from minipeft.models.hooks import BASE, Hooks, Sites
 from minipeft.models.rows import Rows
@@ -67,8 +68,10 @@ class Causal(Sites, nn.Module):
 def check_lengths(rows: Rows, max_positions: int) -> None:
     """No sequence is longer than the base has positions, or ValueError. Nothing is ever cut here."""
     if rows.longest > max_positions:
-        long = [f"number {i} has {n} tokens" for i, n in enumerate(rows.lengths.tolist()) if n > max_positions]
+        ends = rows.positions[torch.from_numpy(rows.lengths.cumsum() - 1)] + 1  # [n], prefixes included
+        sizes = enumerate(zip(ends.tolist(), rows.lengths.tolist()))
+        long = [f"number {i} has {n} tokens{' with its prefix' if n > own else ''}"
+                for i, (n, own) in sizes if n > max_positions]  # fmt: skip
         more = f" and {len(long) - 3} more" if len(long) > 3 else ""
-        which = ", ".join(long[:3]) or f"one with its prefix has {rows.longest} tokens"
-        raise ValueError(f"sequences are too long: {which}{more} but this base has {max_positions} positions; shorten "
-                         "the texts or choose a base with more.")
+        raise InputError(f"sequences are too long: {', '.join(long[:3])}{more} but this base has {max_positions} "
+                         "positions; shorten the texts or choose a base with more.")  # fmt: skip

@@ -22,6 +22,7 @@ from minipeft.errors import InputError
 
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 PIECE = 2**18  # numbers read and converted at a time
+MOST_JSON = 2**20  # bytes of a JSON file, and of a checkpoint's headers together; Llama 3.1 405B's are 0.2 MB
 PICKLED = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")  # where weights usually are first
 CONVERT = (  # a command to run in the folder, PATTERN replaced
     "python -c \"import glob, torch; from safetensors.torch import save_file; "
@@ -202,12 +203,14 @@ def _find(folder: Path) -> dict[str, Stored]:
     else:
         raise InputError(f"{folder}: no weights, neither {single.name} nor {index.name}. Download them.")
 
-    found = {}
+    found, most = {}, MOST_JSON  # bytes that headers may still have
     for name in names:
         path = folder / name
         if os.path.basename(name) != name or not os.path.isfile(path):
             raise InputError(f"{one_line(path)}: named by {index.name} but no such file in the folder. Download it.")
-        for key, stored in _header(path).items():
+        header, length = _header(path, most)
+        most -= length
+        for key, stored in header.items():
             if where is not None and where.get(key) != name:
                 raise InputError(f"{path}: holds {one_line(key)} but {index.name} says {one_line(where.get(key))}. "
                                  "Download both again.")  # fmt: skip
@@ -218,23 +221,32 @@ def _find(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def _header(path: Path) -> dict[str, Stored]:
-    """What a safetensors file says it holds: 8 bytes for the header's length, the header in JSON, then the numbers."""
+def _header(path: Path, most: int) -> tuple[dict[str, Stored], int]:
+    """What a safetensors file says it holds: 8 bytes for the header's length, the header in JSON, then the numbers.
+
+    Returns:
+        key -> where it lies, and the header's length, at most `most` bytes: parsed it is 26 times as large.
+    """
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if most < length <= path.stat().st_size:  # longer ones the library refuses unread
+            raise ValueError(f"a header of {length} bytes; a model's have at most {MOST_JSON} together")
         with safe_open(path, framework="pt"):  # raises unless sizes, offsets and the file's length agree
             pass
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length).decode())
+            header = json.loads(file.read(8 + length)[8:].decode())
         header.pop("__metadata__", None)
         return {key: Stored(path, 8 + length + tensor["data_offsets"][0], tensor["dtype"], tensor["shape"])
-                for key, tensor in header.items()}  # fmt: skip
+                for key, tensor in header.items()}, length  # fmt: skip
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged or cut short ({one_line(error)}). Download it again.") from None
 
 
 def read_json(path: Path, prefix: str = "") -> dict:
     try:
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"{size} bytes, needed at most {MOST_JSON}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{prefix}cannot be read as JSON ({one_line(error)}). Download it again.") from None

@@ -13,6 +13,10 @@ from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.fields import choice, flag, num_layers, real, rope, shown, whole
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # of these write() finds one
+DEFAULTS = {  # family -> transformers' num_key_value_heads and head_dim (None: see `heads`), rms_norm_eps, positions
+    "llama": (None, None, 1e-6, 2048), "mistral": (8, None, 1e-6, 131_072), "qwen2": (32, None, 1e-6, 32_768),
+    "qwen3": (32, 128, 1e-6, 32_768), "phi3": (None, None, 1e-5, 4096),
+}  # fmt: skip
 KEY_PARTS = {  # our name of a module -> Hugging Face's
     "embed": "embed_tokens", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "attn": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj",
@@ -25,8 +29,8 @@ def read(fields: dict) -> DecoderConfig:
     family = choice(fields, "model_type", (*FAMILIES, "phi3"))
     choice(fields, "hidden_act", ("silu",), default="silu")
     width, layers = whole(fields, "hidden_size"), num_layers(fields, "num_hidden_layers")
-    defaults = {"mistral": (8, None), "qwen2": (32, None), "qwen3": (32, 128)}.get(family, (None, None))
-    num_heads, num_kv_heads, head_dim = heads(fields, *defaults)
+    kv_heads, head_dim, norm_eps, positions = DEFAULTS[family]
+    num_heads, num_kv_heads, head_dim = heads(fields, kv_heads, head_dim)
     rope_theta, rope_scaling = rope(fields)
     if family == "phi3" and rope_scaling:
         raise InputError(f"rope type is {rope_scaling['rope_type']!r}; phi3 has none but 'default' here.")
@@ -39,7 +43,7 @@ def read(fields: dict) -> DecoderConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         mlp_width=whole(fields, "intermediate_size"),
-        norm_eps=real(fields, "rms_norm_eps"),
+        norm_eps=real(fields, "rms_norm_eps", default=norm_eps),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tied_head=flag(fields, "tie_word_embeddings"),
@@ -48,7 +52,7 @@ def read(fields: dict) -> DecoderConfig:
         mlp_bias=family == "llama" and flag(fields, "mlp_bias"),
         qk_norm=family == "qwen3",
         windows=windows(fields, family, layers),
-        max_positions=whole(fields, "max_position_embeddings", default=2048),
+        max_positions=whole(fields, "max_position_embeddings", default=positions),
     )
 
 

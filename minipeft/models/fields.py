@@ -77,6 +77,7 @@ def rope(fields: dict, partial: bool = False) -> tuple[float, dict]:
     theta = real(fields if found.get("rope_theta") is None else found, "rope_theta", default=10000.0)
     if kind == "default":
         return theta, {}
+    found = {"original_max_position_embeddings": fields.get("original_max_position_embeddings")} | found  # of old files
     scaling = {name: real(found, name) for name in known[str(kind)]}
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError(f"low_freq_factor must be below high_freq_factor; rope_scaling is {shown(found)}.")

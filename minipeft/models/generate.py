@@ -5,8 +5,9 @@
 
 A T5 reads its inputs once instead; what its decoder sees of them is kept, and the first step is the start token's.
 
-Sequences of different users share a step like any other pass. The cache holds [n, capacity, H_kv, D] per layer;
-sequences that have stopped leave it.
+Sequences of different users share a step like any other pass. The cache keeps sequences of similar length together on
+a shelf, as attention on packed rows puts them into a bucket: how many places a sequence has, and how many of them a
+step looks at, depends on its own length alone. Sequences that have stopped leave the cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft.models.attention import Packed, capped_attention
+from minipeft.models.attention import Packed, capped_attention, padded_length
 from minipeft.models.hooks import BASE, Hooks
 from minipeft.models.rows import Rows
 from minipeft.randomness import generator
@@ -28,28 +29,89 @@ HooksOf = Callable[[np.ndarray, int | None], Hooks]
 
 
 @dataclass
-class Cache:
-    """Keys and values of n sequences, layer by layer: [n, capacity, H_kv, D] each, of which lengths [n] are filled."""
+class Shelf:
+    """Keys and values of sequences of one padded length.
 
-    capacity: int
-    lengths: Tensor
+    members: [n] int64, their places among the rows of a step.
+    width:   padded length of what was there at first. room: places in all.
+    index:   [n, width] int64: which row of those at first lies where. Behind a sequence's end its last row again.
+    keys, values: layer -> [n, room, H_kv, D].
+    """
+
+    members: Tensor
+    width: int
+    room: int
+    index: Tensor
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
 
-    def put(self, layer: int, sequences: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store rows k, v [T, H_kv, D] of these sequences [T] at these places [T]."""
-        if layer not in self.keys:
-            for kept, x in ((self.keys, k), (self.values, v)):
-                kept[layer] = x.new_zeros(len(self.lengths), self.capacity, *x.shape[1:])
-        self.keys[layer][sequences, places] = k
-        self.values[layer][sequences, places] = v
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store what is there at first, rows k, v [T, H_kv, D]."""
+        for kept, x in ((self.keys, k), (self.values, v)):
+            kept[layer] = x.new_zeros(len(self.index), self.room, *x.shape[1:])
+            kept[layer][:, : self.width] = x[self.index]
 
     def keep(self, chosen: Tensor) -> None:
-        """Forget all sequences but these."""
-        self.lengths = self.lengths[chosen]
+        """Forget all members but these, by number on the shelf."""
+        self.members, self.index = self.members[chosen], self.index[chosen]
         for kept in (self.keys, self.values):
             for layer, x in kept.items():
                 kept[layer] = x[chosen]
+
+
+@dataclass
+class Cache:
+    """Keys and values of n sequences, layer by layer.
+
+    lengths: [n] int64, rows of each. longest: of them all, on the host. steps: how many came after those at first.
+    """
+
+    shelves: list[Shelf]
+    lengths: Tensor
+    longest: int
+    steps: int = 0
+
+    @staticmethod
+    def of(lengths: np.ndarray, device: torch.device | str, steps: int = 0) -> "Cache":
+        """Of packed sequences of these lengths [n], with room for so many steps."""
+        on = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+        widths, first = padded_length(lengths), np.cumsum(lengths) - lengths
+        shelves = []
+        for width in np.unique(widths).tolist():
+            members = np.flatnonzero(widths == width)
+            index = first[members, None] + np.minimum(np.arange(width), lengths[members, None] - 1)  # [n, width]
+            shelves.append(Shelf(on(members), width, _places(width, steps), on(index)))
+        return Cache(shelves, on(lengths), int(lengths.max()))
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store what is there at first, rows k, v [T, H_kv, D]."""
+        for shelf in self.shelves:
+            shelf.put(layer, k, v)
+
+    def step(self) -> None:
+        """Every sequence gets one more row."""
+        self.lengths, self.longest, self.steps = self.lengths + 1, self.longest + 1, self.steps + 1
+
+    def ages(self) -> list[Tensor]:
+        """Of each shelf, [n, 1, width] int64: how many places before the last row each lies; negative: not filled."""
+        places = [torch.arange(_places(shelf.width, self.steps), device=self.lengths.device) for shelf in self.shelves]
+        return [(self.lengths[shelf.members, None] - 1 - own)[:, None] for shelf, own in zip(self.shelves, places)]
+
+    def keep(self, chosen: Tensor) -> None:
+        """Forget all sequences but these."""
+        place = torch.full_like(self.lengths, -1)  # of each in the next step
+        place[chosen] = torch.arange(len(chosen), device=chosen.device)
+        self.lengths = self.lengths[chosen]
+        for shelf in self.shelves:
+            shelf.members = place[shelf.members]
+            if (stay := shelf.members >= 0).logical_not().any():
+                shelf.keep(stay.nonzero()[:, 0])
+        self.shelves = [shelf for shelf in self.shelves if len(shelf.members)]
+
+
+def _places(width: int, steps: int) -> int:
+    """How many places a sequence of this padded length has after so many steps."""
+    return int(padded_length(np.array([width + steps]))[0])
 
 
 @dataclass(frozen=True)
@@ -58,77 +120,64 @@ class Prefill:
 
     plan: Packed
     cache: Cache
-    sequences: Tensor  # [T] int64, of each row
-    positions: Tensor  # [T] int64
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *args, **options) -> Tensor:
-        self.cache.put(layer, self.sequences, self.positions, k, v)
+        self.cache.put(layer, k, v)
         return self.plan(layer, q, k, v, *args, **options)
 
     def scores_bias(self, bias_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return self.plan.scores_bias(bias_of)
 
 
-@dataclass(frozen=True)
 class Step:
-    """Attention of one new row per sequence, the row at place lengths - 1 of its sequence: Packed's call, cached."""
+    """Attention of one new row per sequence, its last: Packed's call, cached."""
 
-    cache: Cache
+    def __init__(self, cache: Cache):
+        self.cache, self.ages = cache, cache.ages()
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
         biases: Sequence[Tensor] | None = None, scale: float | None = None, softcap: float | None = None,
     ) -> Tensor:  # fmt: skip
-        cache = self.cache
-        cache.put(layer, torch.arange(len(q), device=q.device), cache.lengths - 1, k, v)
-        ages = self._ages()
-        keys, values = (kept[layer][:, : ages.shape[2]].transpose(1, 2) for kept in (cache.keys, cache.values))
-        if biases is not None:
-            mask = biases[0]
-        else:
-            seen = ages >= 0 if window is None else (ages >= 0) & (ages < window)
-            mask = seen[:, None]  # [n, 1, 1, width]
-        q = q[:, :, None]  # [n, H, 1, D]
-        if softcap is not None:
-            return capped_attention(q, keys, values, mask, scale, softcap)[:, :, 0]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale,
-                                              enable_gqa=q.shape[1] != keys.shape[1])[:, :, 0]  # fmt: skip
-
-    def _ages(self) -> Tensor:
-        """[n, 1, width] int64: how many places before the new row each place lies; negative: not filled yet."""
-        places = torch.arange(int(self.cache.lengths.max()), device=self.cache.lengths.device)
-        return (self.cache.lengths[:, None] - 1 - places)[:, None]
+        last, y = self.cache.lengths - 1, torch.empty_like(q)
+        for i, (shelf, ages) in enumerate(zip(self.cache.shelves, self.ages)):
+            own = shelf.members
+            number = torch.arange(len(own), device=own.device)
+            shelf.keys[layer][number, last[own]], shelf.values[layer][number, last[own]] = k[own], v[own]
+            if biases is not None:
+                mask = biases[i]
+            else:
+                mask = (ages >= 0 if window is None else (ages >= 0) & (ages < window))[:, None]  # [n, 1, 1, width]
+            y[own] = _attend(shelf, layer, q[own], mask, scale, softcap)
+        return y
 
     def scores_bias(self, bias_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        ages = self._ages()
-        return [torch.where((ages >= 0)[:, None], bias_of(ages), -torch.inf)]
+        return [torch.where((ages >= 0)[:, None], bias_of(ages), -torch.inf) for ages in self.ages]
 
 
-@dataclass
 class Memory:
-    """What a T5's decoder sees of n inputs, for one new row each: called like a Packed plan of cross-attention.
+    """Cross-attention of one new row per sequence to its input, which the cache holds: Packed's call, no k and v."""
 
-    keys: k and v of each layer, [n, longest, H, D] each. real: [n, 1, 1, longest] bool: which places hold a row.
-    """
+    def __init__(self, cache: Cache):
+        self.cache, self.masks = cache, [(ages >= 0)[:, None] for ages in cache.ages()]
 
-    keys: list[tuple[Tensor, Tensor]]
-    real: Tensor
+    def __call__(self, layer: int, q: Tensor, scale: float | None = None) -> Tensor:
+        y = torch.empty_like(q)
+        for shelf, mask in zip(self.cache.shelves, self.masks):
+            y[shelf.members] = _attend(shelf, layer, q[shelf.members], mask, scale)
+        return y
 
-    @staticmethod
-    def of(rows: Rows, keys: list[tuple[Tensor, Tensor]]) -> "Memory":
-        """rows: of the inputs. keys: k and v of each layer, [T, H, D] each."""
-        places, ends = np.arange(rows.longest), rows.lengths.cumsum()[:, None]
-        index = ends - rows.lengths[:, None] + np.minimum(places, rows.lengths[:, None] - 1)  # [n, longest]
-        index, real = (torch.from_numpy(x).to(rows.tokens.device) for x in (index, places < rows.lengths[:, None]))
-        return Memory([(k[index], v[index]) for k, v in keys], real[:, None, None])
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [n, H, longest, D]
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=self.real, scale=scale)[:, :, 0]
-
-    def keep(self, chosen: Tensor) -> None:
-        """Forget all inputs but these."""
-        self.keys, self.real = [(k[chosen], v[chosen]) for k, v in self.keys], self.real[chosen]
+def _attend(
+    shelf: Shelf, layer: int, q: Tensor, mask: Tensor, scale: float | None, softcap: float | None = None
+) -> Tensor:
+    """q [n, H, D] of a shelf's members, mask [n, 1 or H, 1, width] over its first places -> [n, H, D]."""
+    keys, values = (kept[layer][:, : mask.shape[3]].transpose(1, 2) for kept in (shelf.keys, shelf.values))
+    q = q[:, :, None]  # [n, H, 1, D]
+    if softcap is not None:
+        return capped_attention(q, keys, values, mask, scale, softcap)[:, :, 0]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale,
+                                          enable_gqa=q.shape[1] != keys.shape[1])[:, :, 0]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,8 +195,8 @@ class Sampling:
 
     def check(self) -> None:
         """Raises ValueError if a field makes no sense."""
-        if not self.temperature >= 0:
-            raise ValueError(f"generate: temperature is {self.temperature}; needed 0 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"generate: temperature is {self.temperature}; needed a finite number, 0 or more.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"generate: top_k is {self.top_k}; needed at least 1, or None for no limit.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -156,10 +205,16 @@ class Sampling:
             raise ValueError("generate: top_k and top_p choose among sampled tokens; give a temperature above 0.")
 
     def choose(self, logits: Tensor, draws: Tensor) -> Tensor:
-        """logits [n, vocab], draws [n] uniform in [0, 1) -> tokens [n]."""
+        """logits [n, vocab], draws [n] uniform in [0, 1) -> tokens [n]. ValueError if a logit is NaN or +inf."""
+        largest, likeliest = logits.max(-1, keepdim=True)  # NaN where any is
+        if not largest.isfinite().all():
+            raise ValueError(f"generate: the logits of {int((~largest.isfinite()).sum())} of {len(logits)} sequences "
+                             "are NaN or infinite; look for such numbers in the base's weights and in the adapters, or "
+                             "take a dtype with more range.")  # fmt: skip
         if self.temperature == 0:
-            return logits.argmax(-1)
-        probs, tokens = (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+            return likeliest[:, 0]
+        scores = (logits.double() - largest) / self.temperature  # at most 0, however small the temperature
+        probs, tokens = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             probs[:, self.top_k :] = 0.0
         if self.top_p is not None:  # a token stays if those before it do not reach p yet
@@ -198,17 +253,15 @@ def generate(
                          f"{max_new_tokens} more, but this base has {limit} positions; shorten the text or lower "
                          "max_new_tokens.")
     rows = Rows.pack(sequences, model.device, vocab_size=model.config.vocab_size)
-    cache = Cache(longest + max_new_tokens - 1, torch.from_numpy(lengths).to(model.device))
-    of_row = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(model.device)
-    prefill = Rows(rows.tokens, rows.positions, Prefill(rows.attend, cache, of_row, rows.positions), lengths, longest)
+    cache = Cache.of(lengths, model.device, max_new_tokens - 1)
+    prefill = replace(rows, attend=Prefill(rows.attend, cache))
     last = model.hidden(prefill, hooks_of(lengths, 0))[torch.from_numpy(lengths.cumsum() - 1).to(model.device)]
     logits = model.head(last, hooks_of(np.ones_like(lengths), None))
 
     def step(tokens: Tensor, live: np.ndarray) -> Tensor:
-        cache.lengths = cache.lengths + 1
-        attend, ones = Step(cache), np.ones(len(tokens), np.int64)
+        cache.step()
+        rows = _last_rows(tokens, cache)
         hooks = hooks_of(np.bincount(live, minlength=len(lengths)), None)
-        rows = Rows(tokens, cache.lengths - 1, attend, ones, int(cache.lengths.max()))
         return model.head(model.hidden(rows, hooks), hooks)
 
     return continue_(logits, step, cache.keep, max_new_tokens, stop, sampling)
@@ -229,27 +282,31 @@ def generate_from(
     hooks = hooks_of(read.lengths, 1)
     keys, n = model.cross_keys(model.encode_rows(read, hooks), hooks), len(read.lengths)
     write = Rows.pack(_begun([(model.config.start_token,)] * n, virtual), model.device)
-    cache = Cache(write.longest + max_new_tokens - 1, torch.from_numpy(write.lengths).to(model.device))
-    of_row = torch.from_numpy(np.repeat(np.arange(n), write.lengths)).to(model.device)
-    prefill = replace(write, attend=Prefill(write.attend, cache, of_row, write.positions))
+    cache, read_cache = Cache.of(write.lengths, model.device, max_new_tokens - 1), Cache.of(read.lengths, model.device)
+    prefill = replace(write, attend=Prefill(write.attend, cache))
     cross = Packed.plan(write.lengths, False, model.device, k_lengths=read.lengths)
     h = model.decode_rows(prefill, keys, cross, hooks_of(write.lengths, 0))
     last = h[torch.from_numpy(write.lengths.cumsum() - 1).to(model.device)]
-    memory = Memory.of(read, keys)
+    for layer, (k, v) in enumerate(keys):
+        read_cache.put(layer, k, v)
 
     def step(tokens: Tensor, live: np.ndarray) -> Tensor:
-        cache.lengths = cache.lengths + 1
-        ones = np.ones(len(tokens), np.int64)
-        rows = Rows(tokens, cache.lengths - 1, Step(cache), ones, int(cache.lengths.max()))
+        cache.step()
+        rows = _last_rows(tokens, cache)
         hooks = hooks_of(np.bincount(live, minlength=n), None)
-        return model.head(model.decode_rows(rows, memory.keys, memory, hooks), hooks)
+        return model.head(model.decode_rows(rows, [()] * len(keys), Memory(read_cache), hooks), hooks)
 
     def keep(chosen: Tensor) -> None:
         cache.keep(chosen)
-        memory.keep(chosen)
+        read_cache.keep(chosen)
 
     logits = model.head(last, hooks_of(np.ones_like(write.lengths), None))
     return continue_(logits, step, keep, max_new_tokens, stop, sampling)
+
+
+def _last_rows(tokens: Tensor, cache: Cache) -> Rows:
+    """Rows of a step: the last token of each sequence in the cache."""
+    return Rows(tokens, cache.lengths - 1, Step(cache), np.ones(len(tokens), np.int64), cache.longest)
 
 
 def _begun(sequences: Sequence[Sequence[int]], virtual: Sequence[int] | None) -> Sequence[Sequence[int]]:

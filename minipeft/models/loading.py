@@ -107,7 +107,7 @@ def load_model(
     if hasattr(model, "stop_tokens"):
         model.stop_tokens = _stop_tokens(folder)
     model.origin = Origin(folder.absolute(), asked_for, model)
-    return model.to(device)  # buffers
+    return model
 
 
 def load_shape(name: str | Path) -> nn.Module:
@@ -180,7 +180,7 @@ def find_folder(name: str | Path) -> Path:
             raise InputError(f"{name}: no such folder. On the hub it is {org}/{name}: give that name.")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(name)):
         raise InputError(f"{name}: no such folder. Download the model: `hf download NAME --local-dir {name}`; "
-                         "or give a hub id as org/name.")  # fmt: skip
+                         "or give a hub id as org/name. Of a short id the hub's page shows the whole one.")  # fmt: skip
     from huggingface_hub import snapshot_download  # slow to import, and a folder does not need it
 
     repo, _, revision = str(name).partition("@")

@@ -1,9 +1,10 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): feature pairs of q and k turn with the position."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minipeft.models.rows import Rows
 
@@ -16,7 +17,7 @@ def rope_frequencies(dim: int, theta: float, scaling: dict) -> Tensor:
     Scaling "llama3" (Llama 3.1): wavelengths longer than original / low_freq_factor are stretched by `factor`, shorter
     than original / high_freq_factor are kept, and those between are blended. "linear" stretches all. {}: none.
     """
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim  # numbers even in a model on "meta"
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     frequencies = 1.0 / theta**exponents
     kind = scaling.get("rope_type", "default")
     if kind == "linear":
@@ -30,29 +31,24 @@ def rope_frequencies(dim: int, theta: float, scaling: dict) -> Tensor:
     return frequencies
 
 
-class Rotary(nn.Module):
+@dataclass(frozen=True)
+class Rotary:
     """The angles of one base: `rotary(rows, dtype)` -> cos and sin of every row, each [T, 1, dim / 2].
 
     dim: features of a head that turn. theta, scaling: see rope_frequencies.
     """
 
-    def __init__(self, dim: int, theta: float, scaling: dict):
-        super().__init__()
-        self.settings = dim, theta, scaling
-        self.register_buffer("frequencies", rope_frequencies(*self.settings), persistent=False)
+    dim: int
+    theta: float
+    scaling: dict
 
-    def _apply(self, fn, recurse=True):
-        """Moving or converting the model (`.to`, `.bfloat16`) leaves the angles in fp32: bf16 cannot count past 256."""
-        super()._apply(fn, recurse)
-        self.frequencies = rope_frequencies(*self.settings).to(self.frequencies.device)
-        return self
-
-    def forward(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # In chunks of one size: where a number lies in a tensor can decide its cosine's last bit.
-        tables, device = [], self.frequencies.device
+        tables, device = [], rows.positions.device
+        frequencies = rope_frequencies(self.dim, self.theta, self.scaling).to(device)  # fp32: bf16 counts to 256
         for start in range(0, rows.longest, CHUNK):
             positions = torch.arange(start, start + CHUNK, dtype=torch.float32, device=device)
-            angles = positions[:, None] * self.frequencies  # [CHUNK, dim / 2]
+            angles = positions[:, None] * frequencies  # [CHUNK, dim / 2]
             tables.append(torch.stack([angles.cos(), angles.sin()]))
         cos, sin = torch.cat(tables, 1)[:, rows.positions, None].to(dtype)
         return cos, sin

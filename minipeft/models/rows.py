@@ -11,7 +11,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minipeft.errors import InputError
 from minipeft.models.attention import Packed
+from minipeft.models.fields import shown
+
+
+def joined(sequences: Sequence[Sequence[int]], what: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids, none empty -> all of them end to end [T] int64, and the lists' lengths [n] int64.
+
+    Args:
+        what: what the ids are, for messages. size: they must be below it; None: not looked at.
+    Raises:
+        InputError: no list, an empty one, something else than a list of whole numbers, or an id out of range.
+    """
+    arrays = []
+    for i, sequence in enumerate(sequences):
+        try:
+            array = np.asarray(sequence)
+        except ValueError:  # lists of unlike lengths in it
+            array = None
+        if array is None or array.ndim != 1:
+            raise InputError(f"{what}: number {i} is {shown(sequence)}; needed a list of lists of ids, as "
+                             "[[5, 8, 2], [7]]: one for each sequence.")  # fmt: skip
+        arrays.append(array)
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    if len(lengths) == 0 or lengths.min() == 0:
+        raise InputError(f"{what}: needed at least one sequence and no empty one; drop empty sequences before.")
+    ids = np.concatenate(arrays)
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"{what} are {ids.dtype}; needed whole numbers.")
+    if size is not None and not 0 <= ids.min() <= ids.max() < size:
+        raise InputError(f"{what} from {ids.min()} to {ids.max()}, but this base's are 0 to {size - 1}. Use the "
+                         "tokenizer that came with it.")  # fmt: skip
+    return ids.astype(np.int64), lengths
 
 
 @dataclass(frozen=True)
@@ -48,18 +80,9 @@ class Rows:
             virtual:  see above; their tokens, whatever they are, are read by nobody.
             vocab_size: token ids must be below it; None: not looked at.
         Raises:
-            ValueError: no sequence, an empty one, or ids that are no tokens.
+            InputError: see `joined`.
         """
-        lengths = np.array([len(s) for s in sequences], dtype=np.int64)
-        if len(lengths) == 0 or lengths.min() == 0:
-            raise ValueError("Rows.pack: needs at least one sequence and no empty one; drop empty sequences before.")
-        tokens = np.concatenate([np.asarray(s) for s in sequences])
-        if tokens.dtype.kind not in "iu":
-            raise ValueError(f"Rows.pack: token ids are {tokens.dtype}; needed whole numbers.")
-        if vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            raise ValueError(f"Rows.pack: token ids from {tokens.min()} to {tokens.max()}, but this base's are 0 to "
-                             f"{vocab_size - 1}. Use the tokenizer that came with it.")  # fmt: skip
-        tokens = tokens.astype(np.int64)
+        tokens, lengths = joined(sequences, "token ids", vocab_size)
         starts, shared, before = np.cumsum(lengths) - lengths, None, np.zeros_like(lengths)
         if prefixes is not None and max(prefixes) >= 0:
             prefixes = np.asarray(prefixes)

@@ -27,11 +27,11 @@ from minipeft.errors import InputError
 from minipeft.models.attention import Packed
 from minipeft.models.checkpoint import Family, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
-from minipeft.models.generate import Sampling, generate_from
+from minipeft.models.generate import Memory, Sampling, generate_from
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites, together
 from minipeft.models.layers import RMSNorm, SwiGLU, gelu_tanh
 from minipeft.models.recompute import run
-from minipeft.models.rows import Rows
+from minipeft.models.rows import Rows, joined
 
 Keys = tuple[Tensor, Tensor]  # k and v of a layer, [T, H, D] each
 KEY_PARTS = {  # our name of a module in a layer -> Hugging Face's; {} is 1 in the encoder, 2 in the decoder
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
         k, v = together((self.k, self.v), memory, hooks)
         return hooks.keys(self.site, k.unflatten(1, (-1, self.head_dim)), v.unflatten(1, (-1, self.head_dim)))
 
-    def forward(self, x: Tensor, keys: Keys, cross: Packed, hooks: Hooks) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys | tuple[()], cross: Packed | Memory, hooks: Hooks) -> Tensor:
         q = self.q(x, hooks).unflatten(1, (-1, self.head_dim))  # [T, H, D]
         return self.o(cross(self.layer, q, *keys, scale=1.0).flatten(1), hooks)
 
@@ -178,7 +178,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(f"{site}.mlp", config)
 
     def forward(
-        self, x: Tensor, rows: Rows, biases: Sequence[Tensor], keys: Keys, cross: Packed, hooks: Hooks
+        self, x: Tensor, rows: Rows, biases: Sequence[Tensor], keys: Keys | tuple[()], cross: Packed | Memory,
+        hooks: Hooks,
     ) -> Tensor:
         h = hooks.norm(self.attn_norm, x)
         x = x + hooks.block(self.attn.site, self.attn(h, rows, biases, hooks), h, x)
@@ -248,14 +249,14 @@ class T5(Sites, nn.Module):
         return [layer.cross.keys(memory, hooks) for layer in self.decoder.layers]
 
     def decode_rows(
-        self, rows: Rows, keys: Sequence[Keys], cross: Packed, hooks: Hooks = BASE
+        self, rows: Rows, keys: Sequence[Keys | tuple[()]], cross: Packed | Memory, hooks: Hooks = BASE
     ) -> Tensor:
         """Last hidden states of the decoder after the final norm.
 
         Args:
             rows:   target rows, causal, each target after the start token.
-            keys:   from cross_keys.
-            cross:  which input each target sees: Packed.plan(..., k_lengths=...), or a cache that is called like it.
+            keys:   from cross_keys; () for each layer where cross holds them.
+            cross:  which input each target sees: Packed.plan(..., k_lengths=...), or generate.py's Memory.
             hooks:  those of the target rows.
         Returns:
             [T_out, width], dtype of the weights.
@@ -278,12 +279,12 @@ class T5(Sites, nn.Module):
         Row j of a target holds the token before its token j, so the last token is nobody's row: it is predicted only.
 
         Raises:
-            ValueError: not as many targets as inputs, or one of them is empty.
+            InputError: not as many targets as inputs, or see `joined`.
         """
-        if len(inputs) != len(targets) or not all(len(target) for target in targets):
-            raise ValueError(f"T5: {len(inputs)} inputs and {len(targets)} targets; needed one target with at least "
-                             "one token for each input.")  # fmt: skip
         vocab_size = self.config.vocab_size
+        _, lengths = joined(targets, "target ids", vocab_size)  # the last of each is in no row
+        if len(inputs) != len(lengths):
+            raise InputError(f"T5: {len(inputs)} inputs and {len(lengths)} targets; needed one for each.")
         read = Rows.pack(inputs, self.device, causal=False, vocab_size=vocab_size)
         begun = [[self.config.start_token, *target[:-1]] for target in targets]
         write = Rows.pack(begun, self.device, vocab_size=vocab_size)
