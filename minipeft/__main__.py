@@ -19,14 +19,22 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.console import OneLineParser, check_device, plain_warnings, progress
+from minipeft.console import (
+    POOLING,
+    RECOMPUTE,
+    OneLineParser,
+    add_dtype,
+    check_device,
+    plain_warnings,
+    progress,
+)
 from minipeft.errors import InputError
 from minipeft.methods import Method, PromptTuning
-from minipeft.models.classifier import Base, Classifier
+from minipeft.models.classifier import POOLINGS, Base, Classifier
 from minipeft.models.loading import load_model, load_shape, load_tokenizer
 from minipeft.options import add_options, counted, described_methods, method_of, settings_of, sites_of
 from minipeft.running import SHARED, Training, evaluate, first_users, open_base, predict, without_head
-from minipeft.schedule import TrainConfig
+from minipeft.schedule import PassConfig, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.task import load_task
 
@@ -74,6 +82,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                              metavar={"model": "FOLDER", "user": "ID"}.get(option.rstrip("?"), "DIR"))  # fmt: skip
         if "model" in needed:
             own.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+        if {"model", "model?"} & set(needed):
+            add_dtype(own)
         own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return own
 
@@ -83,6 +93,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                   after=f"methods ({counts}):\n{described_methods(shape)}")  # fmt: skip
     own.add_argument("--users", type=int, metavar="N", help="the task's first N users only")
     own.add_argument("--again", action="store_true", help="replace the adapters of users who are in the store already")
+    own.add_argument("--recompute", action="store_true", help=RECOMPUTE)
+    own.add_argument("--pooling", choices=POOLINGS, default="mean", help=POOLING)
     own.add_argument("--start-text", metavar="TEXT", help="prompt: start from this text's tokens, as the base reads it")
     both = own.add_mutually_exclusive_group()
     both.add_argument("--on-shared", dest="shared", action="store_const", const="on", default="",
@@ -128,7 +140,7 @@ def shape_on_line(argv: Sequence[str] | None) -> Base | None:
 
 def load(args: argparse.Namespace) -> nn.Module:
     check_device(args.device)
-    return load_model(args.model, device=args.device)
+    return load_model(args.model, args.dtype, args.device)
 
 
 def told(method: Method) -> dict:
@@ -151,7 +163,8 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict:
     config.check()
     task = load_task(args.task)
     task = task if args.users is None else first_users(task, args.users)
-    training = Training.plan(load(args), task, config, args.store, args.shared, args.again)
+    training = Training.plan(load(args), task, config, args.store, args.shared, args.again,
+                             PassConfig(recompute=args.recompute), args.pooling)  # fmt: skip
     method, base = training.method, training.base
     acts = "; ".join(f"{part.name} at {', '.join(sites_of(part, base))}" for part in method.parts)
     print(f"task {task.name}: {len(task.users)} users, {len(task.pooled('train'))} training examples, labels "
@@ -267,7 +280,8 @@ def run_export(args: argparse.Namespace, _) -> dict:
     store = Store(args.store)
     if args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")
-    base = open_base(args.model or store.base.folder, len(store.task.labels) if store.task else MIN_LABELS)
+    model = load_model(args.model or store.base.folder, args.dtype)
+    base = open_base(model, len(store.task.labels) if store.task else MIN_LABELS, store.pooling)
     whole = store.get(args.user, base)
     adapter = without_head(whole, base)
     {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format](adapter, base, args.to)
@@ -281,8 +295,9 @@ def run_import(args: argparse.Namespace, _) -> dict:
 
     task = load_task(args.task).header if args.task else None
     model = load(args)
-    known = task or (Store(args.store).task if (Path(args.store) / "store.json").exists() else None)
-    base = open_base(model, len(known.labels) if known else MIN_LABELS)
+    there = Store(args.store) if (Path(args.store) / "store.json").exists() else None
+    known = task or (there.task if there else None)
+    base = open_base(model, len(known.labels) if known else MIN_LABELS, there.pooling if there else "mean")
     adapter = {"peft": interop.import_peft, "adapterhub": interop.import_adapterhub}[args.format](
         args.folder, base, args.user)  # read first: a folder that is refused leaves no store behind  # fmt: skip
     store = Store.make(args.store, model, task)

@@ -42,11 +42,20 @@ def silent(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
 # ---- A base and its questions --------------------------------------------------------------------------------------
 
 
-def open_base(model: str | Path | Base | Bert, num_labels: int) -> Base:
-    """What an engine runs on: the base of a folder, or one that load_model gave; an encoder with classes to answer."""
+def open_base(model: str | Path | Base | Bert, num_labels: int, pooling: str = "mean") -> Base:
+    """What an engine runs on: the base of a folder, or one that load_model gave; an encoder with classes to answer.
+
+    Raises:
+        InputError: pooling is not "mean" and the base is no encoder, or has no such pooling.
+    """
     if isinstance(model, (str, Path)):
         model = load_model(model)
-    return Classifier(model, num_labels) if isinstance(model, Bert) else model
+    if isinstance(model, Bert):
+        return Classifier(model, num_labels, pooling)
+    if pooling != getattr(model, "pooling", "mean"):
+        raise InputError(f"pooling {pooling!r} is for encoders that become classifiers here, not for this "
+                         f"{type(model).__name__}")  # fmt: skip
+    return model
 
 
 def prompts_of(base: Base, task: Header) -> Prompts:
@@ -132,14 +141,14 @@ class Training:
     @classmethod
     def plan(
         cls, model: str | Path | Base, task: str | Path | Task, config: TrainConfig, store: str | Path,
-        shared: str = "", again: bool = False, passes: PassConfig | None = None,
+        shared: str = "", again: bool = False, passes: PassConfig | None = None, pooling: str = "mean",
     ) -> "Training":  # fmt: skip
         """Everything that can be wrong with the input is found out here; see `train`."""
         if shared not in ("", "on", "from"):
             raise InputError(f"shared is {shared!r}; needed \"on\", \"from\" or \"\"")
         task = task if isinstance(task, Task) else load_task(task)
         check_splits(task, ("val",))
-        base = open_base(model, len(task.labels))
+        base = open_base(model, len(task.labels), pooling)
         prompts = prompts_of(base, task.header)
         config = replace(config, method=for_base(config.method, base))
         config.check()
@@ -196,7 +205,7 @@ class Training:
 
 def train(
     model: str | Path | Base, task: str | Path | Task, method: Method = LoRA(), *, store: str | Path,  # noqa: B008
-    shared: str = "", again: bool = False, passes: PassConfig | None = None,
+    shared: str = "", again: bool = False, passes: PassConfig | None = None, pooling: str = "mean",
     on_finish: Callable[[Adapter], None] | None = None, **settings: float,
 ) -> Store:  # fmt: skip
     """Every user of the task gets an adapter of their own, all trained together in fused passes.
@@ -209,6 +218,7 @@ def train(
         shared:    "on": first one adapter for all users together, then each user's own on top; "from": each user's own
                    starts from it.
         again:     replace adapters of users who are in the store already.
+        pooling:   on an encoder, what a head reads of a text: the "mean" of its hidden states, or the base's "pooler".
         on_finish: called with each adapter once it is in the store.
         settings:  fields of TrainConfig: learning_rate, epochs, batch_size, seed...
     Returns:
@@ -217,7 +227,8 @@ def train(
         InputError: a folder, the task or a setting cannot be used, the store belongs to another base or task, or a user
             is in it already.
     """
-    training = Training.plan(model, task, TrainConfig(method=method, **settings), store, shared, again, passes)
+    training = Training.plan(model, task, TrainConfig(method=method, **settings), store, shared, again, passes,
+                             pooling)  # fmt: skip
     training.run(on_finish)
     return training.store
 
@@ -306,7 +317,7 @@ def predict(
     """
     store, asked = store if isinstance(store, Store) else Store(store), list(asked)
     task = task or store.known_task()
-    base = open_base(model, len(task.labels))
+    base = open_base(model, len(task.labels), store.pooling)
     adapters = {user: store.get(user, base) for user in dict.fromkeys(user for user, _ in asked)}
     prompts = prompts_of(base, task)
     virtual = {user: adapter.method.virtual(base)[0] for user, adapter in adapters.items()}

@@ -180,6 +180,7 @@ class Store:
     """Many users' adapters of one base in a folder: `add`, `get`, `users`, `delete`.
 
     base: which base. task: which task, with its labels and instruction; None: adapters were imported and nobody said.
+    pooling: how an encoder's text became one vector (models/classifier.py).
 
     Raises:
         InputError: the folder is no store.
@@ -193,6 +194,7 @@ class Store:
         fields = read_json(path, prefix=f"{path}: ")
         try:
             self.base, task = BaseId(**fields["base"]), fields["task"]
+            self.pooling = fields.get("pooling", "mean")
             self.task = Header(task["name"], task["instruction"], tuple(task["labels"])) if task else None
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: not written by minipeft ({error!r}); name another folder") from None
@@ -217,18 +219,22 @@ class Store:
                 if task is not None and store.task is not None:
                     store.check_task(task)
             if store is None or (store.task is None and task is not None):
-                fields = {"base": asdict(BaseId.of(base)), "task": asdict(task) if task else None}
+                fields = {"base": asdict(BaseId.of(base)), "task": asdict(task) if task else None,
+                          "pooling": getattr(base, "pooling", "mean") if store is None else store.pooling}
                 write_file(mine, json.dumps(fields, ensure_ascii=False, indent=1).encode() + b"\n")
         except OSError as error:
             raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder") from None
         return cls(folder)
 
     def check_base(self, base: Sites) -> None:
-        """Raises InputError unless it is this store's base."""
+        """Raises InputError unless it is this store's base, and an encoder pools as the store's did."""
         came = BaseId.of(base)
         if came.fingerprint != self.base.fingerprint:
             raise InputError(f"{self.folder} belongs to base {self.base}, not to {came}; name the one that was in "
-                             f"{self.base.folder}, or another store")
+                             f"{self.base.folder}, in the dtype that it had, or another store")
+        if (pooling := getattr(base, "pooling", self.pooling)) != self.pooling:
+            raise InputError(f"{self.folder} belongs to pooling {self.pooling!r}, not {pooling!r}; give the store's or "
+                             "name another store")
 
     def check_task(self, task: Header) -> None:
         """Raises InputError unless users are asked the store's question and answer with its labels.
