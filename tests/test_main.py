@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from small_bases import MAKERS, POSITIONS
 
 import minipeft
+from minipeft import bench
 from minipeft.__main__ import main
 from minipeft.engine import Engine
 from minipeft.errors import InputError
@@ -784,6 +785,21 @@ def test_a_store_remembers_how_texts_are_pooled(task, bases, tmp_path, capsys):
     assert run("train", "--model", bases["gpt2"], "--task", task, "--method", "lora", "--store", tmp_path / "other",
                "--pooling", "pooler") == 2  # fmt: skip
     assert "pooling 'pooler' is for encoders" in capsys.readouterr().err
+
+
+def test_dtype_pooling_and_recompute_reach_training(task, bases, tmp_path, capsys, monkeypatch):
+    def stop(self, *args, **options):
+        raise InputError(f"{self.model.dtype}, {self.model.pooling}, {self.passes.recompute}")
+
+    monkeypatch.setattr(Engine, "train", stop)
+    common = "--model", bases["bert"], "--task", task, "--users", 2
+    chosen = "--dtype", "bfloat16", "--pooling", "pooler", "--recompute"
+    for options, expected in (((), "torch.float32, mean, False"), (chosen, "torch.bfloat16, pooler, True")):
+        store = tmp_path / f"store {len(options)}"
+        assert run("train", *common, "--method", "lora", "--store", store, *options) == 2
+        assert capsys.readouterr().err == f"minipeft: {expected}\n"
+        assert bench.main([str(arg) for arg in (*common, "--out", tmp_path / "out", *options)]) == 2
+        assert capsys.readouterr().err == f"minipeft.bench: {expected}\n"
 
 
 def test_a_bf16_base_trains_and_answers_in_bf16_alone(task, bases, tmp_path, capsys):
