@@ -22,13 +22,20 @@ from pathlib import Path
 
 from torch import nn
 
-from minipeft.console import OneLineParser, check_device, plain_warnings, progress
+from minipeft.console import (
+    POOLING,
+    OneLineParser,
+    add_dtype,
+    check_device,
+    plain_warnings,
+    progress,
+)
 from minipeft.errors import InputError
 from minipeft.files import folder_name, write_file
 from minipeft.log import tensorboard
 from minipeft.methods import Method, PromptTuning
 from minipeft.models.checkpoint import one_line
-from minipeft.models.classifier import Base, Classifier
+from minipeft.models.classifier import POOLINGS, Base, Classifier
 from minipeft.models.fields import shown
 from minipeft.models.loading import load_model, load_shape, load_tokenizer
 from minipeft.options import (
@@ -97,6 +104,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                              metavar={"model": "FOLDER", "user": "ID"}.get(option.rstrip("?"), "DIR"))  # fmt: skip
         if "model" in needed:
             own.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+        if {"model", "model?"} & set(needed):
+            add_dtype(own)
         own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         return own
 
@@ -116,6 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                      help="leave users out who cannot be trained (default), or stop")
     own.add_argument("--tensorboard", type=Path, metavar="DIR", help="write the log's numbers for TensorBoard, too")
     add_pass_options(own)
+    own.add_argument("--pooling", choices=POOLINGS, default="mean", help=POOLING)
     own.add_argument("--start-text", metavar="TEXT", help="prompt: start from this text's tokens, as the base reads it")
     both = own.add_mutually_exclusive_group()
     both.add_argument("--on-shared", dest="shared", action="store_const", const="on", default="",
@@ -170,7 +180,7 @@ def shape_on_line(argv: Sequence[str] | None) -> Base | None:
 
 def load(args: argparse.Namespace) -> nn.Module:
     check_device(args.device)
-    return load_model(args.model, device=args.device)
+    return load_model(args.model, args.dtype, args.device)
 
 
 def told(method: Method) -> dict:
@@ -203,10 +213,10 @@ def train_users(
     """One rank's part. None at ranks other than 0, which print nothing."""
     task = TaskFolder(args.task, args.users)
     check_device(args.device)
-    model = load_model(args.model, device=own_device(args.device))
+    model = load_model(args.model, args.dtype, own_device(args.device))
     training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),
                              resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
-                             save_minutes=args.save_minutes, rows=args.rows)  # fmt: skip
+                             save_minutes=args.save_minutes, rows=args.rows, pooling=args.pooling)  # fmt: skip
     method, base = training.method, training.base
     acts = "; ".join(f"{part.name} at {', '.join(sites_of(part, base))}" for part in method.parts)
     if ranks.writes:
@@ -377,7 +387,8 @@ def run_export(args: argparse.Namespace, _) -> dict:
     store = Store(args.store)
     if args.user is not None and args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")
-    base = open_base(args.model or store.base.folder, len(store.task.labels) if store.task else MIN_LABELS)
+    model = load_model(args.model or store.base.folder, args.dtype)
+    base = open_base(model, len(store.task.labels) if store.task else MIN_LABELS, store.pooling)
     write = {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format]
 
     def export(user: str, folder: Path) -> Method:
@@ -404,8 +415,9 @@ def run_import(args: argparse.Namespace, _) -> dict:
 
     task = load_task(args.task).header if args.task else None
     model = load(args)
-    known = task or (Store(args.store).task if is_store(args.store) else None)
-    base = open_base(model, len(known.labels) if known else MIN_LABELS)
+    there = Store(args.store) if is_store(args.store) else None
+    known = task or (there.task if there else None)
+    base = open_base(model, len(known.labels) if known else MIN_LABELS, there.pooling if there else "mean")
     adapter = {"peft": interop.import_peft, "adapterhub": interop.import_adapterhub}[args.format](
         args.folder, base, args.user)  # read first: a folder that is refused leaves no store behind  # fmt: skip
     store = Store.make(args.store, model, task)

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from minipeft.bench_kernels import run_kernels
-from minipeft.console import OneLineParser, check_device, plain_warnings, progress
+from minipeft.console import POOLING, RECOMPUTE, OneLineParser, add_dtype, check_device, plain_warnings, progress
 from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Question
 from minipeft.methods.lora import LoRA
-from minipeft.models.classifier import Base
+from minipeft.models.classifier import POOLINGS, Base
 from minipeft.models.loading import load_model
 from minipeft.peftu.command import run_peftu
 from minipeft.profiling import profiled, region
@@ -98,13 +98,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--users", type=int, metavar="N", help="how many users (default: 128 synthetic, or all)")
     parser.add_argument("--seed", type=int, default=0, help="of users, base and training (default: 0)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    add_dtype(parser)
+    parser.add_argument("--recompute", action="store_true", help=RECOMPUTE)
+    parser.add_argument("--pooling", choices=POOLINGS, default="mean", help=POOLING)
     parser.add_argument("--op", nargs="+", metavar="NAME", help="kernels: these ops only (default: all)")
     parser.add_argument("--full", action="store_true", help="kernels: all combinations of shapes, users, ranks, rows")
     parser.add_argument("--profile", action="store_true", help="also write trace.json and a table of kernels")
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"), metavar="DIR",
                         help="folder for result.json and the rest (default: runs/<time>)")
     args = parser.parse_args(argv)
-    for name in {"quick": ("op", "full"), "kernels": ("task", "model", "users")}[args.suite]:
+    of_quick = ("task", "model", "users", "dtype", "recompute", "pooling")
+    for name in {"quick": ("op", "full"), "kernels": of_quick}[args.suite]:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is not an option of suite {args.suite}")
     return args
@@ -126,17 +130,18 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
         store.add(adapter, model)
         finished.append(adapter.user)
 
+    passes, alone_passes = (replace(passes, recompute=args.recompute) for passes in (PASSES, ALONE))
     plan = plan_for(model, args.seed)
     jobs = [Job(user, encoded.train[user], encoded.val[user], plan) for user in task.users]
     jobs.sort(key=lambda job: -len(job.train))  # longest first: nobody is left to finish alone
     shortened = trial_jobs(jobs)  # first: a process that has trained for long is slower at small passes
-    trial = timed_training(model, encoded, shortened, PASSES, "speed trial, together")
-    trial_alone = timed_training(model, encoded, shortened, ALONE, "speed trial, one by one")
-    together = timed_training(model, encoded, jobs, PASSES, f"{len(jobs)} users together", keep)
+    trial = timed_training(model, encoded, shortened, passes, "speed trial, together")
+    trial_alone = timed_training(model, encoded, shortened, alone_passes, "speed trial, one by one")
+    together = timed_training(model, encoded, jobs, passes, f"{len(jobs)} users together", keep)
     some = jobs[:: -(-len(jobs) // NUM_ALONE)]
-    alone = timed_training(model, encoded, some, ALONE, f"{len(some)} of the users alone")
+    alone = timed_training(model, encoded, some, alone_passes, f"{len(some)} of the users alone")
     everyone = Job(EVERYONE, pooled(encoded.train), pooled(encoded.val), replace(plan, **SHARED))
-    shared = timed_training(model, encoded, [everyone], ALONE, "one shared LoRA")
+    shared = timed_training(model, encoded, [everyone], alone_passes, "one shared LoRA")
 
     correct = {
         "own_majority": per_user(task, majority_answers(task)),
@@ -172,13 +177,14 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
         },
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
+                     "device": args.device, "dtype": str(args.dtype).removeprefix("torch."),
+                     "cpu": platform.machine(), "threads": torch.get_num_threads()},
         "seconds": time.perf_counter() - began,
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if args.profile:
         with profiled(args.out):
-            timed_training(model, encoded, shortened[::PROFILED], PASSES, "some of the trial, profiled")
+            timed_training(model, encoded, shortened[::PROFILED], passes, "some of the trial, profiled")
     print(table(result))
     plot_gains(args.out / "gains.png", gains, result)
     print(f"written: {args.out}/result.json, gains.png, adapters/ ({len(finished)} users)")
@@ -224,7 +230,7 @@ def get_base(args: argparse.Namespace, task: Task) -> tuple[Base, Encoded, str]:
         name = "default"
     else:
         folder, name = args.model, args.model.name
-    model = open_base(load_model(folder, device=args.device), len(task.labels))
+    model = open_base(load_model(folder, args.dtype, args.device), len(task.labels), args.pooling)
     return model, prompts_of(model, task.header).encode(task), name
 
 
@@ -372,7 +378,8 @@ def describe(args: argparse.Namespace, task: Task, model: Base, base_name: str, 
         f"median {sizes[len(sizes) // 2]}), labels {', '.join(task.labels)}, alpha {nominal_alpha(task):.2f}",
         f"base {base_name}: {sum(p.numel() for p in model.parameters()):,} frozen numbers; LoRA of rank "
         f"{PERSONAL.method.rank}{'' if model.causal else ' and a head'}: {numbers:,} numbers a user",
-        f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32",
+        f"on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, the base in "
+        f"{str(args.dtype).removeprefix('torch.')}",
     ]
     if encoded.num_cut:
         lines.append(f"{encoded.num_cut} texts were longer than the base's {model.config.max_positions} positions "

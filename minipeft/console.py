@@ -7,12 +7,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from tqdm import tqdm
 
 from minipeft.errors import InputError
 from minipeft.models.checkpoint import one_line
 from minipeft_kernels.backend import backend
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of a base
+RECOMPUTE = "keep each layer's input alone and compute the rest again: less memory, a third more time, the same bits"
+POOLING = "on an encoder, what a user's head reads of a text: the mean of its hidden states, or the base's pooler"
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 
 
@@ -21,6 +25,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(f"{message}; --help lists the options")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype, of the base: adapters are fp32 always."""
+
+    def dtype(name: str) -> torch.dtype:
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(DTYPES)}; fp16 passes its range in many "
+                                             "bases, take bfloat16 in its place")  # fmt: skip
+        return DTYPES[name]
+
+    parser.add_argument("--dtype", type=dtype, default=torch.float32, metavar="|".join(DTYPES),
+                        help="numbers of the frozen base (default: float32)")  # fmt: skip
 
 
 def check_device(device: str) -> None:

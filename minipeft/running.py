@@ -29,11 +29,20 @@ from minipeft.tasks.task import Header, Task, load_task, majority_answers, user_
 # ---- A base and its questions --------------------------------------------------------------------------------------
 
 
-def open_base(model: str | Path | Base | Bert, num_labels: int) -> Base:
-    """What an engine runs on: the base of a folder, or one that load_model gave; an encoder with classes to answer."""
+def open_base(model: str | Path | Base | Bert, num_labels: int, pooling: str = "mean") -> Base:
+    """What an engine runs on: the base of a folder, or one that load_model gave; an encoder with classes to answer.
+
+    Raises:
+        InputError: pooling is not "mean" and the base is no encoder, or has no such pooling.
+    """
     if isinstance(model, (str, Path)):
         model = load_model(model)
-    return Classifier(model, num_labels) if isinstance(model, Bert) else model
+    if isinstance(model, Bert):
+        return Classifier(model, num_labels, pooling)
+    if pooling != getattr(model, "pooling", "mean"):
+        raise InputError(f"pooling {pooling!r} is for encoders that become classifiers here, not for this "
+                         f"{type(model).__name__}")  # fmt: skip
+    return model
 
 
 def prompts_of(base: Base, task: Header) -> Prompts:
@@ -183,7 +192,7 @@ def predict(
     """
     store, asked = store if isinstance(store, Store) else Store(store), list(asked)
     task = task or store.known_task()
-    base = open_base(model, len(task.labels))
+    base = open_base(model, len(task.labels), store.pooling)
     users = list(dict.fromkeys(user for user, _ in asked))
     adapters = dict(zip(users, store.get_many(users, base)))
     prompts = prompts_of(base, task)

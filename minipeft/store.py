@@ -101,6 +101,7 @@ class Store:
     """Many users' adapters of one base in a folder. It belongs to the thread that opened it.
 
     base: which base. task: which task, with its labels and instruction; None: adapters were imported and nobody said.
+    pooling: how an encoder's text became one vector (models/classifier.py).
     rows: how numbers lie (shards.py): "float32", or "bfloat16" or "int8", which are smaller and not exact.
 
     Args:
@@ -122,6 +123,7 @@ class Store:
         try:
             base, task = (json.loads(self._archive.about[name]) for name in ("base", "task"))
             self.base = BaseId(base["name"], base["folder"], base["fingerprint"])
+            self.pooling = self._archive.about.get("pooling", "mean")
             self.task = Header(task["name"], task["instruction"], tuple(task["labels"])) if task else None
             texts = [*asdict(self.base).values()]
             texts += [self.task.name, self.task.instruction, *self.task.labels] if self.task else []
@@ -157,7 +159,7 @@ class Store:
         if rows not in (None, *KINDS):
             raise InputError(f"rows {shown(rows)} are unknown; choose one of {', '.join(KINDS)}")
         about = {"base": json.dumps(asdict(BaseId.of(base))), "task": json.dumps(asdict(task) if task else None),
-                 "rows": rows or "float32"}  # fmt: skip
+                 "rows": rows or "float32", "pooling": getattr(base, "pooling", "mean")}  # fmt: skip
         try:
             strangers = {path.name for path in folder.iterdir()} - {*OWN} if folder.exists() else set()
             if strangers and not is_store(folder) and "store.json" not in strangers:
@@ -182,11 +184,14 @@ class Store:
         self._archive.close()
 
     def check_base(self, base: Sites) -> None:
-        """Raises InputError unless it is this store's base."""
+        """Raises InputError unless it is this store's base, and an encoder pools as the store's did."""
         came = BaseId.of(base)
         if came.fingerprint != self.base.fingerprint:
             raise InputError(f"{self.folder} belongs to base {self.base}, not to {came}; name the one that was in "
-                             f"{self.base.folder}, or another store")
+                             f"{self.base.folder}, in the dtype that it had, or another store")
+        if (pooling := getattr(base, "pooling", self.pooling)) != self.pooling:
+            raise InputError(f"{self.folder} belongs to pooling {self.pooling!r}, not {pooling!r}; give the store's or "
+                             "name another store")
 
     def check_task(self, task: Header) -> None:
         """Raises InputError unless users are asked the store's question and answer with its labels.

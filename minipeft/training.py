@@ -214,6 +214,7 @@ class Training:
         cls, model: str | Path | Base, task: str | Path | Task | TaskFolder, config: TrainConfig, store: str | Path,
         shared: str = "", again: bool = False, passes: PassConfig | None = None, *, resume: bool = False,
         strict: bool = False, ranks: Ranks | None = None, save_minutes: float = SAVE_MINUTES, rows: str | None = None,
+        pooling: str = "mean",
     ) -> "Training":  # fmt: skip
         """Everything that can be wrong with the input is found out here; see `train`."""
         if shared not in ("", "on", "from"):
@@ -221,7 +222,7 @@ class Training:
         if not save_minutes > 0:
             raise InputError(f"save_minutes must be above 0, got {save_minutes}")
         source = task if isinstance(task, (Task, TaskFolder)) else TaskFolder(task)
-        base = open_base(model, len(source.header.labels))
+        base = open_base(model, len(source.header.labels), pooling)
         prompts = prompts_of(base, source.header)
         config = replace(config, method=for_base(config.method, base))
         config.check()
@@ -264,7 +265,7 @@ class Training:
         settings = {name: value for name, value in asdict(self.config).items() if name != "method"}
         return {"format": FORMAT, "base": self.base.origin.fingerprint, "task": self.source.digest,
                 "method": json.loads(json.dumps(self.method.described())), **settings, "shared": self.shared,
-                "deterministic": self.passes.deterministic}  # fmt: skip
+                "pooling": getattr(self.base, "pooling", "mean"), "deterministic": self.passes.deterministic}  # fmt: skip
 
     def job(self, user: str) -> tuple[Job, int]:
         """A user's job, how many of their texts were cut. Raises InputError for a broken example or too long an id."""
@@ -453,7 +454,7 @@ class Training:
 def train(
     model: str | Path | Base, task: str | Path | Task, method: Method = LoRA(), *, store: str | Path,  # noqa: B008
     shared: str = "", again: bool = False, resume: bool = False, passes: PassConfig | None = None,
-    rows: str | None = None, on_finish: Callable[[Adapter], None] | None = None,
+    rows: str | None = None, pooling: str = "mean", on_finish: Callable[[Adapter], None] | None = None,
     on_fault: Callable[[Fault], None] | None = None, **settings: float,
 ) -> Store:  # fmt: skip
     """Every user of the task gets an adapter of their own, all trained together in fused passes.
@@ -468,6 +469,7 @@ def train(
         again:     replace adapters of users who are in the store already.
         resume:    go on with the same training where it was interrupted; begin it if there is none.
         rows:      how a new store keeps numbers: "float32", "bfloat16" or "int8"; None: "float32", or as it does.
+        pooling:   on an encoder, what a head reads of a text: the "mean" of its hidden states, or the base's "pooler".
         on_finish: called with each adapter once it is in the store.
         on_fault:  called with each user who cannot be trained, and everybody else is. None: such a user is an error,
                    before anybody is trained if it can be seen then, or else in the end.
@@ -481,6 +483,6 @@ def train(
     """
     config = TrainConfig(method=method, **settings)
     training = Training.plan(model, task, config, store, shared, again, passes, resume=resume, rows=rows,
-                             strict=on_fault is None)  # fmt: skip
+                             pooling=pooling, strict=on_fault is None)  # fmt: skip
     training.run(on_finish, on_fault=on_fault)
     return training.store

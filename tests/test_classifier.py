@@ -27,8 +27,9 @@ CONFIG = TrainConfig(method=Stack((LoRA(rank=4, sites=("q", "v", "down")), Head(
                      batch_size=4)  # fmt: skip
 
 
-def make_model():
-    encoder = Bert(BertConfig(vocab_size=50, width=24, num_layers=2, num_heads=4, mlp_width=40, max_positions=64))
+def make_model(pooling="mean"):
+    encoder = Bert(BertConfig(vocab_size=50, width=24, num_layers=2, num_heads=4, mlp_width=40, max_positions=64,
+                              pooler=pooling == "pooler"))  # fmt: skip
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
@@ -37,7 +38,7 @@ def make_model():
                 weight.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise)
             else:
                 weight.copy_(noise / weight.shape[1] ** 0.5)
-    return Classifier(encoder, C)
+    return Classifier(encoder, C, pooling)
 
 
 def make_jobs(num_users=5, seed=0):
@@ -212,3 +213,33 @@ def test_tags_are_learned_and_answered():
     applies = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(scores), applies)
     assert min(adapter.metrics["val_loss"]) == pytest.approx(float(loss), rel=1e-3)
+
+
+def test_a_pooler_reads_each_texts_first_row():
+    model, sequences = make_model("pooler"), [[1, 2, 3], [4], [5] * 9]
+    rows = Rows.pack(sequences, causal=False)
+    pooler = model.encoder.pooler
+    for sequence, own in zip(sequences, rows.split(model.hidden(rows))):
+        (states,) = model.encoder.encode([sequence])
+        expected = torch.tanh(states[0] @ pooler.weight.T + pooler.bias)
+        assert torch.allclose(own, F.pad(expected, (0, 1), value=1.0).expand(len(sequence), -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_users_of_a_pooler_train_as_alone(deterministic):
+    model, jobs = make_model("pooler"), make_jobs(3)
+    passes = PassConfig(deterministic=deterministic)
+    together = Engine(model, Classes(C), passes).train(jobs)
+    for job in jobs:
+        alone = Engine(model, Classes(C), passes).train([job])[job.user].row
+        error = (together[job.user].row - alone).norm() / alone.norm()
+        assert error == 0 if deterministic else error < 1e-5
+
+
+@pytest.mark.parametrize("pooling, message", [
+    ("pooler", "this base has no pooler, its checkpoint holds no pooler.dense; take pooling 'mean'"),
+    ("max", "pooling is 'max'; needed one of 'mean', 'pooler'"),
+])  # fmt: skip
+def test_a_pooling_that_is_not_there_is_refused(pooling, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(make_model().encoder, C, pooling)

@@ -560,6 +560,17 @@ def test_no_angle_is_computed_before_config_and_weights_agree(folder, monkeypatc
         load_model(folder)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+@pytest.mark.parametrize("options, message", [
+    ({"device": "cuda"}, "device is 'cuda', but this PyTorch sees no GPU; use \"cpu\""),
+    ({"device": "gpu"}, "device is 'gpu', none of PyTorch's"),
+    ({"dtype": torch.float16}, "fp16 passes its range in many bases, take bf16"),
+])  # fmt: skip
+def test_a_device_or_dtype_that_cannot_be_is_an_error(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, **options)
+
+
 def test_a_hub_id_is_loaded_from_the_folder_that_the_hub_library_gives(folder, tmp_path, monkeypatch):
     calls = []
 

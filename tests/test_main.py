@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_bases import MAKERS, POSITIONS
 
 import minipeft
+from minipeft import bench
 from minipeft.__main__ import main
 from minipeft.engine import Engine
 from minipeft.errors import InputError
@@ -862,3 +863,49 @@ def test_a_warning_is_one_line_on_stderr(bases, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith(f"minipeft: {folder}: ") for line in lines)
     assert "2 numbers in 1 tensors are NaN" in lines[0] and "1 tensors of heads are not used (cls)" in lines[1]
+
+
+def test_a_store_remembers_how_texts_are_pooled(task, bases, tmp_path, capsys):
+    base, store = load_model(bases["bert"]), tmp_path / "store"
+    assert run("train", "--model", bases["bert"], "--task", task, "--method", "lora", "--store", store, "--users", 2,
+               "--epochs", 1, "--pooling", "pooler", "--recompute") == 0  # fmt: skip
+    assert Store(store).pooling == "pooler"
+    assert run("predict", "--store", store, "--model", bases["bert"], "--user", "ann", "--text", "a", "--json") == 0
+    scores = printed(capsys)["scores"]
+    by_mean = json.loads((store / "store.json").read_text()) | {"pooling": "mean"}
+    (store / "store.json").write_text(json.dumps(by_mean))
+    assert run("predict", "--store", store, "--model", bases["bert"], "--user", "ann", "--text", "a", "--json") == 0
+    assert printed(capsys)["scores"] != scores
+    with pytest.raises(InputError, match="belongs to pooling 'mean', not 'pooler'"):
+        Store(store).get("ann", open_base(base, 2, "pooler"))
+    assert run("train", "--model", bases["gpt2"], "--task", task, "--method", "lora", "--store", tmp_path / "other",
+               "--pooling", "pooler") == 2  # fmt: skip
+    assert "pooling 'pooler' is for encoders" in capsys.readouterr().err
+
+
+def test_dtype_pooling_and_recompute_reach_training(task, bases, tmp_path, capsys, monkeypatch):
+    def stop(self, *args, **options):
+        raise InputError(f"{self.model.dtype}, {self.model.pooling}, {self.passes.recompute}")
+
+    monkeypatch.setattr(Engine, "train", stop)
+    common = "--model", bases["bert"], "--task", task, "--users", 2
+    chosen = "--dtype", "bfloat16", "--pooling", "pooler", "--recompute"
+    for options, expected in (((), "torch.float32, mean, False"), (chosen, "torch.bfloat16, pooler, True")):
+        store = tmp_path / f"store {len(options)}"
+        assert run("train", *common, "--method", "lora", "--store", store, *options) == 2
+        assert capsys.readouterr().err == f"minipeft: {expected}\n"
+        assert bench.main([str(arg) for arg in (*common, "--out", tmp_path / "out", *options)]) == 2
+        assert capsys.readouterr().err == f"minipeft.bench: {expected}\n"
+
+
+def test_a_bf16_base_trains_and_answers_in_bf16_alone(task, bases, tmp_path, capsys):
+    store, model = tmp_path / "store", ("--model", bases["decoder"])
+    assert run("train", *model, "--task", task, "--method", "lora", "--store", store, "--users", 2, "--epochs", 1,
+               "--dtype", "bfloat16") == 0  # fmt: skip
+    ask_ann = "predict", *model, "--store", store, "--user", "ann", "--text", "a"
+    assert run(*ask_ann, "--dtype", "bfloat16") == 0
+    assert run("eval", *model, "--store", store, "--task", task, "--dtype", "bfloat16") == 0
+    capsys.readouterr()
+    assert run(*ask_ann) == 2 and "in the dtype that it had" in capsys.readouterr().err
+    assert run(*ask_ann, "--dtype", "float16") == 2
+    assert "'float16' is none of float32, bfloat16; fp16 passes its range" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """An encoder that answers: one vector per text, and a linear map of it to the labels.
 
-    logits = W mean(hidden states) + b        C classes
+    logits = W mean(hidden states) + b                         C classes; pooling "mean"
+             W tanh(pooler's map of [CLS]'s hidden state) + b  pooling "pooler", what BERT's own classifiers read
 
 The base itself has no opinion: its W and b are zero. Each user trains their own beside it, at the site "head"
 (methods/head.py). The bias is the weight of one more feature, which is always 1.
@@ -11,20 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.errors import InputError
 from minipeft.models.bert import Bert
 from minipeft.models.causal import Causal
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5
 
+POOLINGS = ("mean", "pooler")
+
 
 class Classifier(Sites, nn.Module):
-    """A frozen encoder with a zero head of C classes, called like a decoder: `hidden`, then `head` at rows to read."""
+    """A frozen encoder with a zero head of C classes, called like a decoder: `hidden`, then `head` at rows to read.
+
+    Raises:
+        InputError: pooling is none of POOLINGS, or "pooler" and the base has none.
+    """
 
     causal = False
 
-    def __init__(self, encoder: Bert, num_classes: int):
+    def __init__(self, encoder: Bert, num_classes: int, pooling: str = "mean"):
         super().__init__()
+        if pooling not in POOLINGS:
+            raise InputError(f"pooling is {pooling!r}; needed one of {', '.join(map(repr, POOLINGS))}")
+        if pooling == "pooler" and encoder.pooler is None:
+            raise InputError(f"{encoder.origin.name if encoder.origin else 'this base'} has no pooler, its checkpoint "
+                             "holds no pooler.dense; take pooling 'mean'")  # fmt: skip
+        self.pooling = pooling
         self.encoder, self.config = encoder, encoder.config
         self.head_linear = Linear("head", encoder.config.width + 1, num_classes, bias=False)
         self.head_linear.weight = nn.Parameter(torch.zeros_like(self.head_linear.weight, device=encoder.device,
@@ -57,10 +71,14 @@ class Classifier(Sites, nn.Module):
         return self.encoder.dtype
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
-        """Every row's text in one vector: [T, width + 1], the mean of its text's last hidden states, and 1."""
-        pooled = self.encoder.pool(self.last_hidden(rows, hooks), rows, "mean")  # [sequences, width]
+        """Every row's text in one vector: [T, width + 1], its last hidden states pooled, and 1."""
+        how = "first" if self.pooling == "pooler" else "mean"
+        pooled = self.encoder.pool(self.last_hidden(rows, hooks), rows, how)  # [sequences, width]
         text_of_row = torch.from_numpy(np.repeat(np.arange(len(rows.lengths)), rows.lengths)).to(pooled.device)
-        return F.pad(pooled, (0, 1), value=1.0).index_select(0, text_of_row)
+        pooled = pooled.index_select(0, text_of_row)  # [T, width]
+        if self.pooling == "pooler":  # hooks know packed rows alone
+            pooled = self.encoder.pooled(pooled, hooks)
+        return F.pad(pooled, (0, 1), value=1.0)
 
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """The encoder's last hidden states [T, width]."""

@@ -64,10 +64,12 @@ def load_model(
         name: see `find_folder`.
     Raises:
         InputError: the folder, a setting or a file cannot be used, see `read_config`.
-        ValueError: dtype is none of fp32, bf16 and fp64.
+        ValueError: dtype is none of fp32, bf16 and fp64, or the device is not there.
     """
     if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"load_model: dtype is {dtype}, needed one of {', '.join(map(str, COMPUTE_DTYPES))}.")
+        instead = "; fp16 passes its range in many bases, take bf16" if dtype == torch.float16 else ""
+        raise ValueError(f"load_model: dtype is {dtype}, needed one of {', '.join(map(str, COMPUTE_DTYPES))}{instead}.")
+    _check_device(device)
     folder, asked_for = find_folder(name), os.path.basename(os.path.abspath(name))
     if not os.path.isdir(name) and not list(folder.glob("*.safetensors")):
         repo = str(name).partition("@")[0]
@@ -108,6 +110,16 @@ def load_model(
         model.stop_tokens = _stop_tokens(folder)
     model.origin = Origin(folder.absolute(), asked_for, model)
     return model
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        there = torch.device(device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError as error:
+        raise ValueError(f"load_model: device is {str(device)!r}, none of PyTorch's ({one_line(error)}).") from None
+    if not there:
+        raise ValueError(f"load_model: device is {str(device)!r}, but this PyTorch sees no GPU; use \"cpu\", or "
+                         "install PyTorch for the GPU.")  # fmt: skip
 
 
 def load_shape(name: str | Path) -> nn.Module:
