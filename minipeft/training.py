@@ -265,7 +265,8 @@ class Training:
         settings = {name: value for name, value in asdict(self.config).items() if name != "method"}
         return {"format": FORMAT, "base": self.base.origin.fingerprint, "task": self.source.digest,
                 "method": json.loads(json.dumps(self.method.described())), **settings, "shared": self.shared,
-                "pooling": getattr(self.base, "pooling", "mean"), "deterministic": self.passes.deterministic}  # fmt: skip
+                "pooling": getattr(self.base, "pooling", "mean"),
+                "deterministic": self.passes.deterministic}  # fmt: skip
 
     def job(self, user: str) -> tuple[Job, int]:
         """A user's job, how many of their texts were cut. Raises InputError for a broken example or too long an id."""

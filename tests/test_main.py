@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -872,8 +873,8 @@ def test_a_store_remembers_how_texts_are_pooled(task, bases, tmp_path, capsys):
     assert Store(store).pooling == "pooler"
     assert run("predict", "--store", store, "--model", bases["bert"], "--user", "ann", "--text", "a", "--json") == 0
     scores = printed(capsys)["scores"]
-    by_mean = json.loads((store / "store.json").read_text()) | {"pooling": "mean"}
-    (store / "store.json").write_text(json.dumps(by_mean))
+    with closing(sqlite3.connect(store / "index.sqlite", isolation_level=None)) as index:
+        index.execute("UPDATE about SET value = 'mean' WHERE name = 'pooling'")
     assert run("predict", "--store", store, "--model", bases["bert"], "--user", "ann", "--text", "a", "--json") == 0
     assert printed(capsys)["scores"] != scores
     with pytest.raises(InputError, match="belongs to pooling 'mean', not 'pooler'"):
@@ -887,7 +888,7 @@ def test_dtype_pooling_and_recompute_reach_training(task, bases, tmp_path, capsy
     def stop(self, *args, **options):
         raise InputError(f"{self.model.dtype}, {self.model.pooling}, {self.passes.recompute}")
 
-    monkeypatch.setattr(Engine, "train", stop)
+    monkeypatch.setattr(Engine, "run", stop)
     common = "--model", bases["bert"], "--task", task, "--users", 2
     chosen = "--dtype", "bfloat16", "--pooling", "pooler", "--recompute"
     for options, expected in (((), "torch.float32, mean, False"), (chosen, "torch.bfloat16, pooler, True")):
