@@ -583,8 +583,7 @@ def test_a_pass_that_memory_does_not_hold_goes_in_parts_and_changes_nobody(model
     refused = short_of_memory(monkeypatch, 250, at)
     engine = Engine(model, LABELS, PassConfig(16, 2048, deterministic=True))
     adapters = engine.train(jobs[:6])
-    assert refused and engine.totals.splits > 0
-    assert len(refused) < engine.totals.passes / 4, "it remembers what did not fit"
+    assert 0 < len(refused) == engine.totals.splits <= 5, "it remembers what did not fit"
     for user, adapter in adapters.items():
         assert_same(adapter, exactly_alone[user])
 
@@ -680,7 +679,7 @@ def test_other_settings(model):
 @pytest.mark.parametrize("method, message", [
     (LoRA(rank=0), "rank must be at least 1, got 0"),
     (LoRA(rank=17), "LoRA rank 17 is above the width of layers.0.attn.k"),
-    (LoRA(sites=("q", "gat")), "no site of this base is called 'gat'; it has down, embed, gate, k, o, q, up, v"),
+    (LoRA(sites=("q", "gat")), "no site of this base is called 'gat'; it has down, embed, gate, head, k, o, q, up, v"),
     (LoRA(sites=("layers.2.attn.q",)), "no site of this base is called 'layers.2.attn.q'"),
     (LoRA(sites=()), "LoRA: no sites"),
 ])  # fmt: skip

@@ -229,6 +229,9 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
     plan = Training.plan(bases[kind], task, config, tmp_path / "b", how)
     everyone = plan.train_shared(silent, Desk(plan, None, None, None), Stop())
     alone, labels = [plan.job(user)[0] for user in plan.users], plan.prompts.labels
+    pooled = [[question for job in alone for question in split(job)] for split in (lambda j: j.train, lambda j: j.val)]
+    one = Job("(everyone)", *pooled, replace(plan.config, epochs=1, batch_size=64))
+    assert torch.equal(Engine(plan.base, labels).train([one])["(everyone)"].row, everyone.row)
     jobs = [replace(job, under=everyone) if how == "on" else replace(job, start=everyone.row) for job in alone]
     expected = Engine(plan.base, labels).train(jobs)
     without = Engine(plan.base, labels).train(alone)

@@ -24,7 +24,7 @@ from minipeft.methods.lora import LoRA
 from minipeft.models.loading import load_model
 from minipeft.ranks import share_out
 from minipeft.resume import State, packed, unpacked
-from minipeft.schedule import Adapter, Fault, PassConfig, TrainConfig
+from minipeft.schedule import PLACE, Adapter, Fault, PassConfig, Standing, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
@@ -243,6 +243,22 @@ def test_a_damaged_state_is_an_error_that_says_how_to_go_on(task, base, whole, t
     assert_same(trained(base, task, store, resume=True), whole)
 
 
+def test_of_two_standings_of_a_user_the_later_counts(tmp_path):
+    """One saved by two processes, one by three, in either order of the files' names."""
+    state = State(tmp_path)
+
+    def at(step):
+        numbers = {name: torch.full((64,), float(step)) for name in ("row", "exp_avg", "exp_avg_sq")}
+        return Standing({**dict.fromkeys(PLACE, 0), "step": step}, numbers)
+
+    state.save(0, 2, [("ann", at(5)), ("bob", at(3))])
+    state.save(1, 3, [("ann", at(3)), ("bob", at(5)), ("zoe", at(5))])
+    found = state.standings({"ann", "bob"})
+    assert found.keys() == {"ann", "bob"}
+    for standing in found.values():
+        assert standing.place["step"] == 5 and standing.tensors["row"].eq(5).all()
+
+
 def test_training_again_that_was_interrupted_goes_on_replacing(task, base, whole, tmp_path, stop_after):
     other = replace(CONFIG, learning_rate=0.05)
     store = tmp_path / "store"
@@ -284,6 +300,7 @@ def test_a_user_with_broken_examples_is_left_out_and_nobody_else_notices(task, b
     assert [line["reason"] for line in log_of(store, "quarantined")] == [faults[0].reason]
     again = Training.plan(base, poisoned, CONFIG, store, passes=EXACT, resume=True).run()
     assert again.quarantined == summary.quarantined and again.trained == 0
+    assert len(log_of(store, "quarantined")) == 1, "nobody tries them again"
     with pytest.raises(InputError) as raised:  # from Python an error, unless somebody asks to be told
         minipeft.train(base, poisoned, LoRA(rank=2), store=tmp_path / "other")
     assert str(raised.value) == faults[0].reason and not (tmp_path / "other").exists()
