@@ -6,6 +6,7 @@ Gradients, per user:  grad_A[token] = sum over the token's rows of s B^T grad_e,
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft.methods.method import Share, Vectors
@@ -13,7 +14,7 @@ from minipeft_kernels.segment_matmul import segment_matmul
 
 
 class _Gather(torch.autograd.Function):
-    """v[t] = At[u, token t]; writes grad_At of the slots in the batch."""
+    """v[t] = At[u, token t]; writes grad_At of the slots in the batch. Same bits on every run."""
 
     @staticmethod
     def forward(ctx, anchor, At, grad_At, slots, slot_of_row, tokens):
@@ -25,7 +26,12 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad_v):
         slots, slot_of_row, tokens = ctx.saved_tensors
         ctx.grad_At[slots] = 0.0
-        ctx.grad_At.index_put_((slot_of_row, tokens), grad_v.to(ctx.grad_At.dtype), accumulate=True)
+        vocab_size = ctx.grad_At.shape[1]
+        places, order = torch.sort(slot_of_row * vocab_size + tokens, stable=True)  # [T]
+        places, counts = torch.unique_consecutive(places, return_counts=True)  # [n], every one once
+        wide = grad_v.to(torch.promote_types(grad_v.dtype, torch.float32))
+        sums = F.embedding_bag(order, wide, counts.cumsum(0) - counts, mode="sum")  # [n, R], rows in order, no atomics
+        ctx.grad_At[places // vocab_size, places % vocab_size] = sums.to(ctx.grad_At.dtype)
         return (None,) * 6
 
 
