@@ -48,6 +48,9 @@ METHODS = {  # family, method
     "prompt": ("llama", PromptTuning(5)),
     "ptuning": ("qwen2", PTuning(4, hidden=6)),
     "ptuning mlp": ("llama", PTuning(4, "mlp", hidden=6)),
+    "gemma2 prompt": ("gemma2", PromptTuning(5)),
+    "gemma2 ptuning": ("gemma2", PTuning(4, hidden=6)),
+    "gemma2 embedding": ("gemma2", LoRA(3, 9.0, ("embed", "q"))),
     "prefix": ("llama", PrefixTuning(5)),
     "prefix hidden": ("qwen2", PrefixTuning(5, hidden=7)),
     "t5 lora": ("t5", LoRA(3, 5.0, ("q", "v"), ranks=(("decoder.layers.1.cross.q", 2),))),
@@ -168,6 +171,10 @@ CONFIGS = {  # family, PEFT's configuration. Patterns take whole words: "proj" i
     "prompt": ("llama", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "ptuning": ("llama", peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=6)),
+    "gemma2 prompt": ("gemma2", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "gemma2 ptuning": ("gemma2", peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=6)),
+    "gemma2 embedding": ("gemma2", peft.LoraConfig(r=3, target_modules=["embed_tokens"])),
     "prefix": ("qwen2", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "prefix, projected": ("llama", peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=7)),
