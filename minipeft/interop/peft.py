@@ -166,7 +166,12 @@ def _at_modules(
         is_whole = modules[site].outputs is None
         shape = (tuple(_shaped(method, site, zero).shape) if is_whole else
                  fused.shape(whole, word, site, base, modules))  # fmt: skip
-        needed |= dict.fromkeys(_keys(site, word, base, modules), shape)
+        keys = _keys(site, word, base, modules)
+        there = [key for key in keys if key in tensors]
+        if there and (absent := [key for key in keys if key not in tensors]):
+            raise InputError(f"{absent[0]} is missing beside {there[0]}; here encoder and decoder share one embedding, "
+                             "which has one adapter: needed are both, and equal. Train with both as targets.")
+        needed |= dict.fromkeys(keys, shape)
     # PEFT writes the frozen table beside an adapter of the embedding or the head.
     frozen = dict.fromkeys(base.embeddings, base.embed) | {site: base.linears[site] for site in base.heads}
     tables = {f"{ROOT}{path}.base_layer.weight": table.weight for site, table in frozen.items()
