@@ -376,6 +376,7 @@ def run_methods(args: argparse.Namespace, _) -> dict:
             print(f"{line['name']:<10} {'-':>12} {'-':>14}  {line['why_not']}")
             continue
         rows = f"; {line['virtual_tokens']} more rows for each text" if line["virtual_tokens"] else ""
+        rows += f"; {line['flops_per_text']:,} FLOPs once for each text" if line["flops_per_text"] else ""
         places = ", ".join(line["sites"])
         print(f"{line['name']:<10} {line['count']:>12,} {line['flops_per_token']:>14,}  {places}{rows}")
     return {"base": base.origin.name, "methods": methods}

@@ -135,8 +135,8 @@ class Acting(Hooks):
     def keys(self, site: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(self._prompts(f"{site}.{name}", y.flatten(1)).view_as(y) for name, y in (("k", k), ("v", v)))
 
-    def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self._prompts("embed", self._embedded("embed", x, tokens))
+    def embed(self, x: Tensor, tokens: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self._prompts("embed", super().embed(self._embedded("embed", x, tokens), tokens, scale))
 
     def embed_targets(self, x: Tensor, tokens: Tensor) -> Tensor:
         return self._embedded("targets", x, tokens)

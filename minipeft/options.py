@@ -92,8 +92,9 @@ def described_methods(base: Base | None) -> str:
 def counted(base: Base) -> list[dict]:
     """Every method at its defaults on this base, without the head that an encoder puts beside it.
 
-    count: numbers that one user trains. flops_per_token: Method.flops. virtual_tokens: rows more for every text. sites:
-    where it acts. why_not: None, or why it does not apply; then count, flops_per_token and virtual_tokens are None.
+    count: numbers that one user trains. flops_per_token: Method.flops. flops_per_text: an encoder's head's instead,
+    as it runs once for a text; 0 for others. virtual_tokens: rows more for every text. sites: where it acts. why_not: None,
+    or why it does not apply; then all numbers are None.
     """
     found = []
     for name in NAMES:
@@ -101,12 +102,14 @@ def counted(base: Base) -> list[dict]:
         try:
             method.check(base)
         except InputError as error:
-            found.append({"name": name, "count": None, "flops_per_token": None, "virtual_tokens": None, "sites": [],
-                          "why_not": str(error)})  # fmt: skip
+            found.append({"name": name, "count": None, "flops_per_token": None, "flops_per_text": None,
+                          "virtual_tokens": None, "sites": [], "why_not": str(error)})  # fmt: skip
             continue
         own = method.parts[0]
-        found.append({"name": name, "count": own.count(base), "flops_per_token": own.flops(base),
-                      "virtual_tokens": sum(own.virtual(base)), "sites": sites_of(own, base),
+        flops, per_text = own.flops(base), name == "head" and base.head_size is not None
+        found.append({"name": name, "count": own.count(base), "flops_per_token": 0 if per_text else flops,
+                      "flops_per_text": flops if per_text else 0, "virtual_tokens": sum(own.virtual(base)),
+                      "sites": sites_of(own, base),
                       "why_not": None})  # fmt: skip
     return found
 

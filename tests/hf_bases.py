@@ -27,7 +27,7 @@ NEOX_SIZES = {name: size for name, size in SIZES.items() if name != "num_key_val
 FAMILIES = {
     "llama": lambda: causal("llama", **SIZES), "qwen2": lambda: causal("qwen2", **SIZES, tie_word_embeddings=True),
     "gpt2": lambda: causal("gpt2", vocab_size=61, n_embd=24, n_head=6, n_layer=2, n_positions=64),
-    "phi3": lambda: causal("phi3", **SIZES),
+    "phi3": lambda: causal("phi3", **SIZES), "gemma2": lambda: causal("gemma2", **SIZES, head_dim=4),
     "gpt_neox": lambda: causal("gpt_neox", **NEOX_SIZES),
     "gpt_neox tied": lambda: causal("gpt_neox", **NEOX_SIZES, tie_word_embeddings=True),
     "wide": lambda: causal("llama", **SIZES | {"hidden_size": 30, "head_dim": 4}),

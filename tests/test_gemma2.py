@@ -5,6 +5,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from hf_bases import LENGTHS, ours, sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linears import site_by_site
@@ -21,12 +22,14 @@ from test_decoder import (
 )
 
 from minipeft.errors import InputError
+from minipeft.methods import PromptTuning
 from minipeft.models import gemma2
 from minipeft.models.attention import soft_cap
 from minipeft.models.gemma2 import Gemma2, Gemma2Config, OffsetRMSNorm
 from minipeft.models.hooks import BASE as PLAIN
 from minipeft.models.loading import load_model, save_model
 from minipeft.models.rows import Rows
+from minipeft.schedule import Adapter
 
 SMALL = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 7, "attn_logit_softcapping": 2.0,
          "final_logit_softcapping": 3.0, "num_hidden_layers": 3}  # fmt: skip  # caps that bend most of what they see
@@ -62,6 +65,18 @@ def configurations(draw):
         names = st.sampled_from(["full_attention", "sliding_attention"])
         changes["layer_types"] = draw(st.lists(names, min_size=layers, max_size=layers))
     return changes, draw(st.sampled_from(list(ROPES)))
+
+
+def test_virtual_tokens_that_start_as_a_text_act_as_that_text(tmp_path):
+    """Tokens are multiplied by sqrt(width), virtual tokens by nothing: their start is."""
+    make_reference("gemma2", SMALL, "default").save_pretrained(tmp_path)
+    model, text = load_model(tmp_path), (5, 9, 3)
+    prompt = PromptTuning(3, "text", text)
+    with torch.no_grad():
+        (as_prompt,) = ours(model, Adapter("ann", prompt, prompt.initial_row(model, 0, "ann")))[:1]
+        read = sequences(LENGTHS)[0]
+        as_text = model.head(model.hidden(Rows.pack([[*text, *read]])))[len(text) :]
+    torch.testing.assert_close(as_prompt, as_text, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)

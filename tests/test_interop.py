@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from minipeft.interop import export_peft, import_peft
 from minipeft.methods import IA3, DoRA, LayerNormTuning, LoRA, PrefixTuning, PromptTuning, PTuning, VeRA
+from minipeft.schedule import Adapter
 
 
 def loaded(model, folder):
@@ -48,6 +49,9 @@ METHODS = {  # family, method
     "prompt": ("llama", PromptTuning(5)),
     "ptuning": ("qwen2", PTuning(4, hidden=6)),
     "ptuning mlp": ("llama", PTuning(4, "mlp", hidden=6)),
+    "gemma2 prompt": ("gemma2", PromptTuning(5)),
+    "gemma2 ptuning": ("gemma2", PTuning(4, hidden=6)),
+    "gemma2 embedding": ("gemma2", LoRA(3, 9.0, ("embed", "q"))),
     "prefix": ("llama", PrefixTuning(5)),
     "prefix hidden": ("qwen2", PrefixTuning(5, hidden=7)),
     "t5 lora": ("t5", LoRA(3, 5.0, ("q", "v"), ranks=(("decoder.layers.1.cross.q", 2),))),
@@ -83,6 +87,8 @@ FUSED = {  # sites that are parts of one map there
     "gpt2 fused dora": ("gpt2", DoRA(3, 5.0, ("q", "v", "up"), ranks=(("q", 2),))),
     "gpt2 fused ia3": ("gpt2", IA3()),
     "phi3 fused": ("phi3", LoRA(3, 5.0, ALL, alphas=(("k", 2.0),))),
+    "phi3 fused, more ranks than k is wide": ("phi3", LoRA(8, 5.0, ("q", "k", "v"), ranks=(("q", 10),))),
+    "gpt2 fused, q and v": ("gpt2", LoRA(8, 16.0, ("q", "v"))),
     "phi3 fused dora": ("phi3", DoRA(2, 5.0, ("k", "gate", "up"))),
     "phi3 fused ia3": ("phi3", IA3(("v", "up", "down"))),
     "neox fused": ("gpt_neox", LoRA(3, 5.0, ("q", "k", "v", "up"), ranks=(("v", 4),))),
@@ -124,19 +130,31 @@ def test_an_exported_adapter_comes_back(case, tmp_path):
 
 @pytest.mark.parametrize("case", FUSED.values(), ids=FUSED.keys())
 def test_parts_come_back_from_the_map_that_holds_them(case, tmp_path):
-    """Parts without an adapter come back as well: they do nothing."""
+    """And parts without an adapter, or with a scale of 0, come back without one."""
     family, method = case
     base = base_of(family)[1]
     adapter = random_adapter(method, base)
     back = import_peft(export_peft(adapter, base, tmp_path), base, "bob")
     assert_same(ours(base, back), ours(base, adapter))
-    assert method.chosen(base).keys() <= back.method.chosen(base).keys()
     if isinstance(method, LoRA):
-        for site in method.chosen(base):
-            if method.scale_of(site) != 0:
-                assert back.method.rank_of(site) == method.rank_of(site), site
-    if case == FUSED["gpt2 fused"]:
-        assert back.method == method and torch.equal(back.row, adapter.row)
+        acting = [site for site in method.chosen(base) if method.scale_of(site)]
+        assert list(back.method.chosen(base)) == acting
+        assert [back.method.rank_of(site) for site in acting] == [method.rank_of(site) for site in acting]
+    if isinstance(method, LoRA) and not method.alphas and not method.ranks:  # of one scale
+        assert torch.equal(back.row, adapter.row)
+    if case in (FUSED["gpt2 fused"], FUSED["gpt2 fused, q and v"]):
+        assert back.method == method
+
+
+@pytest.mark.parametrize("family, width", [("gpt2", 24), ("phi3", 8)])
+def test_a_fresh_adapter_of_a_fused_map_is_one_of_every_part_that_fits_it(family, width, tmp_path):
+    base, method = base_of(family)[1], LoRA(6, 12.0, ("q", "v"))
+    fresh = Adapter("ann", method, method.initial_row(base, 0, "ann"))
+    back = import_peft(export_peft(fresh, base, tmp_path), base, "ann")
+    assert {site: back.method.rank_of(site) for site in back.method.chosen(base)} == {
+        f"layers.{layer}.attn.{part}": 12 if part == "q" else min(12, width) for layer in (0, 1) for part in "qkv"}
+    assert {back.method.scale_of(site) for site in back.method.chosen(base)} == {2.0}
+    assert_same(ours(base, back), ours(base))
 
 
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
@@ -168,6 +186,10 @@ CONFIGS = {  # family, PEFT's configuration. Patterns take whole words: "proj" i
     "prompt": ("llama", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "ptuning": ("llama", peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=6)),
+    "gemma2 prompt": ("gemma2", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "gemma2 ptuning": ("gemma2", peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=6)),
+    "gemma2 embedding": ("gemma2", peft.LoraConfig(r=3, target_modules=["embed_tokens"])),
     "prefix": ("qwen2", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "prefix, projected": ("llama", peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=7)),
@@ -202,6 +224,9 @@ FUSED_CONFIGS = {
     "gpt2 fused dora": ("gpt2", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)),
     "gpt2 fused ia3": ("gpt2", peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)),
     "phi3 fused": ("phi3", peft.LoraConfig(r=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])),
+    "phi3 fused, a rank above k's width": ("phi3", peft.LoraConfig(r=10, target_modules=["qkv_proj"])),
+    "phi3 fused dora, a rank above k's width": ("phi3", peft.LoraConfig(r=10, target_modules=["qkv_proj"],
+                                                                        use_dora=True)),
     "phi3 fused dora": ("phi3", peft.LoraConfig(r=3, target_modules=["gate_up_proj"], use_dora=True)),
     "phi3 fused ia3": ("phi3", peft.IA3Config(target_modules=["qkv_proj"], feedforward_modules=[])),
     "neox fused": ("gpt_neox", peft.LoraConfig(r=3, target_modules=["query_key_value", "dense"])),

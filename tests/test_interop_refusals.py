@@ -51,7 +51,8 @@ def refused(folder, base, *parts):
 VERA, PREFIX, PROMPT = VeRA(4, ("q",)), PrefixTuning(3), PromptTuning(3)
 OPTIONS = {  # option, value, method whose folder it stands in
     "use_qalora": ("use_qalora", True, None), "lora_bias": ("lora_bias", True, None),
-    "layers_to_transform": ("layers_to_transform", [0], None), "modules_to_save": ("modules_to_save", ["head"], None),
+    "layers_to_transform": ("layers_to_transform", [0], None), "layer 0": ("layers_to_transform", 0, None),
+    "a new option at 0.0": ("some_new_option", 0.0, None), "modules_to_save": ("modules_to_save", ["head"], None),
     "exclude_modules": ("exclude_modules", ["q_proj"], None), "bias": ("bias", "all", None),
     "pissa": ("init_lora_weights", "pissa", None), "tokens": ("trainable_token_indices", [3], None),
     "parameters": ("target_parameters", ["w"], None), "replication": ("layer_replication", [[0, 1]], None),
@@ -79,6 +80,13 @@ def test_an_option_that_we_do_not_have_is_named(case, tmp_path):
     import_peft(folder, base, "ann")
     change(folder, **{option: value})
     refused(folder, base, option)
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
+def test_an_option_that_is_not_set_is_no_matter(value, tmp_path):
+    base, folder = written(tmp_path)
+    change(folder, some_new_option=value, vera_dropout=0)
+    import_peft(folder, base, "ann")
 
 
 def test_targets_and_ranks_that_do_not_fit_are_errors(tmp_path):
@@ -125,6 +133,16 @@ def test_weights_that_are_pickled_damaged_or_not_there_are_refused(tmp_path):
     refused(folder, base, "JSON object")
     (folder / "adapter_config.json").unlink()
     refused(folder, base, "no adapter_config.json")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_refused_and_counted(bad, tmp_path):
+    base, folder = written(tmp_path)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    tensor = load_file(folder / "adapter_model.safetensors")[key]
+    tensor[1, :2] = bad
+    change_tensors(folder, **{key: tensor})
+    refused(folder, base, f"{key} has 2 values of 72 that are NaN or infinite")
 
 
 def test_frozen_tensors_in_the_file_must_be_the_bases_own(tmp_path):
@@ -212,7 +230,9 @@ def test_a_t5_has_one_embedding_and_so_one_adapter_of_it(tmp_path):
     change_tensors(folder, **{f"{path}A": tensors[f"{path}A"] + 1})
     refused(folder, base, f"{path}A differ", "one place")
     change_tensors(folder, **{f"{path}A": None, f"{path}B": None})
-    refused(folder, base, f"{path}A is missing")
+    refused(folder, base, f"{path}A is missing beside", "share one embedding", "both, and equal")
+    change(folder, target_modules=["encoder.embed_tokens"])
+    refused(folder, base, f"{path}A is missing beside", "share one embedding", "both, and equal")
 
 
 def test_an_encoders_adapter_below_a_head_is_the_same_adapter(tmp_path):

@@ -119,6 +119,10 @@ def test_every_command_in_a_row(kind, task, bases, tmp_path, capsys, monkeypatch
     assert run("methods", "--model", base, "--json") == 0
     methods = {line["name"]: line for line in printed(capsys)["methods"]}
     assert list(methods) == NAMES
+    if kind == "bert":  # 2 FLOPs per number, once for a text
+        head = methods["head"]
+        assert (head["flops_per_token"], head["flops_per_text"]) == (0, 2 * head["count"])
+    assert [name for name in methods if methods[name]["flops_per_text"]] == ["head"] * (kind == "bert")
 
     assert run("train", "--model", base, "--task", task, "--method", "ia3", "--store", store, "--users", 4,
                "--epochs", 2, "--json") == 0  # fmt: skip

@@ -270,6 +270,19 @@ def test_flops_are_those_of_the_products_that_run(method):
     assert (counted([share]) - counted([])) / 32 == method.flops(base) - FLOPS[method]
 
 
+def test_flops_of_a_t5s_embedding_are_those_of_an_input_and_a_target():
+    base, method, tokens = BASES["t5"], LoRA(8, sites=("embed",)), torch.arange(9, 41)
+    residents = Residents(method, base, 1, "cpu", torch.float32)
+    residents.admit("ann", method, method.row(drawn(method, base), base), 0)
+    share = Share(residents, 0, Segments.build([0], [32]), None, residents.keys, None, None, torch.zeros(()))
+    hooks, in_place = Acting([share], [], torch.zeros(()), None), {
+        torch.ops.aten.baddbmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}  # fmt: skip
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
+        hooks.embed(base.embed(tokens), tokens)
+        hooks.embed_targets(base.embed(tokens), tokens)
+    assert counter.get_total_flops() / 32 == method.flops(base)
+
+
 def plain_continuation(base, method, tensors, prompt, number):
     """Greedy, one token at a time, everything computed again for each."""
     tokens = []

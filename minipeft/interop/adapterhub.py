@@ -148,7 +148,7 @@ def _read(fields: dict, base: Sites) -> tuple[str, BottleneckMethod]:
     name = about.take("name", NEEDED, str)
     if (width := about.take("hidden_size", base.config.width, int)) != base.config.width:
         raise InputError(f"option hidden_size is {width}, this base has {base.config.width}; {ANOTHER}")
-    options = Options(about.take("config", NEEDED, dict), {})
+    options = Options(about.take("config", NEEDED, dict), {"dropout": 0.0, "stochastic_depth": 0.0})
     about.refuse_rest()
 
     options.drop(*NO_EFFECT)

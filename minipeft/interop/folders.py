@@ -22,7 +22,7 @@ NEEDED = object()  # as a default: there is none
 class Options:
     """A JSON object whose every entry has to be taken by somebody, or to be off.
 
-    off: option -> the value that it has where it is not used, if that is not null, false, 0 or empty.
+    off: option -> the value that it has where it is not used, if that is not null, false or empty. 0 is a value.
     """
 
     def __init__(self, fields: dict, off: Mapping[str, object]):
@@ -64,7 +64,8 @@ class Options:
     def refuse_rest(self) -> None:
         """Raises InputError if something is left that is not off."""
         for name, value in self._left.items():
-            if value and value != self._off.get(name):
+            unset = value is None or value is False or value in ("", [], {})
+            if not unset and not (name in self._off and value == self._off[name]):
                 raise InputError(f"option {name} is {shown(value)}: minipeft's method has no such option")
 
 
@@ -94,9 +95,14 @@ def read_options(folder: Path) -> dict:
 
 
 def read_tensors(folder: Path, weights: str, pickled: str) -> dict[str, Tensor]:
-    """The tensors of a folder. Raises InputError if there are none, or only pickled ones."""
+    """The tensors of a folder. Raises InputError: there are none, only pickled ones, or NaN or inf in one."""
     if (folder / weights).is_file():
-        return read_file(folder / weights)[1]
+        tensors = read_file(folder / weights)[1]
+        for key, tensor in tensors.items():
+            if num_bad := int((~tensor.isfinite()).sum()):
+                raise InputError(f"{folder}: {one_line(key)} has {num_bad} values of {tensor.numel()} that are NaN or "
+                                 "infinite; its training diverged, train it again at a lower learning rate")
+        return tensors
     if (folder / pickled).is_file():
         raise InputError(
             f"{folder}: only pickled weights ({pickled}), which can run code. Write them as safetensors: cd "

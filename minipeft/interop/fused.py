@@ -9,8 +9,11 @@ Parts to module, exact, with s the largest of the parts' scales s_q, s_k, s_v:
 A part that has no adapter gets zeros; for DoRA the length of its weights, for IA3 ones.
 
 Module to parts, exact too: each part gets its own rows of B, m and l, and of A a copy of those rows that its rows of B
-use (all, if they are zero): what was fused here comes back as it was. A that parts shared is each part's own from then
-on: they train apart.
+use; a part that uses none, none: what was fused here comes back as it was. A that parts shared is each part's own from
+then on: they train apart. Two cases have a rank of their own:
+
+    all of B zero                    a fresh adapter: every part gets the first rows of A, as many as fit its width
+    more ranks than a part's width   A' = B A of that part, B' = 1: a rank of its width says as much
 """
 
 from collections.abc import Mapping
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.interop.modules import Module, own_numbers
+from minipeft.interop.modules import Module, own_numbers, short_sites
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
@@ -78,16 +81,18 @@ def join(method: Method, path: str, adapters: Mapping[str, Words], base: Sites, 
     if any("m" in words for words in adapters.values()):
         joined["m"] = torch.empty(N)
         for site, outputs in parts.items():
-            lengths = base.linears[site].weight.detach().float().norm(dim=1).cpu()
-            joined["m"][outputs] = adapters[site]["m"] if site in adapters else lengths
+            joined["m"][outputs] = adapters[site]["m"] if site in adapters else lengths(site, base)
     return joined
 
 
-def part(word: str, tensor: Tensor, outputs: Tensor, used: Tensor | None) -> Tensor:
+def part(word: str, whole: Words, outputs: Tensor, used: Tensor | None) -> Tensor:
     """A part's tensor from the module's. outputs: which are the part's. used: which ranks, of LoRA."""
-    if word == "A":
-        return tensor[used]
-    return tensor[outputs][:, used] if word == "B" else tensor[outputs]
+    if word not in ("A", "B"):
+        return whole[word][outputs]
+    A, B = whole["A"][used], whole["B"][outputs][:, used]
+    if len(used) > len(outputs):
+        A, B = (B.double() @ A.double()).to(A.dtype), torch.eye(len(outputs), dtype=B.dtype)
+    return A if word == "A" else B
 
 
 def shape(method: Method, word: str, site: str, base: Sites, modules: Mapping[str, Module]) -> tuple[int, ...]:
@@ -98,16 +103,33 @@ def shape(method: Method, word: str, site: str, base: Sites, modules: Mapping[st
     return {"A": (method.rank_of(site), K), "B": (N, method.rank_of(site)), "m": (N,)}[word]
 
 
-def used_ranks(B: Tensor, outputs: Tensor) -> Tensor:
-    """Which of the module's ranks a part uses: where its rows of B are not zero; all, if they all are."""
-    used = B[outputs].any(0)
-    return (used if used.any() else ~used).nonzero()[:, 0]
+def used_ranks(method: LoRA, site: str, whole: Words, base: Sites, modules: Mapping[str, Module]) -> Tensor:
+    """Which of the module's ranks a part uses: where its rows of B are not zero. method: at the rank of the module.
+
+    The first ones, as many as fit, if B is zero as a whole, if the part has a length of its own for its weights (DoRA),
+    or if the file has no such B, which is then refused for that.
+    """
+    B, m, outputs = whole.get("B"), whole.get("m"), modules[site].outputs
+    first = torch.arange(min(method.rank_of(site), *base.sites[site]))
+    if B is None or B.shape != shape(method, "B", site, base, modules) or not B.any():
+        return first
+    used = B[outputs].any(0).nonzero()[:, 0]
+    own_length = m is not None and not torch.equal(m[outputs], lengths(site, base))
+    return first if own_length and not len(used) else used
+
+
+def lengths(site: str, base: Sites) -> Tensor:
+    """Of the frozen weights of every output: [N] fp32."""
+    return base.linears[site].weight.detach().float().norm(dim=1).cpu()
 
 
 def narrowed(method: LoRA, used: Mapping[str, Tensor], base: Sites) -> LoRA:
-    """The method with these parts at the ranks that they use, their scale kept."""
-    ranks = {site: len(used[site]) if site in used else method.rank_of(site) for site in method.chosen(base)}
+    """The method with these parts at the ranks that they use, their scale kept; without those that use none."""
+    ranks = {site: min(len(used[site]), base.sites[site][1]) if site in used else method.rank_of(site)
+             for site in method.chosen(base)}  # fmt: skip
+    ranks = {site: rank for site, rank in ranks.items() if rank}
     alphas = {site: method.alpha_of(site) if rank == method.rank_of(site)
               else method.alpha_for(method.scale_of(site), rank) for site, rank in ranks.items()}  # fmt: skip
-    return replace(method, ranks=own_numbers(ranks, method.rank, method.places(base)),
+    return replace(method, sites=short_sites(ranks, method.places(base)),
+                   ranks=own_numbers(ranks, method.rank, method.places(base)),
                    alphas=own_numbers(alphas, method.alpha, method.places(base)))  # fmt: skip

@@ -144,13 +144,15 @@ def _keys(site: str, word: str, base: Sites, modules: Mapping[str, Module]) -> l
 
 
 def _used_ranks(method: LoRA, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> dict:
-    """Site -> which ranks of a fused map's adapter it uses, where the file has such an adapter in the right shape."""
-    used = {}
-    for site in (site for site in method.chosen(base) if modules[site].outputs is not None):
-        B = tensors.get(*_keys(site, "B", base, modules))
-        if B is not None and B.shape == fused.shape(method, "B", site, base, modules):
-            used[site] = fused.used_ranks(B, modules[site].outputs)
-    return used
+    """Site -> which ranks of a fused map's adapter it uses."""
+    return {site: fused.used_ranks(method, site, _whole(site, tensors, base, modules), base, modules)
+            for site in method.chosen(base) if modules[site].outputs is not None}  # fmt: skip
+
+
+def _whole(site: str, tensors: Mapping[str, Tensor], base: Sites, modules: Mapping[str, Module]) -> fused.Words:
+    """A fused map's tensors, those that the file has."""
+    keys = {word: _keys(site, word, base, modules)[0] for word in KEYS}
+    return {word: tensors[key] for word, key in keys.items() if key in tensors}
 
 
 def _at_modules(
@@ -164,7 +166,12 @@ def _at_modules(
         is_whole = modules[site].outputs is None
         shape = (tuple(_shaped(method, site, zero).shape) if is_whole else
                  fused.shape(whole, word, site, base, modules))  # fmt: skip
-        needed |= dict.fromkeys(_keys(site, word, base, modules), shape)
+        keys = _keys(site, word, base, modules)
+        there = [key for key in keys if key in tensors]
+        if there and (absent := [key for key in keys if key not in tensors]):
+            raise InputError(f"{absent[0]} is missing beside {there[0]}; here encoder and decoder share one embedding, "
+                             "which has one adapter: needed are both, and equal. Train with both as targets.")
+        needed |= dict.fromkeys(keys, shape)
     # PEFT writes the frozen table beside an adapter of the embedding or the head.
     frozen = dict.fromkeys(base.embeddings, base.embed) | {site: base.linears[site] for site in base.heads}
     tables = {f"{ROOT}{path}.base_layer.weight": table.weight for site, table in frozen.items()
@@ -181,9 +188,9 @@ def _at_modules(
         key, *twins = _keys(site, word, base, modules)
         if other := [twin for twin in twins if not torch.equal(tensors[twin], tensors[key])]:
             raise InputError(f"{key} and {other[0]} differ; here they are one place, which has one adapter")
-        part = tensors[key]
-        if (outputs := modules[site].outputs) is not None:
-            part = fused.part(word, part, outputs, used.get(site))
+        outputs, part = modules[site].outputs, tensors[key]
+        if outputs is not None:
+            part = fused.part(word, _whole(site, tensors, base, modules), outputs, used.get(site))
         own[name] = part.reshape(zero.shape)
     return own
 

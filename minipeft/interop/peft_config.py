@@ -31,7 +31,9 @@ from minipeft.models.fields import shown
 from minipeft.models.hooks import Sites
 from minipeft.models.t5 import T5
 
-OFF = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}  # values of options nobody uses
+OFF = {  # values of options nobody uses
+    "bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16, "vera_dropout": 0.0,
+}  # fmt: skip
 ABOUT = ("task_type", "inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping")
 KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # starts of LoRA that leave the frozen weights as they are
 MANY = 10_000  # virtual tokens, layers: more is a damaged file

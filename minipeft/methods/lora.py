@@ -10,7 +10,7 @@
                   embedding, as there, A is zero and B normal
     numbers       rank * (K + N) per site; at the embedding rank * (vocabulary + width)
     cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward; at the embedding
-                  2 * rank * width, at the head only for rows that predict a target
+                  2 * rank * width, on a T5 for either side, at the head only for rows that predict a target
 """
 
 import math
@@ -132,7 +132,8 @@ class LoRA(Method):
         return sum(self.rank_of(site) * (K + N) for site, (K, N) in self.chosen(base).items())
 
     def flops(self, base: Sites) -> int:
-        return sum(2 * self.rank_of(site) * (N if site in base.embeddings else K + N)
+        sides = 2 if isinstance(base, T5) else 1  # the one embedding embeds inputs and targets
+        return sum(2 * self.rank_of(site) * (sides * N if site in base.embeddings else K + N)
                    for site, (K, N) in self.chosen(base).items())  # fmt: skip
 
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:

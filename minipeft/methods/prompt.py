@@ -3,7 +3,8 @@
     equation      [P; E] in place of the embedded text E
     trained       P [V, width]; on a T5 before the encoder's input
     start         rows of the base's own embedding, of tokens drawn at random (the paper's "sampled vocabulary") or of a
-                  text's tokens, repeated; or normal, as Hugging Face PEFT. The base's output changes: the paper's does
+                  text's tokens, repeated, times what the base multiplies them by (Gemma 2); or normal, as Hugging Face
+                  PEFT. The base's output changes: the paper's does
     numbers       V * width
     cost          V more rows for every sequence
 """
@@ -68,12 +69,12 @@ class PromptTuning(Method):
     def start(self, base: Sites, draw: Draw) -> dict[str, Tensor]:
         table = base.embed.weight
         if self.start_from == "normal":
-            prompt = torch.from_numpy(draw("prompt").standard_normal((self.tokens, table.shape[1])))
+            prompt = torch.from_numpy(draw("prompt").standard_normal((self.tokens, table.shape[1]))).float()
         else:
             ids = (np.resize(np.array(self.text), self.tokens) if self.start_from == "text"
                    else draw("prompt").integers(len(table), size=self.tokens))  # fmt: skip
-            prompt = table.detach()[torch.from_numpy(ids).to(table.device)].cpu()
-        return {"prompt": prompt.float()}
+            prompt = table.detach()[torch.from_numpy(ids).to(table.device)].cpu().float() * base.embed_scale
+        return {"prompt": prompt}
 
     def actor(self, bank: Bank, base: Sites) -> Actor:
         actor = Actor()

@@ -137,12 +137,14 @@ class Gemma2(Causal):
         groups = (g for a in self.layers for g in ((a.attn.q, a.attn.k, a.attn.v), (a.attn.o,),
                                                    (a.mlp.gate, a.mlp.up), (a.mlp.down,)))  # fmt: skip
         self.name_sites(groups, self.head_linear)
+        self.embed_scale = config.width**0.5
         self.requires_grad_(False)
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
-        x = hooks.embed(self.embed(rows.tokens), rows.tokens)  # [T, width]
-        x = x * torch.tensor(self.config.width**0.5, dtype=x.dtype)  # sqrt(width) rounded: it was trained so in bf16
+        x = self.embed(rows.tokens)
+        scale = torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded: it was trained so in bf16
+        x = hooks.embed(x, rows.tokens, scale)  # [T, width]
         rope = self.rotary(rows, x.dtype)
         for layer in self.layers:
             x = run(self, layer, x, rows, rope, hooks)

@@ -50,9 +50,12 @@ class Hooks:
         """What is attended to: k and v, [T, H, D]."""
         return k, v
 
-    def embed(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Embedded tokens [T, width], before positions are added. tokens [T] int64."""
-        return x
+    def embed(self, x: Tensor, tokens: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Embedded tokens [T, width], before positions are added. tokens [T] int64.
+
+        scale: [], what the base multiplies them by, None: nothing. Virtual tokens take their place after that.
+        """
+        return x if scale is None else x * scale
 
     def embed_targets(self, x: Tensor, tokens: Tensor) -> Tensor:
         """An encoder-decoder's embedded target tokens [T, width], of the same table. tokens [T] int64."""
@@ -95,6 +98,7 @@ class Sites:
     blocks:        block site -> width of the stream that it adds to.
     attentions:    block site of an attention -> (heads of its keys, head width).
     embeddings:    "embed" -> (vocabulary, width), where a method may act on embedded tokens.
+    embed_scale:   what embedded tokens are multiplied by before they are the stream.
     head_size:     (K, classes) of the head of one's own that an encoder with classes takes at "head"; None for others.
     family:        how load_model read it, which says what Hugging Face calls its parameters; None: it was not loaded.
     origin:        the folder it was loaded from (loading.py); None: it was made in memory.
@@ -108,6 +112,7 @@ class Sites:
     blocks: dict[str, int]
     attentions: dict[str, tuple[int, int]]
     embeddings: dict[str, tuple[int, int]]
+    embed_scale: float = 1.0
     head_size: tuple[int, int] | None = None
     family: "Family | None" = None
     origin: "Origin | None" = None
