@@ -93,8 +93,8 @@ def counted(base: Base) -> list[dict]:
     """Every method at its defaults on this base, without the head that an encoder puts beside it.
 
     count: numbers that one user trains. flops_per_token: Method.flops. flops_per_text: an encoder's head's instead,
-    as it runs once for a text; 0 for others. virtual_tokens: rows more for every text. sites: where it acts. why_not: None,
-    or why it does not apply; then all numbers are None.
+    as it runs once for a text; 0 for others. virtual_tokens: rows more for every text. sites: where it acts. why_not:
+    None, or why it does not apply; then all numbers are None.
     """
     found = []
     for name in NAMES:
