@@ -15,7 +15,7 @@ import io
 import json
 import re
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,23 +237,26 @@ class RawFiles:
             raise BadInput(f"{path}: {error.strerror}.") from None
 
     def _rows(self, path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-        """(where, fields) of the header and every row. A quoted text may span lines: a row is named by its first."""
+        """(where, fields) of the header and every row. A quoted text may span lines: a row is named by its first.
+
+        Strict about quotes: after a closing one must come a delimiter or the line's end, for otherwise a stray quote
+        would swallow all rows up to the next quote. After such a row the next line is tried as a row.
+        """
         with self._open(path) as file:
             lines = _Lines(file)
-            reader = csv.reader(lines, delimiter=delimiter)
-            place = f"{path}, line "
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             bad = self._stop                             # for the header; of a row, `self.bad` says what to do
             while True:
-                where = place + str(reader.line_num + 1)
+                where = f"{path}, line {lines.start_row()}"
                 try:
                     row = next(reader)
-                except csv.Error as error:
-                    bad(where, f"not readable as CSV ({error})")
-                    continue
-                if lines.ended:
-                    if row:
-                        bad(where, "a quote is opened and never closed")
+                except StopIteration:
                     return
+                except csv.Error as error:
+                    bad(where, "a quote is opened and never closed" if lines.ended else
+                        f"not readable as CSV ({error})")
+                    lines.read_again()
+                    continue
                 if _NOT_UTF8.search(delimiter.join(row)):
                     bad(where, "not UTF-8")
                     continue
@@ -305,16 +308,36 @@ class _Hashed(io.RawIOBase):
 
 
 class _Lines:
-    """A file's lines and one empty line more, which a CSV reader returns as a row of nothing unless a quote is open."""
+    """A file's lines for a CSV reader; those of a row that cannot be read can be read again, but for its first."""
 
     def __init__(self, file: TextIO):
         self.file = file
+        self.row: list[str] = []                         # the lines of the row that is being read
+        self.again: deque[str] = deque()
+        self.number = 0                                  # of the last line read, counted from 1
         self.ended = False
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.file
-        self.ended = True
-        yield "\n"
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.file, "")
+        self.ended = not line
+        if self.ended:
+            raise StopIteration
+        self.row.append(line)
+        self.number += 1
+        return line
+
+    def start_row(self) -> int:
+        """The number of the line that comes next, the first of a row."""
+        self.row.clear()
+        return self.number + 1
+
+    def read_again(self) -> None:
+        rest = self.row[1:]
+        self.again.extendleft(reversed(rest))
+        self.number -= len(rest)
 
 
 def _xml_elements(path: Path, file: TextIO, root: str, tag: str) -> Iterator[Element]:

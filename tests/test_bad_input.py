@@ -129,13 +129,25 @@ def test_bad_rows_are_counted_by_reason(tmp_path):
 
 
 def test_a_quote_that_is_never_closed(tmp_path):
-    """Read on, it would swallow every row after it; here all of them, into the last field of one row."""
+    """Read on, it would swallow every row after it."""
     content = as_csv(ROWS) + 't14,day,Hateful,"Hateful\nt15,day,Hateful,Hateful\n'
     result, _ = prepare(tmp_path, content)
     assert_stops(tmp_path, result, "line 16", "a quote is opened and never closed")
     result, task = prepare(tmp_path, content, "--skip-bad")
     assert facts_of(task)["bad_rows"] == {"a quote is opened and never closed": 1}
-    assert len(examples_of(task)) == 2 * len(ROWS)
+    assert len(examples_of(task)) == 2 * (len(ROWS) + 1)
+
+
+def test_a_stray_quote_swallows_no_rows_up_to_the_next(tmp_path):
+    """Line 4 opens a quote that a quote in the middle of line 9 would close: one bad row, and all others are there."""
+    lines = [f"t{i},day {i},Hateful,Hateful\n" for i in range(14)]
+    lines[2], lines[7] = 't2,"day 2,Hateful,Hateful\n', 't7,day "7,Hateful,Hateful\n'
+    content = "id,text,ann,ben\n" + "".join(lines)
+    result, _ = prepare(tmp_path, content)
+    assert_stops(tmp_path, result, "line 4: not readable as CSV (',' expected after '\"')")
+    result, task = prepare(tmp_path, content, "--skip-bad")
+    assert list(facts_of(task)["bad_rows"].values()) == [1]
+    assert {text_id for _, text_id in examples_of(task)} == {f"t{i}" for i in range(14) if i != 2}
 
 
 def test_nothing_left_after_skipping_is_an_error(tmp_path):
