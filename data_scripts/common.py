@@ -188,6 +188,10 @@ def _prepare(task: Task, raw: RawFiles, args: argparse.Namespace) -> str:
         for _, labels in _labellings(task):
             assert set(labels) <= set(task.labels), f"{task.name}: a label that the script does not declare"
             assert task.multi_label or len(labels) == 1, f"{task.name}: not one label each"
+    names = Counter(map(str, task.examples))
+    if len(names) < len(task.examples):                  # either layout writes ids as strings
+        name = names.most_common(1)[0][0]
+        raise BadInput(f"{raw.folder}: user {name!r} of {task.name} is there both as a number and as a string. Use one.")
     if args.users is not None:
         if args.users > len(task.examples):
             raise BadInput(f"--users {args.users}: {task.name} has only {len(task.examples)} users.")

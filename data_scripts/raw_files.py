@@ -138,14 +138,17 @@ class RawFiles:
         yield from self._whole_rows(path, header, rows, filled)
 
     def read_json(self, names: Names) -> tuple[str, Any]:
-        """(where, value) of a JSON file."""
+        """(where, value) of a JSON file. Of a key that comes twice in an object, the first is a bad row."""
         path = self._find(names)
         with self._open(path) as file:
             text = file.read()
         try:
-            return str(path), _parse_json(text)
+            value, num_repeated = _parse_json(text)
         except _NotJSON as error:
             raise BadInput(f"{path}, line {error.line}: {error.reason}.") from None
+        for _ in range(num_repeated):
+            self.bad(str(path), "a key comes twice in an object, so that only the last counts")
+        return str(path), value
 
     def read_json_lines(self, names: Names) -> Iterator[tuple[str, Any]]:
         """(where, value) of every line of a file of JSON lines."""
@@ -155,9 +158,12 @@ class RawFiles:
             for number, line in enumerate(file, start=1):
                 where = f"{path}, line {number}"
                 try:
-                    value = _parse_json(line)
+                    value, num_repeated = _parse_json(line)
                 except _NotJSON as error:
                     self.bad(where, error.reason)
+                    continue
+                if num_repeated:
+                    self.bad(where, "a key comes twice in an object")
                     continue
                 num_rows += 1
                 yield where, value
@@ -370,12 +376,21 @@ class _NotJSON(ValueError):
         self.reason, self.line = reason, line
 
 
-def _parse_json(text: str) -> Any:
+def _parse_json(text: str) -> tuple[Any, int]:
+    """The value, and how many of its objects' keys a later equal one replaced."""
+    num_repeated = 0
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal num_repeated
+        own = dict(pairs)
+        num_repeated += len(pairs) - len(own)
+        return own
+
     undecoded = _NOT_UTF8.search(text)
     if undecoded:
         raise _NotJSON("not UTF-8", text.count("\n", 0, undecoded.start()) + 1)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once), num_repeated
     except json.JSONDecodeError as error:                # its msg does not quote the text
         raise _NotJSON(f"not JSON ({error.msg})", error.lineno) from None
     except (RecursionError, ValueError):

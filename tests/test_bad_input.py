@@ -225,3 +225,31 @@ def test_bad_json_file(tmp_path, content, expected):
     for options in ((), ("--skip-bad",)):
         result, _ = prepare(tmp_path, content, *options, dataset="cockamamie", name="cockamamie.json")
         assert_stops(tmp_path, result, "raw/cockamamie/cockamamie.json", *expected)
+
+
+def as_rounds(users=("7", "3")):
+    """A good cockamamie file as text, so that a test can break it."""
+    words = ", ".join(f'"word {i}": {{"yes_votes": [{users[0]}], "no_votes": [{users[1]}]}}' for i in range(12))
+    return f'{{"word_ratings": {{"votes": [{{{words}}}]}}}}'
+
+
+def test_a_key_that_comes_twice(tmp_path):
+    content = as_rounds().replace('"word 4"', '"word 3"')
+    place = {"dataset": "cockamamie", "name": "cockamamie.json"}
+    result, _ = prepare(tmp_path, content, **place)
+    assert_stops(tmp_path, result, "cockamamie.json: a key comes twice in an object")
+    result, task = prepare(tmp_path, content, "--skip-bad", **place)
+    assert "bad rows: 1;" in result.stdout
+    assert {text for text, _ in examples_of(task).values()} == {f"word {i}" for i in range(12) if i != 4}
+
+
+def test_a_line_with_a_key_that_comes_twice(tmp_path):
+    reviews = [f'{{"user_id": "u", "book_id": "{i}", "review_text": "day"}}\n' for i in range(20)]
+    reviews[4] = reviews[4].replace('"4",', '"4", "book_id": "5",')
+    result, _ = prepare(tmp_path, "".join(reviews), dataset="goodreads", name="goodreads_reviews_spoiler_raw.json")
+    assert_stops(tmp_path, result, "spoiler_raw.json, line 5: a key comes twice in an object.")
+
+
+def test_a_user_as_a_number_and_as_a_string(tmp_path):
+    result, _ = prepare(tmp_path, as_rounds(("1", '"1"')), dataset="cockamamie", name="cockamamie.json")
+    assert_stops(tmp_path, result, "raw/cockamamie: user '1' of cockamamie is there both as a number and as a string")
