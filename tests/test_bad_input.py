@@ -213,6 +213,44 @@ def test_bad_input_leaves_the_task_of_an_earlier_run_alone(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+def write_slowly(tmp_path, token):
+    """A process that has begun to write the task's folder and waits; it says so when it is ready for a signal."""
+    code = f"""if True:
+        import pathlib, secrets, sys, time
+        import folders
+        def files():
+            print("begun", flush=True)
+            time.sleep(60)
+            yield "task.json", []
+        secrets.token_hex = lambda _: {token!r}
+        folders.tidy_on_sigterm()
+        folders.write_folder(pathlib.Path("out/tweeteval"), files())"""
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE,
+                              env=os.environ | {"PYTHONPATH": str(SCRIPTS)})
+    assert writer.stdout.readline() == b"begun\n"
+    return writer
+
+
+def test_leftovers_are_removed_by_the_next_run_unless_in_use(tmp_path):
+    out = tmp_path / "out"
+    killed = write_slowly(tmp_path, "0" * 8)
+    killed.kill()
+    killed.wait()
+    (out / ".tweeteval.22222222.old").mkdir()
+    (out / ".another.00000000.new").mkdir()
+    writer = write_slowly(tmp_path, "1" * 8)
+    assert {path.name for path in out.iterdir()} == {
+        ".tweeteval.00000000.new", ".tweeteval.11111111.new", ".tweeteval.22222222.old", ".another.00000000.new",
+    }
+    result, _ = prepare(tmp_path, as_csv(ROWS))
+    assert result.returncode == 0
+    assert {path.name for path in out.iterdir()} == {"tweeteval", ".tweeteval.11111111.new", ".another.00000000.new"}
+
+    writer.terminate()
+    assert writer.wait() == 128 + 15
+    assert {path.name for path in out.iterdir()} == {"tweeteval", ".another.00000000.new"}
+
+
 @pytest.mark.parametrize("content, expected", [
     (b"", ["line 1", "not JSON"]),
     (b'{"word_ratings":\n {"votes": [}', ["line 2", "not JSON"]),
