@@ -21,7 +21,7 @@ def write_folder(folder: Path, files: Iterable[tuple[str, Iterable[str]]]) -> No
     writes this folder removes what nobody writes any more: a writer holds a lock on its `.new`.
 
     Raises:
-        BadInput: `folder` is something these scripts did not write (it has no task.json), or cannot be made.
+        BadInput: `folder` is something these scripts did not write (it has no task.json), or cannot be made or written.
     """
     if folder.is_symlink() or (folder.exists() and not (folder / "task.json").is_file()):
         raise BadInput(f"{folder}: already there, but not a prepared task (no task.json). Choose another --out.")
@@ -52,6 +52,8 @@ def write_folder(folder: Path, files: Iterable[tuple[str, Iterable[str]]]) -> No
                 old.rename(folder)
             raise
         _fsync_directory(folder.parent)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error.strerror}). Nothing of it is kept.") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
         os.close(lock)

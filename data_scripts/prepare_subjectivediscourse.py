@@ -15,7 +15,7 @@ asks, the question, who answers and the answer, joined by " \\n ".
 import ast
 
 from common import Collector, Task, main
-from raw_files import RawFile, RawFiles, Source
+from raw_files import LONE_SURROGATE, RawFile, RawFiles, Source, has_lone_surrogate
 
 FILE = "with_features_annotated_questions_responses_gold.tsv"
 SOURCE = Source(
@@ -105,6 +105,8 @@ def _tuple_of_strings(cell: str, column: str, num: int | None = None) -> tuple[s
         value = None
     if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"column {column!r}: not a tuple of strings")
+    if has_lone_surrogate(value):                        # an escape in a Python string can spell one
+        raise ValueError(f"column {column!r}: {LONE_SURROGATE}")
     if num is not None and len(value) != num:
         raise ValueError(f"column {column!r}: not as many labels as people in {USERS_COLUMN!r}")
     return value

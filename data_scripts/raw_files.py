@@ -29,6 +29,10 @@ Names = str | tuple[str, ...]
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")                # what the error handler `surrogateescape` makes of such a byte
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")               # half a character, which JSON can spell but no file can hold
+LONE_SURROGATE = "a string with half a character (a lone surrogate)"
+
+
 class BadInput(ValueError):
     """What was given cannot be used. The message is one line for the person who gave it."""
 
@@ -164,6 +168,9 @@ class RawFiles:
                     continue
                 if num_repeated:
                     self.bad(where, "a key comes twice in an object")
+                    continue
+                if "\\u" in line and has_lone_surrogate(value):
+                    self.bad(where, LONE_SURROGATE)
                     continue
                 num_rows += 1
                 yield where, value
@@ -367,6 +374,11 @@ def _xml_elements(path: Path, file: TextIO, root: str, tag: str) -> Iterator[Ele
     except ParseError as error:                          # its message may quote the text
         reason = ErrorString(error.code)
         raise BadInput(f"{path}, line {error.position[0]}: not well-formed XML ({reason}).") from None
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether any string in this JSON value cannot be written as UTF-8."""
+    return bool(_SURROGATE.search(json.dumps(value, ensure_ascii=False)))
 
 
 class _NotJSON(ValueError):

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,18 @@ def test_bad_input_leaves_the_task_of_an_earlier_run_alone(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+def test_a_task_that_does_not_fit_on_the_disk(tmp_path):
+    prepare(tmp_path, as_csv(ROWS))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    command = [sys.executable, f"{SCRIPTS}/prepare_tweeteval.py", "--raw", "raw", "--out", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
+    assert result.returncode == 2
+    assert result.stderr == ("prepare_tweeteval: out/tweeteval: cannot be written (File too large). "
+                             "Nothing of it is kept.\n")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def write_slowly(tmp_path, token):
     """A process that has begun to write the task's folder and waits; it says so when it is ready for a signal."""
     code = f"""if True:
@@ -291,3 +304,22 @@ def test_a_line_with_a_key_that_comes_twice(tmp_path):
 def test_a_user_as_a_number_and_as_a_string(tmp_path):
     result, _ = prepare(tmp_path, as_rounds(("1", '"1"')), dataset="cockamamie", name="cockamamie.json")
     assert_stops(tmp_path, result, "raw/cockamamie: user '1' of cockamamie is there both as a number and as a string")
+
+
+@pytest.mark.parametrize("content", [
+    as_rounds().replace('"word 4": {"yes_votes": [7', r'"word 4": {"yes_votes": ["\ud800"'),
+    as_rounds().replace("word 4", r"word \ud800"),
+], ids=["user", "text"])
+def test_half_a_character(tmp_path, content):
+    place = {"dataset": "cockamamie", "name": "cockamamie.json"}
+    result, _ = prepare(tmp_path, content, **place)
+    assert_stops(tmp_path, result, "cockamamie.json, round 1, word 5: a string with half a character")
+    result, task = prepare(tmp_path, content, "--skip-bad", **place)
+    assert "bad rows: 1;" in result.stdout and "word 4" not in {text for text, _ in examples_of(task).values()}
+
+
+def test_half_a_character_in_a_line(tmp_path):
+    reviews = [f'{{"user_id": "u", "book_id": "{i}", "review_text": "day"}}\n' for i in range(20)]
+    reviews[4] = reviews[4].replace("day", r"\uDC00")
+    result, _ = prepare(tmp_path, "".join(reviews), dataset="goodreads", name="goodreads_reviews_spoiler_raw.json")
+    assert_stops(tmp_path, result, "spoiler_raw.json, line 5: a string with half a character")
