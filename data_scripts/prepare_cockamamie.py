@@ -42,7 +42,7 @@ INSTRUCTION = "Do you find the following word or phrase funny? Answer 'yes' if y
 
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a user's last vote on a word is one example."""
-    path, content = raw.read_json(("cockamamie.json", "cockamamie.subset.json"))
+    path, content = raw.read_json("cockamamie.json")
     collect = Collector()
     text_ids: dict[str, int] = {}
     for round_number, votes in enumerate(_rounds(path, content), start=1):

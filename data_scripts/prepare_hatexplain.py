@@ -38,7 +38,7 @@ INSTRUCTION = (
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; an annotator's label of a post is one example. A post with anything amiss is left out as a whole."""
     collect = Collector()
-    path, posts = raw.read_json(("dataset.json", "dataset.subset.json"))
+    path, posts = raw.read_json("dataset.json")
     if not isinstance(posts, dict):
         raise BadInput(f"{path}: needed an object of posts by their ids.")
     for key in sorted(posts):

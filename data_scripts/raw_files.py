@@ -1,7 +1,7 @@
 """Raw files, read row by row: which file is there, is it whole, and what to do with a row that cannot be used.
 
-A reader asks for a file by its official name, or by several names in order of preference (the official file, then a
-`.subset` of it); each may also be gzipped, as `<name>.gz`. Files are streamed, so that memory does not grow with them,
+A reader asks for a file by its official name `<stem>.<ending>`; where that is missing, `<stem>.subset.<ending>` is
+read. Either may also be gzipped, with `.gz` after its name. Files are streamed, so that memory does not grow with them,
 and hashed on the way. A byte order mark is dropped; line ends, inside quoted texts too, become "\\n".
 
 What concerns the whole file (absent, cut off, a missing column, the wrong delimiter) always stops with a `BadInput`. A
@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, TextIO
 from xml.etree.ElementTree import Element, ParseError, XMLPullParser
 from xml.parsers.expat import ErrorString
-
-Names = str | tuple[str, ...]
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")                # what the error handler `surrogateescape` makes of such a byte
 
@@ -74,6 +72,17 @@ class Source:
         return f"It comes from {place}{unpack} (licence: {self.licence})."
 
 
+def subset_name(name: str) -> str:
+    """What a file of the same layout and fewer rows is called: "data.csv" -> "data.subset.csv"."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.subset.{ending}"
+
+
+def forms(name: str) -> tuple[str, ...]:
+    """The names under which a raw file is looked for, the official one first."""
+    return name, f"{name}.gz", subset_name(name), f"{subset_name(name)}.gz"
+
+
 class RawFiles:
     """The raw files of one source in the folder RAW/<dataset>. What was read, and how, is kept for task.json.
 
@@ -105,7 +114,7 @@ class RawFiles:
     def _stop(where: str, reason: str) -> None:
         raise BadInput(f"{where}: {reason}.")
 
-    def read_csv(self, names: Names, columns: Iterable[str], delimiter: str = ",",
+    def read_csv(self, name: str, columns: Iterable[str], delimiter: str = ",",
                  filled: Collection[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
         """(where, {column: value}) of every row; `where` is for `bad`.
 
@@ -115,7 +124,7 @@ class RawFiles:
         Raises:
             BadInput: one of `columns` is missing, a column comes twice, or there is no row that can be used.
         """
-        path = self._find(names)
+        path = self._find(name)
         rows = self._rows(path, delimiter)
         where, header = next(rows, (f"{path}, line 1", []))
         self._check_header(where, header, columns, delimiter)
@@ -124,14 +133,14 @@ class RawFiles:
         for where, row in self._whole_rows(path, header, rows, [header.index(column) for column in filled]):
             yield where, dict(zip(header, row))
 
-    def read_rows(self, names: Names, columns: Mapping[int, str], delimiter: str,
+    def read_rows(self, name: str, columns: Mapping[int, str], delimiter: str,
                   filled: Collection[int] = ()) -> Iterator[tuple[str, list[str]]]:
         """(where, fields) of every row of a file that is read by position.
 
         `columns` is {position: name} of the fields that will be used: the header must have these names there. `filled`
         are positions; they and errors are as in `read_csv`, but other columns may share a name.
         """
-        path = self._find(names)
+        path = self._find(name)
         rows = self._rows(path, delimiter)
         where, header = next(rows, (f"{path}, line 1", []))
         self._check_header(where, header, columns.values(), delimiter)
@@ -141,9 +150,9 @@ class RawFiles:
                                f"{header.index(name)} here (counted from 0).")
         yield from self._whole_rows(path, header, rows, filled)
 
-    def read_json(self, names: Names) -> tuple[str, Any]:
+    def read_json(self, name: str) -> tuple[str, Any]:
         """(where, value) of a JSON file. Of a key that comes twice in an object, the first is a bad row."""
-        path = self._find(names)
+        path = self._find(name)
         with self._open(path) as file:
             text = file.read()
         try:
@@ -154,9 +163,9 @@ class RawFiles:
             self.bad(str(path), "a key comes twice in an object, so that only the last counts")
         return str(path), value
 
-    def read_json_lines(self, names: Names) -> Iterator[tuple[str, Any]]:
+    def read_json_lines(self, name: str) -> Iterator[tuple[str, Any]]:
         """(where, value) of every line of a file of JSON lines."""
-        path = self._find(names)
+        path = self._find(name)
         num_rows = 0
         with self._open(path) as file:
             for number, line in enumerate(file, start=1):
@@ -177,9 +186,9 @@ class RawFiles:
         if not num_rows:
             raise BadInput(f"{path}: no line that can be used.")
 
-    def read_xml(self, names: Names, root: str, tag: str) -> Iterator[tuple[str, dict[str, str]]]:
+    def read_xml(self, name: str, root: str, tag: str) -> Iterator[tuple[str, dict[str, str]]]:
         """(where, attributes) of every element <tag> in an XML file whose outermost element is <root>."""
-        path = self._find(names)
+        path = self._find(name)
         number = 0
         with self._open(path) as file:
             for number, element in enumerate(_xml_elements(path, file, root, tag), start=1):
@@ -219,19 +228,17 @@ class RawFiles:
             raise BadInput(f"{path}: not a whole Parquet file ({type(error).__name__}). Copy it again.") from None
 
     def has(self, name: str) -> bool:
-        """Whether this file is there, plain or gzipped."""
-        return any((self.folder / (name + ending)).exists() for ending in ("", ".gz"))
+        """Whether this file is there, in any of its `forms`."""
+        return any((self.folder / form).exists() for form in forms(name))
 
-    def _find(self, names: Names) -> Path:
-        """The first of `names`, plain or gzipped, that is there."""
-        names = (names,) if isinstance(names, str) else names
-        for path in (self.folder / (name + ending) for name in names for ending in ("", ".gz")):
+    def _find(self, name: str) -> Path:
+        """The first of its `forms` that is there."""
+        for path in (self.folder / form for form in forms(name)):
             if path.exists():
-                self.subset |= ".subset" in path.name
+                self.subset |= path.name in forms(name)[2:]
                 return path
-        others = "".join(f" nor {name!r}" for name in names[1:])
-        raise Absent(f"{self.folder / names[0]}: No such file{others}, plain or with .gz. "
-                     f"{self.source.where_to_get(names[0])}")
+        raise Absent(f"{self.folder / name}: No such file nor {subset_name(name)!r}, plain or with .gz. "
+                     f"{self.source.where_to_get(name)}")
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[TextIO]:

@@ -188,6 +188,17 @@ def test_a_gzip_file_cut_off_or_damaged(tmp_path):
             assert_stops(tmp_path, result, "annotations_g3.csv.gz: not a whole gzip file")
 
 
+def test_any_subset_is_read_where_the_official_file_is_missing(tmp_path):
+    for name, content in (("annotations_g3.subset.csv", as_csv(ROWS).encode()),
+                          ("annotations_g3.subset.csv.gz", gzip.compress(as_csv(ROWS).encode()))):
+        _, task = prepare(tmp_path, content, name=name)
+        assert json.loads((task / "task.json").read_text())["subset"]
+        (tmp_path / "raw/tweeteval" / name).unlink()
+    prepare(tmp_path, as_csv(ROWS[:11]), name="annotations_g3.subset.csv")
+    _, task = prepare(tmp_path, as_csv(ROWS))
+    assert not json.loads((task / "task.json").read_text())["subset"] and facts_of(task)["texts"] == len(ROWS)
+
+
 def test_what_is_not_there_is_named_with_where_to_get_it(tmp_path):
     result, _ = start(tmp_path)
     assert_stops(tmp_path, result, "raw/tweeteval: no such folder", "--raw", "github.com/paul-rottger", "CC0-1.0")
