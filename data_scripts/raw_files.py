@@ -14,13 +14,14 @@ import hashlib
 import io
 import json
 import re
+import tarfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 from xml.etree.ElementTree import Element, ParseError, XMLPullParser
 from xml.parsers.expat import ErrorString
 
@@ -48,8 +49,8 @@ class RawFile:
     sha256: str | None = None
     git_blob: str | None = None                          # as `git hash-object` prints it
     url: str | None = None
-    holds: str | None = None                             # of an archive: the file that is needed of it,
-    unpack: str | None = None                            # and the command that takes it out
+    holds: str | None = None                             # of an archive: the file that is needed of it, and the
+    unpack: str | None = None                            # command that takes it out; a .tar.gz is read as it is
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,9 @@ class RawFiles:
         return any((self.folder / form).exists() for form in forms(name))
 
     def _find(self, name: str) -> Path:
-        """The first of its `forms` that is there."""
-        for path in (self.folder / form for form in forms(name)):
+        """The first of its `forms` that is there, or the .tar.gz that holds it."""
+        archives = [file.name for file in self.source.files if file.holds == name and file.name.endswith(".tar.gz")]
+        for path in (self.folder / form for form in (*forms(name), *archives)):
             if path.exists():
                 self.subset |= path.name in forms(name)[2:]
                 return path
@@ -249,12 +251,28 @@ class RawFiles:
                 content = io.BufferedReader(hashed, 1 << 20)
                 if path.suffix == ".gz":
                     content = gzip.GzipFile(fileobj=content)
+                if path.name.endswith(".tar.gz"):
+                    content = self._member(path, content)
                 yield io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
                 self.sha256[f"{self.folder.name}/{path.name}"] = hashed.sha256.hexdigest()
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise BadInput(f"{path}: not a whole gzip file. Copy it again.") from None
+        except tarfile.TarError:
+            raise BadInput(f"{path}: not a whole tar archive. Copy it again.") from None
         except OSError as error:
             raise BadInput(f"{path}: {error.strerror}.") from None
+
+    def _member(self, path: Path, content: BinaryIO) -> BinaryIO:
+        """The file that is needed of this tar archive, in whatever folder it lies there. All of it is in memory."""
+        wanted = next(file.holds for file in self.source.files if file.name == path.name)
+        archive = tarfile.open(fileobj=content, mode="r|")
+        for member in archive:
+            if member.isfile() and Path(member.name).name == wanted:
+                found = io.BytesIO(archive.extractfile(member).read())
+                while content.read(1 << 20):             # to the archive's end, for its sha256
+                    pass
+                return found
+        raise BadInput(f"{path}: holds no {wanted!r}.")
 
     def _rows(self, path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
         """(where, fields) of the header and every row. A quoted text may span lines: a row is named by its first.
