@@ -2,7 +2,8 @@
 
 A reader asks for a file by its official name `<stem>.<ending>`; where that is missing, `<stem>.subset.<ending>` is
 read. Either may also be gzipped, with `.gz` after its name. Files are streamed, so that memory does not grow with them,
-and hashed on the way. A byte order mark is dropped; line ends, inside quoted texts too, become "\\n".
+and hashed on the way. A byte order mark is dropped; line ends, inside quoted texts too, become "\\n" unless a reader
+asks for texts as they are.
 
 What concerns the whole file (absent, cut off, a missing column, the wrong delimiter) always stops with a `BadInput`. A
 row that cannot be used stops as well or, with `--skip-bad`, is counted and left out. No message quotes a text.
@@ -116,17 +117,19 @@ class RawFiles:
         raise BadInput(f"{where}: {reason}.")
 
     def read_csv(self, name: str, columns: Iterable[str], delimiter: str = ",",
-                 filled: Collection[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+                 filled: Collection[str] = (), line_ends_as_they_are: bool = False,
+                 ) -> Iterator[tuple[str, dict[str, str]]]:
         """(where, {column: value}) of every row; `where` is for `bad`.
 
         Args:
             columns: those that will be used; there may be others.
             filled:  those of them that must hold more than blanks, or the row is bad.
+            line_ends_as_they_are: inside quoted texts "\\r\\n" and "\\r" stay, as pandas leaves them.
         Raises:
             BadInput: one of `columns` is missing, a column comes twice, or there is no row that can be used.
         """
         path = self._find(name)
-        rows = self._rows(path, delimiter)
+        rows = self._rows(path, delimiter, newline="" if line_ends_as_they_are else None)
         where, header = next(rows, (f"{path}, line 1", []))
         self._check_header(where, header, columns, delimiter)
         if len(set(header)) < len(header):
@@ -243,8 +246,11 @@ class RawFiles:
                      f"{self.source.where_to_get(name)}")
 
     @contextmanager
-    def _open(self, path: Path) -> Iterator[TextIO]:
-        """The file as text. A byte that is not UTF-8 becomes a character of `_NOT_UTF8`, for the reader to find."""
+    def _open(self, path: Path, newline: str | None = None) -> Iterator[TextIO]:
+        """The file as text. A byte that is not UTF-8 becomes a character of `_NOT_UTF8`, for the reader to find.
+
+        `newline` is that of `open`.
+        """
         try:
             with open(path, "rb", buffering=0) as file:
                 hashed = _Hashed(file)
@@ -253,7 +259,7 @@ class RawFiles:
                     content = gzip.GzipFile(fileobj=content)
                 if path.name.endswith(".tar.gz"):
                     content = self._member(path, content)
-                yield io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
+                yield io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
                 self.sha256[f"{self.folder.name}/{path.name}"] = hashed.sha256.hexdigest()
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise BadInput(f"{path}: not a whole gzip file. Copy it again.") from None
@@ -274,13 +280,13 @@ class RawFiles:
                 return found
         raise BadInput(f"{path}: holds no {wanted!r}.")
 
-    def _rows(self, path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    def _rows(self, path: Path, delimiter: str, newline: str | None = None) -> Iterator[tuple[str, list[str]]]:
         """(where, fields) of the header and every row. A quoted text may span lines: a row is named by its first.
 
         Strict about quotes: after a closing one must come a delimiter or the line's end, for otherwise a stray quote
         would swallow all rows up to the next quote. After such a row the next line is tried as a row.
         """
-        with self._open(path) as file:
+        with self._open(path, newline) as file:
             lines = _Lines(file)
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             bad = self._stop                             # for the header; of a row, `self.bad` says what to do
