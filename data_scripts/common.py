@@ -306,6 +306,6 @@ def arguments(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def _positive_number(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
     return int(text)

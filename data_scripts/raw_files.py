@@ -309,8 +309,16 @@ class RawFiles:
 
     def _whole_rows(self, path: Path, header: list[str], rows: Iterable[tuple[str, list[str]]],
                     filled: Collection[int]) -> Iterator[tuple[str, list[str]]]:
+        """The rows that have as many fields as the header. Empty lines at the file's end are no rows."""
         num_rows = 0
+        empty = []                                       # where lines were empty since the last row
         for where, row in rows:
+            if not row:
+                empty.append(where)
+                continue
+            for line in empty:
+                self.bad(line, f"a row of 0 fields, but the header has {len(header)}")
+            empty.clear()
             if len(row) != len(header):
                 self.bad(where, f"a row of {len(row)} fields, but the header has {len(header)}")
                 continue

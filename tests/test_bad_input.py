@@ -151,6 +151,12 @@ def test_a_stray_quote_swallows_no_rows_up_to_the_next(tmp_path):
     assert {text_id for _, text_id in examples_of(task)} == {f"t{i}" for i in range(14) if i != 2}
 
 
+@pytest.mark.parametrize("number", ["x", "0", "-1", "2.5", ""])
+def test_users_that_are_no_number(tmp_path, number):
+    result, _ = prepare(tmp_path, as_csv(ROWS), "--users", number)
+    assert result.returncode == 2 and f"--users: needs a whole number above 0, got {number!r}" in result.stderr
+
+
 def test_nothing_left_after_skipping_is_an_error(tmp_path):
     result, _ = prepare(tmp_path, as_csv([row[:3] for row in ROWS]), "--skip-bad")
     assert_stops(tmp_path, result, "no rows below the header that can be used")
@@ -172,7 +178,7 @@ def test_byte_order_mark_line_ends_and_gzip_change_nothing(tmp_path):
     expected = examples_after(prepare(tmp_path, content))
     assert expected["ann", "t2"] == ('day 2\nand "quoted"', ["Hateful"])
     for same in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.replace(b"\n", b"\r"),
-                 content.removesuffix(b"\n")):
+                 content.removesuffix(b"\n"), content + b"\n", content + b"\r\n\n"):
         assert examples_after(prepare(tmp_path, same)) == expected
     (tmp_path / "raw/tweeteval/annotations_g3.csv").unlink()
     assert examples_after(prepare(tmp_path, gzip.compress(content), name="annotations_g3.csv.gz")) == expected
