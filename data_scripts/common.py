@@ -38,7 +38,7 @@ from typing import Any
 
 from agreement import krippendorff_alpha
 from download import download_source
-from folders import write_folder
+from folders import tidy_on_sigterm, write_folder
 from raw_files import BadInput, RawFiles, Source
 from splits import (
     KINDS,
@@ -118,6 +118,7 @@ def main(source: Source, read_tasks: Callable[[RawFiles], Iterable[Task]], argv:
     """Prepares the tasks of one source as the command line says; returns the exit status."""
     dataset = source.dataset
     args = arguments(f"prepare_{dataset}.py", f"Raw {dataset} files -> tasks with splits.").parse_args(argv)
+    tidy_on_sigterm()
     try:
         for line in prepare(source, read_tasks, args):
             print(line)
@@ -188,6 +189,11 @@ def _prepare(task: Task, raw: RawFiles, args: argparse.Namespace) -> str:
         for _, labels in _labellings(task):
             assert set(labels) <= set(task.labels), f"{task.name}: a label that the script does not declare"
             assert task.multi_label or len(labels) == 1, f"{task.name}: not one label each"
+    names = Counter(map(str, task.examples))
+    if len(names) < len(task.examples):                  # either layout writes ids as strings
+        name = names.most_common(1)[0][0]
+        raise BadInput(f"{raw.folder}: user {name!r} of {task.name} is there both as a number and as a string. Keep to "
+                       "one of them.")
     if args.users is not None:
         if args.users > len(task.examples):
             raise BadInput(f"--users {args.users}: {task.name} has only {len(task.examples)} users.")
@@ -300,6 +306,6 @@ def arguments(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def _positive_number(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number above 0, got {text!r}")
     return int(text)

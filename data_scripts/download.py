@@ -19,7 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from raw_files import BadInput, RawFile, Source
+from raw_files import BadInput, RawFile, Source, forms
 
 TIMEOUT_S = 60                                           # of silence
 CHUNK = 1 << 20                                          # bytes
@@ -28,13 +28,14 @@ CHUNK = 1 << 20                                          # bytes
 def download_source(source: Source, raw: Path, mirror: str | None = None) -> Iterator[str]:
     """Downloads every file of the source that has an address; yields what is and was done, in lines. See `download`.
 
-    What is there gzipped, or unpacked from the archive it comes in, is not fetched.
+    What is there gzipped, as a `.subset`, or unpacked from the archive it comes in, is not fetched.
     """
     folder = raw / source.dataset
     for file in source.files:
-        others = [folder / name for name in (f"{file.name}.gz", file.holds) if name and (folder / name).exists()]
-        if others:
-            yield f"{others[0]}: already there"
+        names = [name for official in (file.name, file.holds) if official for name in forms(official)]
+        others = [name for name in names if name != file.name and (folder / name).exists()]
+        if others and not (folder / file.name).exists():
+            yield f"{folder / others[0]}: already there, so {file.name} is not fetched"
         elif file.url:
             if not (folder / file.name).exists():
                 yield f"{folder / file.name}: fetching"

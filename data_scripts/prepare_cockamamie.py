@@ -18,7 +18,7 @@ the words of an entry, the `.subset` file a blank.
 from typing import Any
 
 from common import Collector, Task, main
-from raw_files import BadInput, RawFile, RawFiles, Source
+from raw_files import LONE_SURROGATE, BadInput, RawFile, RawFiles, Source, has_lone_surrogate
 
 SOURCE = Source(
     dataset="cockamamie",
@@ -42,7 +42,7 @@ INSTRUCTION = "Do you find the following word or phrase funny? Answer 'yes' if y
 
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a user's last vote on a word is one example."""
-    path, content = raw.read_json(("cockamamie.json", "cockamamie.subset.json"))
+    path, content = raw.read_json("cockamamie.json")
     collect = Collector()
     text_ids: dict[str, int] = {}
     for round_number, votes in enumerate(_rounds(path, content), start=1):
@@ -52,6 +52,8 @@ def read_tasks(raw: RawFiles) -> list[Task]:
                 raw.bad(where, "no text")
             elif not all(_is_list_of_users(own, field) for field in ("no_votes", "yes_votes")):
                 raw.bad(where, "needed 'no_votes' and 'yes_votes', each a list of users")
+            elif has_lone_surrogate([word, own]):
+                raw.bad(where, LONE_SURROGATE)
             else:
                 for label in LABELS:
                     for user in own[f"{label}_votes"]:

@@ -41,7 +41,7 @@ def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; a row of the file is one example."""
     collect = Collector()
     columns = ("user", "id_original", "label", "text", "parent_text")
-    for where, row in raw.read_csv(("EPICorpus.csv", "EPICorpus.subset.csv"), columns):
+    for where, row in raw.read_csv("EPICorpus.csv", columns, line_ends_as_they_are=True):
         user, text_id, label = row["user"], row["id_original"], LABEL_OF.get(row["label"])
         if user in MISSING or text_id in MISSING:
             raw.bad(where, "no user or no id_original")

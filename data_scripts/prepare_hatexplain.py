@@ -15,7 +15,7 @@ from collections import Counter
 from itertools import groupby
 
 from common import Collector, Task, main
-from raw_files import BadInput, RawFile, RawFiles, Source
+from raw_files import LONE_SURROGATE, BadInput, RawFile, RawFiles, Source, has_lone_surrogate
 
 SOURCE = Source(
     dataset="hatexplain",
@@ -38,11 +38,14 @@ INSTRUCTION = (
 def read_tasks(raw: RawFiles) -> list[Task]:
     """One task; an annotator's label of a post is one example. A post with anything amiss is left out as a whole."""
     collect = Collector()
-    path, posts = raw.read_json(("dataset.json", "dataset.subset.json"))
+    path, posts = raw.read_json("dataset.json")
     if not isinstance(posts, dict):
         raise BadInput(f"{path}: needed an object of posts by their ids.")
     for key in sorted(posts):
         where = f"{path}, post {key!r}"
+        if has_lone_surrogate(posts[key]):
+            raw.bad(where, LONE_SURROGATE)
+            continue
         try:
             annotations = list(_annotations(posts[key]))
         except (KeyError, TypeError, AttributeError):

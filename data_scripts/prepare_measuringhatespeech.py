@@ -39,7 +39,7 @@ def read_tasks(raw: RawFiles) -> list[Task]:
     filled = ("comment_id", "annotator_id", "text")
     columns = (*filled, "hatespeech")
     collect = Collector()
-    for where, row in (raw.read_csv(CSV, columns, filled=filled) if raw.has(CSV)
+    for where, row in (raw.read_csv(CSV, columns, filled=filled, line_ends_as_they_are=True) if raw.has(CSV)
                        else raw.read_parquet(PARQUET, columns, filled)):
         label = LABEL_OF.get(str(row["hatespeech"]))
         if label is None:

@@ -51,7 +51,8 @@ SOURCES = tuple(
         homepage="https://archive.org/details/stackexchange",
         citation=f"Stack Exchange data dump, {site}.stackexchange.com",
         note="Verified on a made-up dump and CSV in the official layout: filter and split are the published code's to "
-             "the byte. The official files were not at hand.",
+             "the byte, but for a body that is exactly `NA`, which becomes empty there and stays here. The official "
+             "files were not at hand.",
     )
     for site in SITES
 )

@@ -7,15 +7,16 @@
 Source: Ferracane, Durrett, Li, Erk 2021, "Did they answer? Subjective acts and intents in conversational discourse"
 (arXiv:2104.04470).
 
-Raw: subjectivediscourse/with_features_annotated_questions_responses_gold.tsv, one question and its answer a row; the
-cells of people and of their labels hold Python tuples of strings, in the same order. As published, the text is who
-asks, the question, who answers and the answer, joined by " \\n ".
+Raw: subjectivediscourse/with_features_annotated_questions_responses_gold.tsv, or the gold_full_data.tar.gz that it
+comes in, read as it is; one question and its answer a row; the cells of people and of their labels hold Python tuples
+of strings, in the same order. As published, the text is who asks, the question, who answers and the answer, joined by
+" \\n ".
 """
 
 import ast
 
 from common import Collector, Task, main
-from raw_files import RawFile, RawFiles, Source
+from raw_files import LONE_SURROGATE, RawFile, RawFiles, Source, has_lone_surrogate
 
 FILE = "with_features_annotated_questions_responses_gold.tsv"
 SOURCE = Source(
@@ -29,7 +30,6 @@ SOURCE = Source(
             sha256="5533179c5129fed368595011bd5785bca55f97f6e9aa3a7da03d692b22aa0ae2",
             url="https://raw.githubusercontent.com/elisaF/subjective_discourse/master/data/gold/gold_full_data.tar.gz",
             holds=FILE,
-            unpack=f"tar xzf gold_full_data.tar.gz {FILE}",
         ),
         RawFile(FILE, size=6901248, sha256="6760e97c8a201cf5cd2064e34feccc2f1024431c2d368bc5e7c7d4927aeeac94"),
     ),
@@ -105,6 +105,8 @@ def _tuple_of_strings(cell: str, column: str, num: int | None = None) -> tuple[s
         value = None
     if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"column {column!r}: not a tuple of strings")
+    if has_lone_surrogate(value):                        # an escape in a Python string can spell one
+        raise ValueError(f"column {column!r}: {LONE_SURROGATE}")
     if num is not None and len(value) != num:
         raise ValueError(f"column {column!r}: not as many labels as people in {USERS_COLUMN!r}")
     return value

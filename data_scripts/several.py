@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from common import Task, arguments, prepare
+from folders import tidy_on_sigterm
 from raw_files import Absent, BadInput, RawFile, RawFiles, Source
 from task_statistics import markdown_table, read_statistics
 
@@ -35,6 +36,7 @@ def main(prog: str, jobs: Iterable[Job], argv: list[str] | None = None) -> int:
     if not args.raw.is_dir() and not args.download:
         print(f"{prog}: {args.raw}: no such folder. --raw must hold one folder per dataset.", file=sys.stderr)
         return 2
+    tidy_on_sigterm()
     report = _prepare_all(jobs, args)
     if args.json:
         print(json.dumps(report, indent=2))

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the table and the plot here as well")
     args = parser.parse_args(argv)
     try:
-        folders = sorted(path.parent for path in args.tasks.glob("*/task.json"))
+        folders = sorted(path.parent for path in args.tasks.glob("[!.]*/task.json"))      # .<task>.*: see folders.py
         if not folders:
             raise BadInput(f"{args.tasks}: no prepared task in it (no <task>/task.json). Run prepare_all.py first.")
         rows = [read_statistics(folder) for folder in folders]

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -129,13 +130,31 @@ def test_bad_rows_are_counted_by_reason(tmp_path):
 
 
 def test_a_quote_that_is_never_closed(tmp_path):
-    """Read on, it would swallow every row after it; here all of them, into the last field of one row."""
+    """Read on, it would swallow every row after it."""
     content = as_csv(ROWS) + 't14,day,Hateful,"Hateful\nt15,day,Hateful,Hateful\n'
     result, _ = prepare(tmp_path, content)
     assert_stops(tmp_path, result, "line 16", "a quote is opened and never closed")
     result, task = prepare(tmp_path, content, "--skip-bad")
     assert facts_of(task)["bad_rows"] == {"a quote is opened and never closed": 1}
-    assert len(examples_of(task)) == 2 * len(ROWS)
+    assert len(examples_of(task)) == 2 * (len(ROWS) + 1)
+
+
+def test_a_stray_quote_swallows_no_rows_up_to_the_next(tmp_path):
+    """Line 4 opens a quote that a quote in the middle of line 9 would close: one bad row, and all others are there."""
+    lines = [f"t{i},day {i},Hateful,Hateful\n" for i in range(14)]
+    lines[2], lines[7] = 't2,"day 2,Hateful,Hateful\n', 't7,day "7,Hateful,Hateful\n'
+    content = "id,text,ann,ben\n" + "".join(lines)
+    result, _ = prepare(tmp_path, content)
+    assert_stops(tmp_path, result, "line 4: not readable as CSV (',' expected after '\"')")
+    result, task = prepare(tmp_path, content, "--skip-bad")
+    assert list(facts_of(task)["bad_rows"].values()) == [1]
+    assert {text_id for _, text_id in examples_of(task)} == {f"t{i}" for i in range(14) if i != 2}
+
+
+@pytest.mark.parametrize("number", ["x", "0", "-1", "2.5", ""])
+def test_users_that_are_no_number(tmp_path, number):
+    result, _ = prepare(tmp_path, as_csv(ROWS), "--users", number)
+    assert result.returncode == 2 and f"--users: needs a whole number above 0, got {number!r}" in result.stderr
 
 
 def test_nothing_left_after_skipping_is_an_error(tmp_path):
@@ -159,7 +178,7 @@ def test_byte_order_mark_line_ends_and_gzip_change_nothing(tmp_path):
     expected = examples_after(prepare(tmp_path, content))
     assert expected["ann", "t2"] == ('day 2\nand "quoted"', ["Hateful"])
     for same in (b"\xef\xbb\xbf" + content, content.replace(b"\n", b"\r\n"), content.replace(b"\n", b"\r"),
-                 content.removesuffix(b"\n")):
+                 content.removesuffix(b"\n"), content + b"\n", content + b"\r\n\n"):
         assert examples_after(prepare(tmp_path, same)) == expected
     (tmp_path / "raw/tweeteval/annotations_g3.csv").unlink()
     assert examples_after(prepare(tmp_path, gzip.compress(content), name="annotations_g3.csv.gz")) == expected
@@ -173,6 +192,17 @@ def test_a_gzip_file_cut_off_or_damaged(tmp_path):
         for options in ((), ("--skip-bad",)):
             result, _ = prepare(tmp_path, content, *options, name="annotations_g3.csv.gz")
             assert_stops(tmp_path, result, "annotations_g3.csv.gz: not a whole gzip file")
+
+
+def test_any_subset_is_read_where_the_official_file_is_missing(tmp_path):
+    for name, content in (("annotations_g3.subset.csv", as_csv(ROWS).encode()),
+                          ("annotations_g3.subset.csv.gz", gzip.compress(as_csv(ROWS).encode()))):
+        _, task = prepare(tmp_path, content, name=name)
+        assert json.loads((task / "task.json").read_text())["subset"]
+        (tmp_path / "raw/tweeteval" / name).unlink()
+    prepare(tmp_path, as_csv(ROWS[:11]), name="annotations_g3.subset.csv")
+    _, task = prepare(tmp_path, as_csv(ROWS))
+    assert not json.loads((task / "task.json").read_text())["subset"] and facts_of(task)["texts"] == len(ROWS)
 
 
 def test_what_is_not_there_is_named_with_where_to_get_it(tmp_path):
@@ -201,6 +231,56 @@ def test_bad_input_leaves_the_task_of_an_earlier_run_alone(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+def test_a_task_that_does_not_fit_on_the_disk(tmp_path):
+    prepare(tmp_path, as_csv(ROWS))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    command = [sys.executable, f"{SCRIPTS}/prepare_tweeteval.py", "--raw", "raw", "--out", "out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
+    assert result.returncode == 2
+    assert result.stderr == ("prepare_tweeteval: out/tweeteval: cannot be written (File too large). "
+                             "Nothing of it is kept.\n")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def write_slowly(tmp_path, token):
+    """A process that has begun to write the task's folder and waits; it says so when it is ready for a signal."""
+    code = f"""if True:
+        import pathlib, secrets, sys, time
+        import folders
+        def files():
+            print("begun", flush=True)
+            time.sleep(60)
+            yield "task.json", []
+        secrets.token_hex = lambda _: {token!r}
+        folders.tidy_on_sigterm()
+        folders.write_folder(pathlib.Path("out/tweeteval"), files())"""
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE,
+                              env=os.environ | {"PYTHONPATH": str(SCRIPTS)})
+    assert writer.stdout.readline() == b"begun\n"
+    return writer
+
+
+def test_leftovers_are_removed_by_the_next_run_unless_in_use(tmp_path):
+    out = tmp_path / "out"
+    killed = write_slowly(tmp_path, "0" * 8)
+    killed.kill()
+    killed.wait()
+    (out / ".tweeteval.22222222.old").mkdir()
+    (out / ".another.00000000.new").mkdir()
+    writer = write_slowly(tmp_path, "1" * 8)
+    assert {path.name for path in out.iterdir()} == {
+        ".tweeteval.00000000.new", ".tweeteval.11111111.new", ".tweeteval.22222222.old", ".another.00000000.new",
+    }
+    result, _ = prepare(tmp_path, as_csv(ROWS))
+    assert result.returncode == 0
+    assert {path.name for path in out.iterdir()} == {"tweeteval", ".tweeteval.11111111.new", ".another.00000000.new"}
+
+    writer.terminate()
+    assert writer.wait() == 128 + 15
+    assert {path.name for path in out.iterdir()} == {"tweeteval", ".another.00000000.new"}
+
+
 @pytest.mark.parametrize("content, expected", [
     (b"", ["line 1", "not JSON"]),
     (b'{"word_ratings":\n {"votes": [}', ["line 2", "not JSON"]),
@@ -213,3 +293,50 @@ def test_bad_json_file(tmp_path, content, expected):
     for options in ((), ("--skip-bad",)):
         result, _ = prepare(tmp_path, content, *options, dataset="cockamamie", name="cockamamie.json")
         assert_stops(tmp_path, result, "raw/cockamamie/cockamamie.json", *expected)
+
+
+def as_rounds(users=("7", "3")):
+    """A good cockamamie file as text, so that a test can break it."""
+    words = ", ".join(f'"word {i}": {{"yes_votes": [{users[0]}], "no_votes": [{users[1]}]}}' for i in range(12))
+    return f'{{"word_ratings": {{"votes": [{{{words}}}]}}}}'
+
+
+def test_a_key_that_comes_twice(tmp_path):
+    content = as_rounds().replace('"word 4"', '"word 3"')
+    place = {"dataset": "cockamamie", "name": "cockamamie.json"}
+    result, _ = prepare(tmp_path, content, **place)
+    assert_stops(tmp_path, result, "cockamamie.json: a key comes twice in an object")
+    result, task = prepare(tmp_path, content, "--skip-bad", **place)
+    assert "bad rows: 1;" in result.stdout
+    assert {text for text, _ in examples_of(task).values()} == {f"word {i}" for i in range(12) if i != 4}
+
+
+def test_a_line_with_a_key_that_comes_twice(tmp_path):
+    reviews = [f'{{"user_id": "u", "book_id": "{i}", "review_text": "day"}}\n' for i in range(20)]
+    reviews[4] = reviews[4].replace('"4",', '"4", "book_id": "5",')
+    result, _ = prepare(tmp_path, "".join(reviews), dataset="goodreads", name="goodreads_reviews_spoiler_raw.json")
+    assert_stops(tmp_path, result, "spoiler_raw.json, line 5: a key comes twice in an object.")
+
+
+def test_a_user_as_a_number_and_as_a_string(tmp_path):
+    result, _ = prepare(tmp_path, as_rounds(("1", '"1"')), dataset="cockamamie", name="cockamamie.json")
+    assert_stops(tmp_path, result, "raw/cockamamie: user '1' of cockamamie is there both as a number and as a string")
+
+
+@pytest.mark.parametrize("content", [
+    as_rounds().replace('"word 4": {"yes_votes": [7', r'"word 4": {"yes_votes": ["\ud800"'),
+    as_rounds().replace("word 4", r"word \ud800"),
+], ids=["user", "text"])
+def test_half_a_character(tmp_path, content):
+    place = {"dataset": "cockamamie", "name": "cockamamie.json"}
+    result, _ = prepare(tmp_path, content, **place)
+    assert_stops(tmp_path, result, "cockamamie.json, round 1, word 5: a string with half a character")
+    result, task = prepare(tmp_path, content, "--skip-bad", **place)
+    assert "bad rows: 1;" in result.stdout and "word 4" not in {text for text, _ in examples_of(task).values()}
+
+
+def test_half_a_character_in_a_line(tmp_path):
+    reviews = [f'{{"user_id": "u", "book_id": "{i}", "review_text": "day"}}\n' for i in range(20)]
+    reviews[4] = reviews[4].replace("day", r"\uDC00")
+    result, _ = prepare(tmp_path, "".join(reviews), dataset="goodreads", name="goodreads_reviews_spoiler_raw.json")
+    assert_stops(tmp_path, result, "spoiler_raw.json, line 5: a string with half a character")

@@ -127,14 +127,15 @@ def test_download_then_prepare(tmp_path, capsys):
     assert "users.csv: no official address" in lines[2] and "https://example.org/apples" in lines[2]
 
 
-@pytest.mark.parametrize("there", ["votes.csv.gz", "all.csv"])
-def test_what_is_gzipped_or_unpacked_is_not_fetched(tmp_path, there):
+@pytest.mark.parametrize("there", ["votes.csv.gz", "all.csv", "votes.subset.csv", "all.subset.csv.gz"])
+def test_what_is_there_in_another_form_is_not_fetched(tmp_path, capsys, there):
     fruit = source("apples", RawFile("votes.csv", url="https://example.org/votes.csv", holds="all.csv", unpack="untar"))
     write(tmp_path, "apples")
     (tmp_path / "raw/apples/votes.csv").rename(tmp_path / "raw/apples" / there)
     with serving({}) as server:
         common.main(fruit, read_votes, argv(tmp_path, "--download", "--mirror", server.url))
         assert server.asked == []
+    assert f"{there}: already there, so votes.csv is not fetched" in capsys.readouterr().out
 
 
 def test_one_failed_download_does_not_stop_the_others(tmp_path, capsys):

@@ -69,6 +69,15 @@ def test_message_and_reply_labels_and_the_last_of_two_labels(tmp_path):
     assert found["60bb", "t48"][1] == ["Non-ironic"] and facts(task)["annotations_replaced"] == 1
 
 
+@pytest.mark.parametrize("line_end", ["\r\n", "\n", "\r"])
+def test_line_ends_inside_a_text_stay_as_pandas_leaves_them(tmp_path, line_end):
+    rows = [*ROWS, row(49, "5f0a", text="no\r\nsoup"), row(48, "5f0a", text="no,\rsoup")]
+    write_table(tmp_path / "raw/epic/EPICorpus.csv", HEADER, rows, line_end=line_end)
+    found = examples(prepare(prepare_epic, tmp_path / "raw", tmp_path / "out"))
+    assert found["5f0a", "t43"][0].endswith('"no\r\nsoup"') and found["5f0a", "t36"][0].endswith('"no,\rsoup"')
+    assert "is\nlukewarm" in found["5f0a", "t14"][0]
+
+
 def test_what_pandas_takes_for_missing_is_nan_and_nothing_else(tmp_path):
     write_raw(tmp_path / "raw")
     found = examples(prepare(prepare_epic, tmp_path / "raw", tmp_path / "out"))

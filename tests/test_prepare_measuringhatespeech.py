@@ -72,6 +72,13 @@ def test_float_labels_texts_and_the_last_of_two_views(tmp_path, write_raw):
 
 
 @pytest.mark.parametrize("write_raw", [write_csv, write_parquet])
+def test_line_ends_inside_a_text_stay(tmp_path, write_raw):
+    write_raw(tmp_path / "raw", rows=[*ROWS, row(50, 2790, 0.0, "soup\r\nand,\rsoup")])
+    found = examples(prepare(prepare_measuringhatespeech, tmp_path / "raw", tmp_path / "out"))
+    assert found["2790", "955"][0] == "50. soup\r\nand,\rsoup"
+
+
+@pytest.mark.parametrize("write_raw", [write_csv, write_parquet])
 def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, capsys, write_raw):
     for bad, reason in (
         (row(50, 2790, 1.5), "column 'hatespeech' is none of 0, 1, 2"),

@@ -1,5 +1,11 @@
 """Does prepare_subjectivediscourse.py give the three published tasks from one file, and refuse rows it cannot read?"""
 
+import gzip
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
 import prepare_subjectivediscourse
 import pytest
 from prepared import (
@@ -87,6 +93,38 @@ def test_real_statistics(tmp_path):
 def test_made_up_files_are_those_of_the_published_code(tmp_path):
     write_raw(tmp_path / "raw")
     assert_published(prepare_subjectivediscourse, tmp_path / "raw", tmp_path / "out", MADE_UP_SHA256)
+
+
+def write_archive(folder):
+    """The file in a folder of the official archive, as --download leaves it; returns the archive's path."""
+    write_raw(folder)
+    path = folder / "subjectivediscourse" / prepare_subjectivediscourse.FILE
+    archive = path.with_name("gold_full_data.tar.gz")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(path, f"gold/{path.name}")
+        tar.add(path, "gold/another.tsv")
+    path.unlink()
+    return archive
+
+
+def test_the_archive_is_read_as_it_is(tmp_path):
+    archive = write_archive(tmp_path / "raw")
+    assert_published(prepare_subjectivediscourse, tmp_path / "raw", tmp_path / "out", MADE_UP_SHA256)
+    task = json.loads((tmp_path / "out" / RESPONSE / "task.json").read_text())
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert task["raw_sha256"] == {"subjectivediscourse/gold_full_data.tar.gz": sha256}
+
+
+def test_an_archive_cut_off_or_without_the_file(tmp_path, capsys):
+    archive = write_archive(tmp_path / "raw")
+    whole = archive.read_bytes()
+    for content, reason in ((whole[:-20], "not a whole gzip file"), (whole[:60], "not a whole gzip file"),
+                            (gzip.compress(b"soup" * 1000), "not a whole tar archive")):
+        archive.write_bytes(content)
+        assert_refused(prepare_subjectivediscourse, tmp_path, capsys, f"gold_full_data.tar.gz: {reason}")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(Path(__file__), "another.tsv")
+    assert_refused(prepare_subjectivediscourse, tmp_path, capsys, "gold_full_data.tar.gz: holds no 'with_features")
 
 
 def test_three_tasks_of_one_row(tmp_path):

@@ -1,6 +1,7 @@
 """Does prepare_tweeteval.py give the published task, write it whole or not at all, and say clearly what is wrong?"""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -209,23 +210,23 @@ def test_a_new_run_replaces_the_whole_folder(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_failure_while_writing_leaves_the_old_task_untouched(tmp_path, monkeypatch, call):
+def test_a_failure_while_writing_leaves_the_old_task_untouched(tmp_path, monkeypatch, capsys, call):
     def fail_on_new(path, target):
         if path.name.endswith(".new"):
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "disk full")
         return os.rename(path, target)
 
     def fail(handle):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     write_raw(tmp_path / "raw")
     task = prepare(tmp_path / "raw", tmp_path / "out")
     before = files_of(task)
     with monkeypatch.context() as patch:
         patch.setattr(*((folders.os, "fsync", fail) if call == "fsync" else (Path, "rename", fail_on_new)))
-        with pytest.raises(OSError, match="disk full"):
-            main(prepare_tweeteval.SOURCE, prepare_tweeteval.read_tasks,
-                 ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--users", "2"])
+        assert main(prepare_tweeteval.SOURCE, prepare_tweeteval.read_tasks,
+                    ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--users", "2"]) == 2
+    assert "cannot be written (disk full)" in capsys.readouterr().err
     assert files_of(task) == before
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tweeteval"]
 

@@ -48,6 +48,13 @@ def test_table(tmp_path):
     ]
 
 
+def test_what_a_killed_run_left_is_no_task(tmp_path, capsys):
+    write(tmp_path)
+    write(tmp_path, ".apples.0011aabb.old")
+    assert main(["--tasks", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == markdown_table([read_statistics(tmp_path / "apples")]) + "\n"
+
+
 def test_command_prints_and_writes(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name in ("pears", "apples"):
