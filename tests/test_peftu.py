@@ -378,3 +378,14 @@ def test_weights_in_bf16_lose_small_steps(task, bases):
         row = trained[0].adapters[task.users[0]].row
         assert torch.equal(row, row.bfloat16().float()) == bf16
     assert moved[True] == 0 < moved[False]
+
+
+def test_who_diverges_is_counted_and_stops_nobody(folder, bases, tmp_path):
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", tmp_path, "--epochs", 1, "--methods", "lora")
+    assert run(*argv, "--lrs", "1e-3,1e30") == 0
+    record = records_of(tmp_path)["lora", 0]
+    assert record.chosen_lr == 1e-3 and record.notes["learning rates that diverged"] == 1
+    assert run(*argv[:-4], "--out", tmp_path / "all", *argv[-4:], "--lrs", "1e30") == 0
+    record = records_of(tmp_path / "all")["lora", 0]
+    assert record.notes["users who diverged, answered by the start value"] == CONFIG.users
+    assert record.val_loss == [[None]] * CONFIG.users and record.movement["head.weight"]["median"] == 0

@@ -105,7 +105,10 @@ def test_probes_notice_a_leak_and_fit_what_there_is():
     task, _ = make_synthetic(SyntheticConfig(users=3, max_examples=24, test_examples=8, texts=60))
     found = probe_scores(task, Audit(task), random_features(task))
     assert set(found) == {"probe_pooled", "probe_user", "probe_pooled_user"}
-    for scores in found.values():
+    sizes = {name: each.trainable for name, each in found.items()}
+    assert sizes == {"probe_pooled": 13, "probe_user": 13, "probe_pooled_user": 15}  # 12 features, 2 log p, intercept
+    assert all(each.seconds > 0 for each in found.values())
+    for scores in (each.scores for each in found.values()):
         for user in task.users:
             assert scores[user].shape == (len(task.test[user]), 2)
             np.testing.assert_allclose(np.exp(scores[user]).sum(1), 1)
@@ -118,7 +121,7 @@ def test_probes_notice_a_leak_and_fit_what_there_is():
 def test_a_user_with_one_label_answers_it():
     pytest.importorskip("sklearn")
     task = make_task({"a": [("1", "x", "yes"), ("2", "y", "yes")]}, {}, ("no", "yes"))
-    scores = probe(task, task.train["a"], np.eye(2))(np.eye(2))
+    scores = probe(task, task.train["a"], np.eye(2)).scores(np.eye(2))
     assert chosen_labels(task.labels, scores, False) == [("yes",)] * 2
 
 
@@ -128,7 +131,7 @@ def test_a_probe_of_several_labels():
     sets = [("a", "b"), ("b",), ("b", "c")]
     examples = [(str(i), "t", sets[i // 60]) for i in range(180)]
     task = make_task({"u": examples}, {}, ("a", "b", "c", "d"), True)
-    scores = probe(task, task.train["u"], x)(5 * np.eye(3))
+    scores = probe(task, task.train["u"], x).scores(5 * np.eye(3))
     assert chosen_labels(task.labels, scores, True) == sets  # "b" always, "d" never
     assert chosen_labels(task.labels, np.array([[-3.0, -2, -1, -9]]), True) == [("c",)]  # never none
 
@@ -165,8 +168,8 @@ def test_tweeteval_figures(tmp_path):
     tokens = {id_: prompts.question(text)[0].prompt for id_, text in texts.items()}
     feature = features(base, tokens.values())
     probes = probe_scores(task, Audit(task), lambda example: feature[tokens[example.id]])
-    found |= {name: macro_accuracy(task, {user: chosen_labels(task.labels, of, False) for user, of in scores.items()})
-              for name, scores in probes.items()}  # fmt: skip
+    found |= {name: macro_accuracy(task, {user: chosen_labels(task.labels, of, False) for user, of in probed.scores.items()})
+              for name, probed in probes.items()}  # fmt: skip
     expected = {"global_majority": 64.8, "own_majority": 70.3, "others_vote": 63.2, "probe_pooled": 67.2,
                 "probe_user": 74.2, "probe_pooled_user": 77.8}  # fmt: skip
     for name, figure in expected.items():

@@ -20,7 +20,7 @@ from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
-from minipeft.schedule import Adapter, Job, PassConfig, Run, TrainConfig
+from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, TrainConfig
 from minipeft.store import Store
 
 
@@ -70,11 +70,20 @@ def digest_of(values) -> str:
 
 @dataclass(frozen=True)
 class Trained:
-    """A cell's adapters by user, and where they are kept. Metrics hold `seconds` beside the engine's."""
+    """A cell's adapters by user, and where they are kept. Metrics hold `seconds` beside the engine's.
+
+    Who could not be trained has the start value, an infinite loss, and the reason in `failed`.
+    """
 
     cell: Cell
     adapters: dict[str, Adapter]
     store: Store
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """User -> why nothing came of them."""
+        return {user: adapter.metrics["failed"] for user, adapter in self.adapters.items()
+                if "failed" in adapter.metrics}  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -143,7 +152,15 @@ def train_cells(
         stores[number].add(alone, base)
         found[number][adapter.user] = replace(alone, under=cells[number].under)
 
-    engine.train(jobs, keep, on_progress)
+    def give_up(fault: Fault) -> None:
+        job = by_key[fault.user]
+        row = job.config.method.initial_row(base, job.config.seed, job.user) if job.start is None else job.start
+        metrics = {"best_epoch": 1, "epochs": 0, "steps": 0, "val_loss": [math.inf], "stopped_early": False,
+                   "skipped_steps": 0, "seconds": engine.seconds.get(job.key, 0.0), "failed": fault.reason}  # fmt: skip
+        found[owners[job.key]][job.user] = Adapter(job.user, job.config.method, row, metrics, job.under, job.key)
+
+    by_key = {job.key: job for job in jobs}
+    engine.train(jobs, keep, on_progress, give_up)
     return [Trained(*each) for each in zip(cells, found, stores)]
 
 

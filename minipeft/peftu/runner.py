@@ -11,6 +11,7 @@ again.
 
 import resource
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -33,7 +34,7 @@ from minipeft.peftu.baselines import BASELINES, Answers
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
 from minipeft.peftu.features import features
 from minipeft.peftu.metrics import Labels, calibration_error, scores, user_metrics
-from minipeft.peftu.probes import chosen_labels, probe_scores
+from minipeft.peftu.probes import Probed, chosen_labels, probe_scores
 from minipeft.peftu.protocol import Protocol, equal_size
 from minipeft.peftu.records import Record, load_record, record_path, save_record
 from minipeft.peftu.scoring import JOINED_BY, published_reading, published_right
@@ -333,7 +334,8 @@ class TaskRun:
         trained_for = len(self.task.users) if name == SHARED else len(own)
         diverged = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
-        more = {"learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped}
+        more = {"learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped,
+                "users who diverged, answered by the start value": len(best.failed)}  # fmt: skip
         return self._record(
             name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
             probabilities={user: softmax(each) for user, each in scored.items()},
@@ -355,7 +357,8 @@ class TaskRun:
 
     def _baselines(self) -> None:
         for name, baseline in BASELINES.items():
-            self._baseline(name, lambda baseline=baseline: {"answers": baseline(self.task, self.audit)})
+            self._baseline(name, lambda name=name, baseline=baseline: {
+                "answers": baseline(self.task, self.audit), "bytes_per_user": self._bytes_kept(name)})  # fmt: skip
         if self.asking.prompts.instructed or isinstance(self.asking.prompts.labels, LabelSet):
             zero = self.protocol.examples if self.protocol.zero_shot_examples else 0
             self._baseline("zero_shot", lambda: self._untrained(zero))
@@ -372,6 +375,13 @@ class TaskRun:
                 save_record(self.out, self._record(name, "baseline", self.plan.seeds[0], digest, **made))
             self.show(f"{self.task.name}: {name}: done")
 
+    def _bytes_kept(self, name: str) -> int:
+        """What a baseline has to keep of a user: a label number, the labelled texts, or nothing; mean over users."""
+        if name != "retrieval":
+            return int(name == "own_majority")
+        texts = [len(example.text.encode()) + 1 for user in self.users for example in self.task.train[user]]
+        return round(sum(texts) / len(self.users))
+
     def _untrained(self, shots: int) -> dict:
         """The base alone: a LoRA changes nothing at its start value."""
         silent = for_base(LoRA(rank=1), self.base)
@@ -383,18 +393,32 @@ class TaskRun:
                 "probabilities": {user: softmax(each) for user, each in scored.items()}}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
-        scored = self._probe_scores[name]
+        probed, scored = self._probes[name], self._probes[name].scores
         answers = {user: chosen_labels(self.task.labels, own, self.task.multi_label) for user, own in scored.items()}
-        return {"answers": answers, "probabilities": {user: softmax(own) for user, own in scored.items()}}
+        return {"answers": answers, "probabilities": {user: softmax(own) for user, own in scored.items()},
+                "trainable": probed.trainable, "bytes_per_user": 4 * probed.trainable,
+                "train_seconds": self._features[1] + probed.seconds}  # fmt: skip
 
     @cached_property
-    def _probe_scores(self) -> dict[str, dict[str, np.ndarray]]:
-        tokens: dict[str, tuple[int, ...]] = {}  # each distinct text once
-        for name, split in self.asking.questions().items():
-            for user, questions in split.items():
-                tokens |= zip((example.text for example in self.task.split(name)[user]), (q.prompt for q in questions))
-        feature = features(self.base, tokens.values())
-        return probe_scores(self.task, self.audit, lambda example: feature[tokens[example.text]])
+    def _probes(self) -> dict[str, Probed]:
+        feature, _ = self._features
+        return probe_scores(self.task, self.audit, lambda example: feature[example.text])
+
+    @cached_property
+    def _features(self) -> tuple[dict[str, np.ndarray], float]:
+        """Each distinct text's feature, and the seconds that those of the training texts took."""
+        found: dict[str, np.ndarray] = {}
+        seconds = 0.0
+        for split, of_users in self.asking.questions().items():  # training first
+            tokens = {example.text: question.prompt for user, questions in of_users.items()
+                      for example, question in zip(self.task.split(split)[user], questions)
+                      if example.text not in found}  # fmt: skip
+            began = time.perf_counter()
+            known = features(self.base, tokens.values())
+            if split == "train":
+                seconds = time.perf_counter() - began
+            found |= {text: known[prompt] for text, prompt in tokens.items()}
+        return found, seconds
 
     # ---- What is there already -------------------------------------------------------------------------------------
 
