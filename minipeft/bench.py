@@ -1,5 +1,6 @@
-"""python -m minipeft.bench: the main job, measured; `kernels`: its ops by themselves (bench_kernels.py); `peftu`: the
-PEFT-U protocol on prepared tasks (peftu/command.py), which has options of its own.
+"""python -m minipeft.bench: the main job, measured; `kernels`: its ops by themselves (bench_kernels.py); `train`:
+beside transformers and peft (bench_train.py); `peftu`: the PEFT-U protocol on prepared tasks (peftu/command.py). The
+last two have options of their own.
 
 Suite `quick`, the default: many users' LoRA train together in one fused pass over one frozen base, then the same users
 one by one in the same engine. It prints how much faster together is, how good the personal adapters are beside the
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from minipeft.bench_kernels import run_kernels
+from minipeft.bench_train import run_train
 from minipeft.console import POOLING, RECOMPUTE, OneLineParser, add_dtype, check_device, plain_warnings, progress
 from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, label_scores
@@ -66,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finished: list[str] = []
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["peftu"]:
-            run_peftu(argv[1:])
+        if argv[:1] in (["peftu"], ["train"]):
+            {"peftu": run_peftu, "train": run_train}[argv[0]](argv[1:])
             return 0
         args = parse(argv)
         check_device(args.device)
@@ -81,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["peftu"]:
             print("\nminipeft.bench: interrupted. The same command with the same --out continues", file=sys.stderr)
             return 130
+        if argv[:1] == ["train"]:
+            print("\nminipeft.bench: interrupted. What was measured is in result.json", file=sys.stderr)
+            return 130
         done, where = {"quick": ("users had finished; their adapters are in", "adapters"),
                        "kernels": ("batches were measured; their figures are in", "result.json")}[args.suite]
         print(f"\nminipeft.bench: interrupted. {len(finished)} {done} {args.out / where}", file=sys.stderr)
@@ -90,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m minipeft.bench", description=__doc__.split("\n\n")[1])
-    parser.add_argument("suite", nargs="?", default="quick", choices=["quick", "kernels", "peftu"],
-                        help="what to measure (default: quick); peftu --help lists that suite's own options")
+    parser.add_argument("suite", nargs="?", default="quick", choices=["quick", "kernels", "train", "peftu"],
+                        help="what to measure (default: quick); train --help and peftu --help list their own options")
     parser.add_argument("--task", type=Path, metavar="DIR", help="a prepared task (default: synthetic users)")
     parser.add_argument("--model", type=Path, metavar="DIR",
                         help="a Hugging Face model folder (default: a small base made from the task's pooled examples)")

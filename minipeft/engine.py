@@ -143,6 +143,10 @@ class Engine:
         bank = self._banks[run.bank].bank
         return run.standing(bank.weights[run.slot], bank.exp_avg[run.slot], bank.exp_avg_sq[run.slot])
 
+    def row(self, run: Run) -> Tensor:
+        """The run's numbers as they are now: [P] fp32, a copy on the CPU."""
+        return self._banks[run.bank].bank.weights[run.slot].to("cpu", copy=True)
+
     def gradients(self, runs: Sequence[Run]) -> Tensor:
         """What the last step left of these residents of one bank: [runs, P] fp32, before clipping."""
         (bank,) = {run.bank for run in runs}
