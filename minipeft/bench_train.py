@@ -56,6 +56,7 @@ CONTENDERS = ("fused", "one_by_one", "peft", "published")
 CURVE_TOKENS = {False: (16, 64, 256, 1024), True: (16, 32, 64, 128, 256, 512, 1024)}  # per user and step; by --full
 CURVE_USERS = {False: (1, 8, 64, 512), True: (1, 4, 16, 64, 256, 1024, 4096)}
 CURVE_AT = (64, 64)  # users of the curve over tokens, tokens of the curve over users
+CURVE_STEPS = 2
 CURVE_LONGEST = 64  # tokens of one text of the curves
 BASES = {"1M": {}, "8M": dict(width=320, num_layers=6, num_heads=10, num_kv_heads=10, mlp_width=1024),
          "25M": dict(width=512, num_layers=8, num_heads=16, num_kv_heads=16, mlp_width=1536)}  # fmt: skip
@@ -73,7 +74,7 @@ class Work:
     base: Base
     labels: Answerable
     jobs: list[Job]
-    steps: int = STEPS
+    steps: int
     passes: PassConfig = PASSES
     trunk_seconds: float | None = None
 
@@ -175,11 +176,11 @@ def compared(work: Work, contenders: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def measured(work: Work, contenders: Sequence[str], turns: int = TURNS) -> dict:
+def measured(work: Work, contenders: Sequence[str]) -> dict:
     """Compare, then time all contenders in turns. Returns an entry of result.json's `runs`, without memory."""
     found = compared(work, contenders)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(turns):
+    for turn in range(TURNS):
         for name in contenders if turn % 2 else reversed(contenders):
             began = time.perf_counter()
             getattr(work, name)()
@@ -228,7 +229,7 @@ def main_work(args: argparse.Namespace) -> Work:
     jobs = [Job(user, encoded.train[user], encoded.train[user][:1], config) for user in task.users]
     jobs.sort(key=lambda job: -sum(len(question.prompt) for question in job.train) / len(job.train))
     name = args.model.name if args.model else "default"
-    return Work(name, base, encoded.labels, jobs, trunk_seconds=seconds)
+    return Work(name, base, encoded.labels, jobs, STEPS, trunk_seconds=seconds)
 
 
 def curve_work(name: str, base: Decoder, users: int, tokens: int) -> Work:
@@ -241,7 +242,7 @@ def curve_work(name: str, base: Decoder, users: int, tokens: int) -> Work:
         return [Question(tuple(text), i % 2) for i, text in enumerate(words.tolist())]
 
     jobs = [Job(f"user {u}", own := questions(u), own[:1], config) for u in range(users)]
-    return Work(name, base, LabelSet([[1], [2]]), jobs, steps=2)
+    return Work(name, base, LabelSet([[1], [2]]), jobs, CURVE_STEPS)
 
 
 def curve_works(work: Work, full: bool) -> Iterator[Work]:
