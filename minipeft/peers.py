@@ -44,6 +44,7 @@ class Peft:
             import transformers
         except ImportError as error:
             raise InputError(f"{error.name} is not installed: pip install 'minipeft[test]'") from None
+        transformers.utils.logging.disable_progress_bar()
         parts = method.parts
         lora = parts[0]
         if not (isinstance(lora, LoRA) and all(isinstance(part, Head) for part in parts[1:])):

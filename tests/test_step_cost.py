@@ -1,0 +1,96 @@
+"""Does a fused step take as many operations as it should, however many users are in it?
+
+Counts, not seconds: PyTorch operations of forward, backward and optimizer step, and calls of Python functions.
+"""
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minipeft.default_base import initialise
+from minipeft.engine import Engine
+from minipeft.labels import LabelSet, Question
+from minipeft.methods import METHODS
+from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.running import for_base
+from minipeft.schedule import Job, PassConfig, Run, TrainConfig
+
+LAYERS = 2
+# PyTorch operations of a step on LAYERS layers. A change that needs more has to say why; one that needs fewer lowers it.
+MOST = {"lora": 407, "dora": 911, "vera": 405, "ia3": 353, "layernorm": 470, "houlsby": 478, "pfeiffer": 356,
+        "parallel": 351, "prompt": 340, "prefix": 344, "ptuning": 2663}  # fmt: skip
+# Views and allocations cost next to nothing beside what reads or writes numbers.
+FREE = ("view", "as_strided", "transpose", "t", "slice", "select", "split", "unsqueeze", "squeeze", "expand", "detach",
+        "alias", "empty", "new_empty", "empty_like", "empty_strided", "unbind", "permute", "_reshape_alias",
+        "_unsafe_view", "lift_fresh", "split_with_sizes")  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.ops[name] += name not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def base():
+    config = DecoderConfig(100, 32, LAYERS, 2, 2, 16, 48, tied_head=True, max_positions=96)
+    return initialise(Decoder(config), seed=0).requires_grad_(False)
+
+
+def ready(base, name: str, num_users: int) -> tuple[Engine, list[Run]]:
+    """Users by a method, with as many rows each, after a first step."""
+    method = for_base(METHODS[name](), base)
+    engine, runs = Engine(base, LabelSet([[1], [2]]), PassConfig(slots=num_users)), []
+    words = np.random.default_rng(0).integers(3, 100, (num_users, 2, 8)).tolist()
+    for u in range(num_users):
+        questions = [Question(tuple(text), i % 2) for i, text in enumerate(words[u])]
+        runs.append(engine.begin(Job(f"user {u}", questions, questions, TrainConfig(method, epochs=9))))
+    engine.train_step(runs)
+    return engine, runs
+
+
+def operations(base, name: str, num_users: int) -> Counter:
+    engine, runs = ready(base, name, num_users)
+    with Counted() as counted:
+        engine.train_step(runs)
+    return +counted.ops
+
+
+def python_calls(base, name: str, num_users: int) -> int:
+    engine, runs = ready(base, name, num_users)
+    calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        engine.train_step(runs)
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_more_users_are_no_more_operations(base, name):
+    few, many = operations(base, name, 4), operations(base, name, 32)
+    assert few == many
+    assert sum(many.values()) <= MOST[name], f"{sum(many.values())} operations: {many.most_common()}"
+
+
+@pytest.mark.parametrize("name", ["lora", "houlsby", "prefix"])
+def test_a_user_costs_few_calls_of_python_whatever_the_layers(base, name):
+    """What is done per user, is done once per step: the minibatch, packing, settings."""
+    few, many = (python_calls(base, name, number) for number in (8, 40))
+    assert (many - few) / 32 <= 60, f"{(many - few) / 32} calls per user"
