@@ -100,11 +100,11 @@ class Work:
     # ---- Contenders: each trains from the start and returns user -> row --------------------------------------------
 
     def fused(self) -> dict[str, Tensor]:
-        return self._engine(self.jobs, self.passes)
+        return self.train(self.jobs, self.passes)
 
     def one_by_one(self) -> dict[str, Tensor]:
         return {user: row for job in self.few for user, row in
-                self._engine([job], replace(self.passes, slots=1)).items()}  # fmt: skip
+                self.train([job], replace(self.passes, slots=1)).items()}  # fmt: skip
 
     def peft(self, steps: int | None = None, kind: type[Peft] = Peft) -> dict[str, Tensor]:
         if kind.__name__ not in self._peers:
@@ -114,7 +114,7 @@ class Work:
     def published(self) -> dict[str, Tensor]:
         return self.peft(PUBLISHED_STEPS, Published)
 
-    def _engine(self, jobs: Sequence[Job], passes: PassConfig) -> dict[str, Tensor]:
+    def train(self, jobs: Sequence[Job], passes: PassConfig) -> dict[str, Tensor]:
         """Every job's first steps, without evaluations, for nobody else makes any."""
         engine, waiting, runs, rows = Engine(self.base, self.labels, passes), iter(jobs), [], {}
         while True:
