@@ -4,9 +4,9 @@
     python benchmarks/compare.py now.json                 against baseline.json; exit code 1 if ours lost more than 25 %
     python benchmarks/compare.py now.json --write         now.json becomes the baseline
 
-Seconds belong to a machine; how ours stands beside the other ways of the same group, timed in the same run, belongs much
-less to it. So a baseline keeps, of every group, each way's median over ours. pytest-benchmark's own --benchmark-compare
-compares seconds, of one machine.
+Seconds belong to a machine; how ours stands beside the other ways of the same group, timed in the same run, belongs
+much less to it. So a baseline keeps, of every group, each way's median over ours. pytest-benchmark's own
+--benchmark-compare compares seconds, of one machine.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def ratios(path: Path) -> dict[str, dict[str, float]]:
 
 
 def slower(before: dict[str, dict[str, float]], now: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Group -> how many times as slow as before, beside the way for which that is least: one noisy rival is no proof."""
+    """Group -> how many times as slow as before, beside the way that says least so: one noisy rival is no proof."""
     found = {}
     for group in before.keys() & now.keys():
         changes = [before[group][way] / now[group][way] for way in before[group].keys() & now[group].keys()]

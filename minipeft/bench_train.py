@@ -41,7 +41,7 @@ from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peers import Peft, Published
 from minipeft.profiling import profiled
 from minipeft.running import first_users, for_base, open_base, prompts_of
-from minipeft.schedule import Adapter, Job, PassConfig, Run, TrainConfig, choose
+from minipeft.schedule import Job, PassConfig, Run, TrainConfig, choose
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import load_task
 

@@ -104,7 +104,8 @@ class Peft:
         # Padding lies on the right, where causal rows do not look: no mask, so that the fastest attention serves.
         hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
         ends, width = [len(read.tokens) for read in reads], ids.shape[1]
-        rows = [i * width + j for i, (end, read) in enumerate(zip(ends, reads)) for j in range(end - read.num_read, end)]
+        rows = [i * width + j for i, (end, read) in enumerate(zip(ends, reads))
+                for j in range(end - read.num_read, end)]  # fmt: skip
         read_rows = hidden.flatten(0, 1)[torch.tensor(rows, device=ids.device)]
         return F.cross_entropy(self.model.lm_head(read_rows).float(), targets)
 

@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft.default_base import initialise
@@ -20,7 +19,7 @@ from minipeft.running import for_base
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
 
 LAYERS = 2
-# PyTorch operations of a step on LAYERS layers. A change that needs more has to say why; one that needs fewer lowers it.
+# PyTorch operations of a step on LAYERS layers. A change that needs more says why; one that needs fewer lowers it.
 MOST = {"lora": 407, "dora": 911, "vera": 405, "ia3": 353, "layernorm": 470, "houlsby": 478, "pfeiffer": 356,
         "parallel": 351, "prompt": 340, "prefix": 344, "ptuning": 2663}  # fmt: skip
 # Views and allocations cost next to nothing beside what reads or writes numbers.
