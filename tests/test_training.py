@@ -251,8 +251,8 @@ def test_of_two_standings_of_a_user_the_later_counts(tmp_path):
         numbers = {name: torch.full((64,), float(step)) for name in ("row", "exp_avg", "exp_avg_sq")}
         return Standing({**dict.fromkeys(PLACE, 0), "step": step}, numbers)
 
-    state.save(0, 2, [("ann", at(5)), ("bob", at(3))])
-    state.save(1, 3, [("ann", at(3)), ("bob", at(5)), ("zoe", at(5))])
+    state.save("rank-0-of-2", [("ann", at(5)), ("bob", at(3))])
+    state.save("rank-1-of-3", [("ann", at(3)), ("bob", at(5)), ("zoe", at(5))])
     found = state.standings({"ann", "bob"})
     assert found.keys() == {"ann", "bob"}
     for standing in found.values():
