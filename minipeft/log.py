@@ -46,7 +46,7 @@ class Log:
     def event(self, name: str, **fields) -> None:
         """Raises OSError if the disk is full."""
         now = time.time()
-        line = as_json({"event": name, "time": round(now, 3), **fields}).encode() + b"\n"
+        line = as_json({"event": name, "time": round(now, 3), **fields}).encode(errors="backslashreplace") + b"\n"
         while line:  # a disk that is all but full takes a part
             line = line[self._file.write(line) :]
         if self._scalar is not None:

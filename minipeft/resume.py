@@ -66,7 +66,7 @@ class State:
         try:
             self.begun = json.loads(self._run.read_bytes()) if self._run.exists() else None
             if self.begun is not None and {name: type(value) for name, value in self.begun.items()} != FIELDS:
-                raise ValueError("other fields than were written")
+                raise ValueError("its fields are not those that this version writes")
         except DAMAGED as error:
             raise InputError(f"{self._run} is damaged ({error}); delete {self.folder} and start over") from None
         self.name = self.begun["name"] if self.begun else ""
