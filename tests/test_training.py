@@ -494,7 +494,7 @@ def test_a_rank_that_is_killed_comes_back_and_nobody_is_lost(task, model, base, 
     argv, store = command(task, model, tmp_path / "store", "--resume", ranks=2), tmp_path / "store"
     argv[argv.index("--standalone")] = "--standalone --max-restarts=2"
     process = subprocess.Popen(" ".join(argv), shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (store / "log.jsonl").exists():
+    while process.poll() is None and not ((store / "log.jsonl").exists() and log_of(store, "start")):
         time.sleep(0.01)
     os.kill(rank_of(store, 1), signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
