@@ -85,9 +85,11 @@ class State:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else trains into this store meanwhile. Raises InputError if somebody does."""
+        """Nobody else trains into this store meanwhile. Raises InputError if somebody does, or has since `begun`."""
         self.folder.mkdir(exist_ok=True)
         with only_writer(self.folder, LOCK_S):
+            if State(self.folder.parent).begun != self.begun:
+                raise InputError(f"{self.folder.parent} was trained into meanwhile; start again")
             yield
 
     def begin(self, run: dict, again: bool) -> None:
@@ -109,7 +111,7 @@ class State:
 
     def end(self) -> None:
         """The training came to its end: --resume finds nothing to do."""
-        self._remove("rank-*")
+        self._remove("rank-*", "everyone.*")
         self._write(self.begun | {"finished": True})
 
     def _write(self, begun: dict) -> None:

@@ -359,9 +359,12 @@ def test_one_training_of_a_store_at_a_time(task, base, tmp_path, monkeypatch):
         refused.append(raised.value)
         raise Interrupted(signal.SIGTERM)
 
+    stale = Training.plan(base, task, CONFIG, store, passes=EXACT, resume=True)
     with pytest.raises(Interrupted):
         Training.plan(base, task, CONFIG, store, passes=EXACT).run(second)
     assert len(refused) == 1
+    with pytest.raises(InputError, match="was trained into meanwhile; start again"):
+        stale.run()
 
 
 def test_a_log_that_cannot_be_written_is_one_line(task, base, tmp_path):
@@ -374,6 +377,7 @@ def test_a_log_that_cannot_be_written_is_one_line(task, base, tmp_path):
             log.mkdir()
         with pytest.raises(InputError, match=message):
             plan.run()
+        assert not Store(tmp_path / name).users(), "it is found out at once"
 
 
 def test_json_has_no_numbers_that_json_has_not(base, tmp_path, capsys):
