@@ -17,9 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from small_trainings import CONFIG, PASSES, identical, make_inputs, rows_of
+from small_trainings import CONFIG, PASSES, adapters_of, make_inputs
 
 from minipeft.models.classifier import Base
 from minipeft.training import Training
@@ -67,7 +66,7 @@ def kill_training(kills: int, seed: int = 0) -> dict:
         began = time.monotonic()
         reported(*started(base, folder / "task", folder / "whole"), seconds=600)
         whole_s = time.monotonic() - began
-        whole = rows_of(folder / "whole", base)
+        whole = adapters_of(folder / "whole", base)
         if len(whole) != USERS:
             raise SystemExit("the training that nobody kills has not trained everybody")
         said: set[str] = set()
@@ -76,14 +75,14 @@ def kill_training(kills: int, seed: int = 0) -> dict:
             more, ended = reported(*started(base, folder / "task", store), draw.uniform(0, whole_s))
             said |= more
             done += not ended
-            rows: dict[str, np.ndarray] = rows_of(store, base) if (store / "training").exists() else {}
-            lost |= {(number, user) for user in said - rows.keys()}
-            damaged |= {(number, user) for user in rows if rows[user].tobytes() != whole[user].tobytes()}
+            there = adapters_of(store, base) if (store / "training").exists() else {}
+            lost |= {(number, user) for user in said - there.keys()}
+            damaged |= {(number, user) for user in there if there[user] != whole[user]}
             if ended:
-                if not identical(rows, whole):
+                if there != whole:
                     raise SystemExit("a training that was killed and resumed gave other adapters")
                 number, said = number + 1, set()
-            print(f"{done} kills, {number} trainings ended; {len(rows)} of {USERS} users there", flush=True)
+            print(f"{done} kills, {number} trainings ended; {len(there)} of {USERS} users there", flush=True)
     return {"kills": done, "lost": len(lost), "damaged": len(damaged)}
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from small_trainings import CONFIG, PASSES, identical, make_inputs, rows_of
+from small_trainings import CONFIG, PASSES, adapters_of, make_inputs
 
 from minipeft.tasks.task import save_task
 from minipeft.training import Training
@@ -62,7 +62,8 @@ def main() -> None:
         task, base = make_inputs(folder, USERS)
         save_task(task.subset(user for user in task.users if user != POISONED), folder / "without")
         Training.plan(base, folder / "without", config, folder / "clean", passes=PASSES).run()
-        expected, same = rows_of(folder / "clean", base), []
+        expected, same = adapters_of(folder / "clean", base), []
+        assert len(expected) == USERS - 1
         kinds = {
             "a loss that is no number": (WithoutNumber, folder / "task"),
             "a learning rate of 1e30": (TooFast, folder / "task"),
@@ -72,7 +73,7 @@ def main() -> None:
         for kind, (training, source) in kinds.items():
             store = folder / kind
             summary = training.plan(base, source, config, store, passes=PASSES).run()
-            same.append(identical(rows_of(store, base), expected) and list(summary.quarantined) == [POISONED])
+            same.append(adapters_of(store, base) == expected and list(summary.quarantined) == [POISONED])
             print(f"{kind}: {'others identical' if same[-1] else 'DIFFERENT'}; {summary.quarantined}", flush=True)
     print(json.dumps({"users": USERS, "poisoned": len(kinds), "others_identical": all(same)}))
 

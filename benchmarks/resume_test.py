@@ -19,7 +19,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from small_trainings import CONFIG, FLAGS, PASSES, identical, make_inputs, rows_of
+from small_trainings import CONFIG, FLAGS, PASSES, adapters_of, make_inputs
 
 from minipeft.training import Interrupted, Training
 
@@ -42,33 +42,37 @@ def after(passes: int, signum: int, seen: list[int]):
     return show
 
 
-def trained(base, folder: Path, store: Path, points: list[int], draw: random.Random) -> int:
-    """Train, interrupted after these numbers of passes, one after the other. Returns the passes of the last part."""
-    for point in [*points, 0]:
+def trained(base, folder: Path, store: Path, points: list[int], draw: random.Random) -> tuple[int, int]:
+    """Train, interrupted after these numbers of passes, one after the other, as far as there are so many.
+
+    Returns how often it was interrupted, and the passes of the last part.
+    """
+    for interruptions, point in enumerate([*points, 0]):
         seen: list[int] = []
         training = Training.plan(base, folder / "task", CONFIG, store, passes=PASSES, resume=True)
         try:
             training.run(show=after(point, draw.choice((signal.SIGINT, signal.SIGTERM)), seen))
         except Interrupted:
             continue
-        return len(seen)
+        return interruptions, len(seen)
     raise AssertionError("the last part has no interruption")
 
 
 def ranks_give(folder: Path, store: Path, ranks: list[int]) -> None:
     """Train with torchrun; all but the last number of ranks are stopped by SIGTERM when some users have finished."""
-    for number in ranks:
+    for i, number in enumerate(ranks):
+        last = i == len(ranks) - 1
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "-m",
                 "minipeft", "train", "--model", folder / "base", "--task", folder / "task", "--store", store, *FLAGS,
                 "--resume", "--save-minutes", "0.001"]  # fmt: skip
         process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if number is not ranks[-1]:
+        if not last:
             log = store / "log.jsonl"
             while process.poll() is None and not (log.exists() and '"finished"' in log.read_text()):
                 time.sleep(0.05)
             process.terminate()
         errors = process.communicate()[1]
-        if number is ranks[-1] and process.returncode:
+        if last and process.returncode:
             raise SystemExit(f"{number} ranks ended with {process.returncode}:\n{errors}")
 
 
@@ -82,22 +86,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _, base = make_inputs(folder, USERS)
-        passes = trained(base, folder, folder / "whole", [], draw)
-        whole = rows_of(folder / "whole", base)
+        _, passes = trained(base, folder, folder / "whole", [], draw)
+        whole = adapters_of(folder / "whole", base)
+        assert len(whole) == USERS
         print(f"{USERS} users, {passes} passes", flush=True)
         made = 0
         while made < INTERRUPTIONS[args.quick]:
             points = [draw.randrange(1, passes)]
             if made % 3 == 2:
                 points.append(draw.randrange(1, max(2, passes - points[0])))
-            trained(base, folder, folder / f"store {made}", points, draw)
-            same.append(identical(rows_of(folder / f"store {made}", base), whole))
-            made += len(points)
-            print(f"interrupted after passes {points}: {'identical' if same[-1] else 'DIFFERENT'}", flush=True)
+            store = folder / f"store {len(same)}"
+            interruptions, _ = trained(base, folder, store, points, draw)
+            same.append(adapters_of(store, base) == whole)
+            made += interruptions
+            print(f"interrupted {interruptions} times, after passes {points[:interruptions]}: "
+                  f"{'identical' if same[-1] else 'DIFFERENT'}", flush=True)  # fmt: skip
         for ranks in ([1], [2], [3]) if args.quick else ([1], [2], [3], [2, 3], [3, 1], [3, 2]):
             store = folder / f"ranks {ranks}"
             ranks_give(folder, store, ranks)
-            rank_same.append(identical(rows_of(store, base), whole))
+            rank_same.append(adapters_of(store, base) == whole)
             print(f"ranks {ranks}: {'identical' if rank_same[-1] else 'DIFFERENT'}", flush=True)
     print(json.dumps({"interruptions": made, "identical": all(same), "ranks_identical": all(rank_same)}))
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from minipeft.default_base import initialise, train_tokenizer
 from minipeft.methods.lora import LoRA
 from minipeft.models.classifier import Base
@@ -30,12 +28,8 @@ def make_inputs(folder: Path, users: int) -> tuple[Task, Base]:
     return task, load_model(folder / "base")
 
 
-def rows_of(folder: Path, base: Base) -> dict[str, np.ndarray]:
-    """User -> row, of everybody in a store."""
+def adapters_of(folder: Path, base: Base) -> dict[str, tuple[bytes, dict]]:
+    """User -> their row's bytes and their metrics, of everybody in a store: to be compared."""
     store = Store(folder)
-    return {user: store.get(user, base).row.numpy() for user in store.users()}
-
-
-def identical(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    """To the bit, and of the same users."""
-    return one.keys() == other.keys() and all(row.tobytes() == other[user].tobytes() for user, row in one.items())
+    adapters = {user: store.get(user, base) for user in store.users()}
+    return {user: (adapter.row.numpy().tobytes(), adapter.metrics) for user, adapter in adapters.items()}

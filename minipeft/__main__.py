@@ -32,7 +32,7 @@ from minipeft.console import (
 )
 from minipeft.errors import InputError
 from minipeft.files import folder_name, write_file
-from minipeft.log import tensorboard
+from minipeft.log import as_json, tensorboard
 from minipeft.methods import Method, PromptTuning
 from minipeft.models.checkpoint import one_line
 from minipeft.models.classifier import POOLINGS, Base, Classifier
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with plain_warnings("minipeft"):
             result = COMMANDS[args.command](args, finished)
         if args.json and result is not None:
-            print(json.dumps(result, ensure_ascii=False))
+            print(as_json(result))
         sys.stdout.flush()
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
@@ -275,7 +275,7 @@ def run_predict(args: argparse.Namespace, _) -> dict:
             raise InputError("--text needs --user: whose answer?")
         replies = predict(load(args), store, read_lines(sys.stdin.buffer, store))
         for reply in replies:
-            print(json.dumps(reply.described(), ensure_ascii=False))
+            print(as_json(reply.described()))
         return {"replies": len(replies), "num_cut_texts": sum(reply.was_cut for reply in replies)}
     if args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")

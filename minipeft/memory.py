@@ -7,6 +7,7 @@ One pass of a few users' minibatches is run to see what a row keeps; the factor 
 the softmax, an op's own temporaries. Should a pass not fit after all, the engine takes it in parts (engine.py).
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,20 +22,27 @@ from minipeft.labels import Classes, LabelSet
 from minipeft.models.classifier import Base
 from minipeft.schedule import Job, PassConfig
 
+CGROUP = Path("/sys/fs/cgroup")  # a container's own limit
 MOST_ROWS = {"cpu": 2048, "cuda": 32768}  # larger passes are not faster
 ROWS_KEPT = 7  # what a slot takes, in rows: weights, gradients, two moments, the best row, and two while it is saved
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could still be allocated. Raises InputError where the system does not tell."""
+    """Bytes that this process could still allocate, if its equals on this machine take as much.
+
+    A file's pages that nobody used lately count as free, as in MemAvailable: the system takes them back when need be.
+
+    Raises:
+        InputError: the system does not tell.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     free = [_meminfo()]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        free.append(int(most) - int(used.read_text()))
-    return min(free)
+    if (CGROUP / "memory.max").exists() and (most := (CGROUP / "memory.max").read_text().strip()) != "max":
+        usage = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free.append(int(most) - int((CGROUP / "memory.current").read_text()) + int(usage["inactive_file"]))
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun says how many processes it started here
 
 
 def _meminfo() -> int:

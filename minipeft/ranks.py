@@ -54,22 +54,22 @@ class Ranks:
     def __init__(self, rank: int = 0, number: int = 1):
         self.rank, self.number = rank, number
         self._arrived: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-        self._ended = 0
+        self._ended, self._broken = 0, None
 
     @property
     def writes(self) -> bool:
         return self.rank == 0
 
-    def tell(self, content: bytes = b"") -> bytes:
-        """What rank 0 says, at every rank. All must call it."""
+    def tell(self, content: bytes = b"", teller: int = 0) -> bytes:
+        """What the teller says, at every rank. All must call it."""
         if self.number == 1:
             return content
         size = torch.tensor([len(content)])
-        dist.broadcast(size, 0)
+        dist.broadcast(size, teller)
         data = torch.zeros(int(size), dtype=torch.uint8)
-        if self.writes:
+        if self.rank == teller:
             data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else data
-        dist.broadcast(data, 0)
+        dist.broadcast(data, teller)
         return data.numpy().tobytes()
 
     def listen(self) -> None:
@@ -88,7 +88,7 @@ class Ranks:
                     dist.recv(data, sender)
                 ended += not len(data)
                 self._arrived.put(data.numpy().tobytes())
-        except RuntimeError as error:  # raised again by `arrived`, in the thread that trains
+        except RuntimeError as error:  # raised again by `check`, in the thread that trains
             self._arrived.put(error)
 
     def send(self, content: bytes) -> None:
@@ -98,14 +98,20 @@ class Ranks:
             dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
 
     def arrived(self) -> Iterator[bytes]:
-        """At rank 0: what has come since the last call. Raises what broke the connection."""
+        """At rank 0: what has come since the last call."""
         while not self._arrived.empty():
             content = self._arrived.get()
             if isinstance(content, Exception):
-                raise RuntimeError("another rank went away before it had ended") from content
-            self._ended += not content
-            if content:
+                self._broken = content
+            elif content:
                 yield content
+            else:
+                self._ended += 1
+
+    def check(self) -> None:
+        """At rank 0: raises what broke the connection, once `arrived` gave all that came before."""
+        if self._broken is not None:
+            raise RuntimeError("another rank went away before it had ended") from self._broken
 
     @property
     def all_ended(self) -> bool:

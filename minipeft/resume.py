@@ -3,7 +3,9 @@
     run.json                      what is trained and how; --resume goes on with that and nothing else
     done.jsonl                    who has an adapter in the store or cannot be trained, a line each, in that order
     shared.safetensors            the adapter of all users, once it is trained
+    everyone.safetensors          where it stood before that
     rank-<r>-of-<n>.safetensors   where the resident users of a process stood, and their rows and moments
+    writer.lock                   which process goes on with it
 
 Who waits is no state: they are the users of the task who are neither done nor resident. Every file but done.jsonl is
 written whole or not at all; of that one the last line may be torn, and counts as not written.
@@ -12,28 +14,46 @@ written whole or not at all; of that one the last line may be torn, and counts a
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.files import read_file, write_file
+from minipeft.files import write_file
+from minipeft.index import only_writer
 from minipeft.methods.method import method_from
+from minipeft.models.checkpoint import sync
 from minipeft.schedule import PLACE, Adapter, Fault, Standing
 
-FORMAT = 1  # of these files; another one is refused
+FORMAT = 2  # of these files; another one is refused
+LOCK_S = 5.0  # seconds that a training waits for another one's end
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError)  # what reading such a file gives
+FIELDS = {"finished": bool, "again": bool, "name": str, "run": dict}  # of run.json
 MEANING = {"format": "the files' format", "base": "the base", "task": "the task's examples", "shared": "what is shared",
            "deterministic": "deterministic mode"}  # fmt: skip
+
+
+def difference(was: dict, now: dict) -> tuple[str, str, str] | None:
+    """The first thing in which two trainings, as `Training.described`, differ: its name and both values, cut short."""
+    for name in {**was, **now}:
+        values = [str(described.get(name)) for described in (was, now)]
+        if values[0] != values[1]:
+            return MEANING.get(name, name), values[0][:60], values[1][:60]
+    return None
 
 
 class State:
     """A store's folder `training/`.
 
     begun: what run.json says, None if there is none: `finished`, `again` (whether users who were in the store before
-           are trained again) and `run`, which names all that decides about adapters.
+           are trained again), `name`, and `run`, which names all that decides about adapters.
+    name:  of this training alone. Standings bear it: on another machine there may be some of an earlier one.
 
     Raises:
         InputError: run.json is damaged.
@@ -45,10 +65,11 @@ class State:
                                                ("run.json", "done.jsonl", "shared.safetensors"))  # fmt: skip
         try:
             self.begun = json.loads(self._run.read_bytes()) if self._run.exists() else None
-            if self.begun is not None and self.begun.keys() != {"finished", "again", "run"}:
-                raise ValueError("other fields than were written")
-        except (ValueError, AttributeError) as error:
+            if self.begun is not None and {name: type(value) for name, value in self.begun.items()} != FIELDS:
+                raise ValueError("its fields are not those that this version writes")
+        except DAMAGED as error:
             raise InputError(f"{self._run} is damaged ({error}); delete {self.folder} and start over") from None
+        self.name = self.begun["name"] if self.begun else ""
 
     @property
     def unfinished(self) -> bool:
@@ -57,38 +78,50 @@ class State:
 
     def check(self, run: dict) -> None:
         """Raises InputError unless it is this training that was begun here; names the first difference."""
-        for name in {**self.begun["run"], **run}:
-            was, now = (str(values.get(name)) for values in (self.begun["run"], run))
-            if was != now:
-                raise InputError(f"{self.folder.parent}: {MEANING.get(name, name)} was {was[:60]} when its training "
-                                 f"began, now it is {now[:60]}; --resume with what it began with, or start over with "
-                                 "--again")  # fmt: skip
+        if differs := difference(self.begun["run"], run):
+            what, was, now = differs
+            raise InputError(f"{self.folder.parent}: {what} was {was} when its training began, now it is {now}; "
+                             "--resume with what it began with, or start over with --again")  # fmt: skip
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains into this store meanwhile. Raises InputError if somebody does, or has since `begun`."""
+        self.folder.mkdir(exist_ok=True)
+        with only_writer(self.folder, LOCK_S):
+            if State(self.folder.parent).begun != self.begun:
+                raise InputError(f"{self.folder.parent} was trained into meanwhile; start again")
+            yield
 
     def begin(self, run: dict, again: bool) -> None:
-        """Forget an earlier training and begin this one."""
-        for path in (self._run, self._done, self._shared):
-            path.unlink(missing_ok=True)
-        self.forget_standings()
-        self._write({"finished": False, "again": again, "run": run})
-        self._done.write_bytes(b"")
+        """Forget an earlier training and begin this one; run.json comes last, so what it says is there."""
+        self._remove("run.json", "shared.safetensors", "rank-*", "everyone.*", "*.tmp")
+        write_file(self._done, b"")
+        self.name = uuid4().hex
+        self._write({"finished": False, "again": again, "name": self.name, "run": run})
+        sync(self.folder.parent)
 
     def go_on(self) -> None:
-        """With what was begun here. A torn last line goes: what follows shall not be joined to it."""
-        lines = self._done.read_bytes().rpartition(b"\n")
-        self._done.write_bytes(lines[0] + lines[1])
+        """With what was begun here, without what a killed process left half written."""
+        self._remove("*.tmp")
+        content = self._done.read_bytes() if self._done.exists() else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self._done, whole)  # what follows shall not be joined to a torn line
+            sync(self._done)
 
     def end(self) -> None:
         """The training came to its end: --resume finds nothing to do."""
-        self.forget_standings()
+        self._remove("rank-*", "everyone.*")
         self._write(self.begun | {"finished": True})
 
     def _write(self, begun: dict) -> None:
         write_file(self._run, json.dumps(begun, indent=1).encode())
         self.begun = begun
 
-    def forget_standings(self) -> None:
-        for path in self.folder.glob("rank-*"):  # and what a full disk left half written
-            path.unlink()
+    def _remove(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     # ---- Who is done -----------------------------------------------------------------------------------------------
 
@@ -103,41 +136,37 @@ class State:
     def done(self) -> dict[str, str]:
         """User -> why they cannot be trained, "" if they are."""
         try:
-            return dict(json.loads(line) for line in self._done.read_bytes().splitlines())
-        except (ValueError, TypeError) as error:
+            lines = self._done.read_bytes().splitlines() if self._done.exists() else []
+            return dict(map(json.loads, lines))
+        except DAMAGED as error:
             raise InputError(f"{self._done} is damaged ({error}); start over with --again") from None
 
     # ---- Where users stand -----------------------------------------------------------------------------------------
 
-    def save(self, rank: int, number: int, standings: Iterable[tuple[str, Standing]]) -> None:
-        """Replace what this rank of so many saved before."""
+    def save(self, part: str, standings: Iterable[tuple[str, Standing]]) -> None:
+        """Replace what this part of the training saved before: a rank, or "everyone"."""
         users, tensors = {}, {}
         for i, (user, standing) in enumerate(standings):
             users[user] = standing.place
             tensors |= {f"{i} {name}": tensor for name, tensor in standing.tensors.items()}
-        described = json.dumps(users)
-        metadata = {"users": described, "digest": _digest(described, tensors)}
-        write_file(self.folder / f"rank-{rank}-of-{number}.safetensors", save(tensors, metadata))
+        write_file(self.folder / f"{part}.safetensors", _sealed([self.name, users], tensors))
 
-    def standings(self, wanted: set[str]) -> dict[str, Standing]:
-        """Where these users stood, as far as it was saved here, by any number of ranks.
+    def standings(self, wanted: set[str], parts: str = "rank-*") -> dict[str, Standing]:
+        """Where these users stood, as far as this training saved it here, by any number of ranks.
 
         Raises:
             InputError: a damaged file.
         """
         found: dict[str, Standing] = {}
-        for path in sorted(self.folder.glob("rank-*.safetensors")):
-            metadata, tensors = read_file(path)
+        for path in sorted(self.folder.glob(f"{parts}.safetensors")):
             try:
-                users = json.loads(metadata["users"])
-                if metadata["digest"] != _digest(metadata["users"], tensors):
-                    raise ValueError("its checksum is wrong")
-                for i, (user, place) in enumerate(users.items()):
+                (training, users), tensors = _opened(path.read_bytes())
+                for i, (user, place) in enumerate(users.items() if training == self.name else ()):
                     if user in wanted and (user not in found or found[user].place["step"] < place["step"]):
                         names = ("row", "exp_avg", "exp_avg_sq", *(["best"] if place["epoch"] else []))
                         found[user] = Standing({name: place[name] for name in PLACE},
                                                {name: tensors[f"{i} {name}"] for name in names})  # fmt: skip
-            except (ValueError, TypeError, KeyError) as error:
+            except DAMAGED as error:
                 raise InputError(f"{path} is damaged ({error}); delete it and --resume: its users begin again, nobody "
                                  "else does") from None  # fmt: skip
         return found
@@ -145,37 +174,61 @@ class State:
     # ---- The adapter of all ------------------------------------------------------------------------------------------
 
     def keep_shared(self, adapter: Adapter) -> None:
+        """From now on nobody asks where it stood."""
         write_file(self._shared, packed(adapter))
+        self._remove("everyone.*")
 
     def shared(self) -> Adapter | None:
-        """None: it is not trained yet."""
-        return unpacked(self._shared.read_bytes()) if self._shared.exists() else None
+        """None: it is not trained yet. Raises InputError if it is damaged."""
+        try:
+            return unpacked(self._shared.read_bytes()) if self._shared.exists() else None
+        except DAMAGED as error:
+            raise InputError(f"{self._shared} is damaged ({error}); delete it and --resume: it is trained "
+                             "again") from None  # fmt: skip
 
 
-def _digest(described: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(described.encode(), digest_size=16)
+# ---- As bytes: for a file, or for another rank ----------------------------------------------------------------------
+
+
+def _sealed(described: object, tensors: dict[str, Tensor]) -> bytes:
+    """Tensors, what JSON says of them, and a digest of both, as safetensors. `_opened` undoes it."""
+    tensors = tensors | {"described": _of_bytes(json.dumps(described).encode())}
+    return save(tensors | {"digest": _of_bytes(_digest(tensors))})
+
+
+def _opened(content: bytes) -> tuple[list, dict[str, Tensor]]:
+    """Raises one of DAMAGED if it is not what `_sealed` made."""
+    tensors = load(content)
+    if tensors.pop("digest").numpy().tobytes() != _digest(tensors):
+        raise ValueError("its checksum is wrong")
+    return json.loads(tensors.pop("described").numpy().tobytes()), tensors
+
+
+def _of_bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _digest(tensors: dict[str, Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-# ---- News as bytes: for a file, or for another rank -----------------------------------------------------------------
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.digest()
 
 
 def packed(news: Adapter | Fault | dict) -> bytes:
-    """An adapter without what lies under it, a fault, or counts by name, as safetensors. `unpacked` undoes it."""
+    """An adapter without what lies under it, a fault, or counts by name. `unpacked` undoes it."""
     fields, tensors = news, {}
     if isinstance(news, Adapter):
         fields, tensors = [news.user, news.method.described(), news.metrics], {"row": news.row.cpu()}
     elif isinstance(news, Fault):
         fields = [news.user, news.reason]
-    written = json.dumps([type(news).__name__, fields]).encode()
-    return save(tensors | {"news": torch.frombuffer(bytearray(written), dtype=torch.uint8)})
+    return _sealed([type(news).__name__, fields], tensors)
 
 
 def unpacked(content: bytes) -> Adapter | Fault | dict:
-    tensors = load(content)
-    kind, fields = json.loads(tensors["news"].numpy().tobytes())
+    """Raises one of DAMAGED."""
+    (kind, fields), tensors = _opened(content)
     if kind == "Adapter":
         user, method, metrics = fields
         return Adapter(user, method_from(method), tensors["row"], metrics)

@@ -10,17 +10,17 @@ reason, and nobody else's adapter is another for it.
 
 import errno
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from minipeft.desk import Desk, Summary
 from minipeft.engine import Engine
 from minipeft.errors import InputError
+from minipeft.index import MAX_SMALL
 from minipeft.log import Log
 from minipeft.memory import fitted
 from minipeft.methods.lora import LoRA
@@ -28,9 +28,10 @@ from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
 from minipeft.prompts import Prompts
 from minipeft.ranks import Ranks, share_out
-from minipeft.resume import FORMAT, State, packed, unpacked
+from minipeft.resume import FORMAT, State, difference, packed, unpacked
 from minipeft.running import for_base, open_base, prompts_of
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Standing, TrainConfig
+from minipeft.stopping import Interrupted, Stop, stoppable
 from minipeft.store import Store, key_of
 from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.task import Task
@@ -41,6 +42,7 @@ SAVE_MINUTES = 10.0  # between two savings of what is under way
 PROBED = 8  # users whose first minibatches tell how much memory a pass takes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says of a full disk, quota or file
 MINUTE = 60.0  # seconds between two lines of statistics in the log
+MOST_EPOCHS = MAX_SMALL // 8 - 8  # a store keeps the validation loss after each, and a few numbers more
 
 Show = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # a title -> a function of (done, total)
 
@@ -50,129 +52,16 @@ def silent(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
     return nullcontext(lambda done, total: None)
 
 
-# ---- Stopping in order ---------------------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came, and what was under way is saved. signum: which of the two."""
-
-    def __init__(self, signum: int):
-        super().__init__()
-        self.signum = signum
-
-
-class Stop:
-    """Whether somebody asked to stop: signum, 0 if nobody did."""
-
-    signum = 0
-
-
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM only make a note, for the next pass boundary; the second one acts as ever.
-
-    Signals that are ignored stay so (a command in the background), and threads other than the main one get none.
-    """
-    stop, before = Stop(), {}
-
-    def note(signum, frame) -> None:
-        stop.signum = signum
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                before[signum] = signal.signal(signum, note)
+def full_disk_is_said(store: Path) -> Iterator[None]:
+    """Inside, a disk without room is an InputError."""
     try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-# ---- What came of users --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Summary:
-    """How a training ended.
-
-    trained:       users whose adapters came into the store. skipped: users who were done before: see --resume.
-    stopped_early: of those trained, who had no better epoch for `patience` epochs.
-    skipped_steps: of those trained, user -> steps whose gradient was not finite.
-    quarantined:   users who cannot be trained -> why.
-    num_cut:       texts that did not fit the base and lost their end. splits: passes that memory did not hold.
-    """
-
-    trained: int = 0
-    skipped: int = 0
-    stopped_early: int = 0
-    skipped_steps: dict[str, int] = field(default_factory=dict)
-    quarantined: dict[str, str] = field(default_factory=dict)
-    num_cut: int = 0
-    splits: int = 0
-
-
-class Desk:
-    """Where news of users go. At rank 0: into the store, the list of who is done, the log and the summary; from any
-    other rank: to rank 0.
-
-    under: the adapter that lies under all users', if one does.
-    """
-
-    def __init__(self, training: "Training", log: Log | None, on_finish, on_fault):
-        self._ranks, self._store, self._state = training.ranks, training.store, training.state
-        self._base, self._log, self._on_finish, self._on_fault = training.base, log, on_finish, on_fault
-        self.summary, self.under = Summary(), None
-
-    def take(self, news: Iterable[Adapter | Fault | dict]) -> None:
-        """Whoever is in the news is done when this returns; on disk, at rank 0."""
-        if not self._ranks.writes:
-            for each in news:
-                self._ranks.send(packed(each))
-            return
-        news = list(news)
-        finished = [each for each in news if isinstance(each, Adapter)]
-        faults = [each for each in news if isinstance(each, Fault)]
-        if finished:
-            self._store.add_many([replace(adapter, under=self.under) for adapter in finished], self._base)
-        if finished or faults:
-            self._state.note([*((a.user, "") for a in finished), *((f.user, f.reason) for f in faults)])
-        for adapter in finished:
-            self._count_finished(adapter)
-        for fault in faults:
-            self._quarantine(fault)
-        for counts in (each for each in news if isinstance(each, dict)):
-            self.count(counts["num_cut"], counts["splits"])
-
-    def _quarantine(self, fault: Fault) -> None:
-        self.summary.quarantined[fault.user] = fault.reason
-        self.log("quarantined", user=fault.user, reason=fault.reason)
-        if self._on_fault is not None:
-            self._on_fault(fault)
-
-    def _count_finished(self, adapter: Adapter) -> None:
-        self.summary.trained += 1
-        self.summary.stopped_early += adapter.metrics["stopped_early"]
-        if adapter.metrics["skipped_steps"]:
-            self.summary.skipped_steps[adapter.user] = adapter.metrics["skipped_steps"]
-        self.log("finished", user=adapter.user, **adapter.metrics)
-        if self._on_finish is not None:
-            self._on_finish(adapter)
-
-    def take_arrived(self) -> None:
-        """At rank 0: the other ranks' news."""
-        if self._ranks.writes:
-            self.take(map(unpacked, self._ranks.arrived()))
-
-    def count(self, num_cut: int = 0, splits: int = 0) -> None:
-        self.summary.num_cut += num_cut
-        self.summary.splits += splits
-
-    def log(self, event: str, **fields) -> None:
-        if self._log is not None:
-            self._log.event(event, **fields)
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(f"{store}: the disk is full; who was reported is there, make room and go on with "
+                         "--resume") from None  # fmt: skip
 
 
 # ---- A training ----------------------------------------------------------------------------------------------------
@@ -226,6 +115,9 @@ class Training:
         prompts = prompts_of(base, source.header)
         config = replace(config, method=for_base(config.method, base))
         config.check()
+        if config.epochs > MOST_EPOCHS:
+            raise InputError(f"epochs must be at most {MOST_EPOCHS} where a store keeps what came of each, got "
+                             f"{config.epochs}")  # fmt: skip
         config.method.check(base)
         passes = passes or PassConfig()
         replace(passes, slots=1 if passes.slots == "auto" else passes.slots).check()
@@ -308,18 +200,12 @@ class Training:
             InputError: nobody could be trained; or strict, and somebody could not: everybody else is in the store.
             Interrupted: Ctrl-C or SIGTERM; what was under way is saved.
         """
-        with stoppable() as stop, ExitStack() as opened:
-            try:
-                log = Log(self.store.folder / "log.jsonl", scalar) if self.ranks.writes else None
-                if log is not None:
-                    opened.callback(log.close)
-                desk = Desk(self, log, on_finish, on_fault)
-                self._run(desk, stop, show)
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                raise InputError(f"{self.state.folder.parent}: the disk is full; who was reported is there, make room "
-                                 "and go on with --resume") from None  # fmt: skip
+        with full_disk_is_said(self.state.folder.parent), stoppable() as stop, ExitStack() as opened:
+            desk = Desk(self.store, self.base, self.state, self.ranks, on_finish, on_fault)
+            if self.ranks.writes:
+                opened.enter_context(self.state.locked())
+                desk.log = opened.enter_context(Log(self.store.folder / "log.jsonl", scalar)).event
+            self._run(desk, stop, show)
         if desk.summary.quarantined and (self.strict or not desk.summary.trained + desk.summary.skipped):
             user, reason = next(iter(desk.summary.quarantined.items()))
             raise InputError(f"{len(desk.summary.quarantined)} of {len(self.users)} users could not be trained, e.g. "
@@ -332,14 +218,31 @@ class Training:
         desk.under = everyone if self.shared == "on" else None
         self.ranks.listen()
         standings = self.state.standings(set(mine))
-        behind = sum(standing.examples(self.source.num_train(user)) for user, standing in standings.items())
-        planned = sum(map(self.source.num_train, mine)) * self.config.epochs - behind
+        planned = sum(self._examples_left(user, standings) for user in mine)
         jobs = self._jobs(mine, standings, everyone, desk)
-        self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned)
+        part = f"rank-{self.ranks.rank}-of-{self.ranks.number}"
+        self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned, part)
         self._end(desk, stop)
+
+    def _examples_left(self, user: str, standings: dict[str, Standing]) -> int:
+        """Training examples of the user's plan that are not behind them."""
+        num_train = self.source.num_train(user)
+        behind = standings[user].examples(num_train) if user in standings else 0
+        return num_train * self.config.epochs - behind
+
+    def _agree(self) -> None:
+        """Raises InputError at every rank unless all were given the same base, task and settings."""
+        told = [json.loads(self.ranks.tell(json.dumps(self.described()).encode(), teller))
+                for teller in range(self.ranks.number)]  # fmt: skip
+        for rank, described in enumerate(told):
+            if differs := difference(told[0], described):
+                what, first, own = differs
+                raise InputError(f"processes of one training need the same base, task and settings: {what} is {first} "
+                                 f"at process 0, {own} at process {rank}")  # fmt: skip
 
     def _begin(self, desk: Desk) -> list[str]:
         """Note on disk what begins. Returns this rank's users who are not done."""
+        self._agree()
         left = b""
         if self.ranks.writes:
             if self.goes_on:
@@ -348,18 +251,15 @@ class Training:
                 self.state.begin(self.described(), self.again)
             done = self.state.done()
             desk.summary.quarantined = {user: reason for user, reason in done.items() if reason}
-            kept = set(self.store.users())
-            if self.state.begun["again"]:
-                kept &= done.keys()
-            desk.summary.skipped = len(kept.intersection(self.users))
-            kept |= desk.summary.quarantined.keys()
+            kept = set(done)  # also who was deleted from the store since
+            if not self.state.begun["again"]:
+                kept.update(self.store.users())
+            desk.summary.skipped = len(kept.intersection(self.users) - desk.summary.quarantined.keys())
             desk.log("start", users=len(self.users), skipped=desk.summary.skipped, ranks=self.ranks.number,
                      slots=self.passes.slots, token_budget=self.passes.token_budget, **self.described())  # fmt: skip
-            left = bytes([self.goes_on, *(user not in kept for user in self.users)])
-        goes_on, *wanted = self.ranks.tell(left)
-        if not (goes_on or self.ranks.writes):
-            self.state.forget_standings()
-        todo = [user for user, wanted in zip(self.users, wanted) if wanted]
+            left = bytes(user not in kept for user in self.users)
+        self.state.name = self.ranks.tell(self.state.name.encode()).decode()
+        todo = [user for user, wanted in zip(self.users, self.ranks.tell(left)) if wanted]
         return share_out(todo, [self.source.size(user) for user in todo], self.ranks.number)[self.ranks.rank]
 
     def _everyone(self, desk: Desk, stop: Stop, show: Show) -> Adapter:
@@ -378,10 +278,11 @@ class Training:
         for job in self.readable():
             train += job.train
             val += job.val
-        standing = self.state.standings({EVERYONE}).get(EVERYONE)
+        standing = self.state.standings({EVERYONE}, "everyone").get(EVERYONE)
         job = Job(EVERYONE, train, val, replace(self.config, **SHARED), standing=standing)
         came: list[Adapter | Fault] = []
-        self._train([job], came.extend, desk, stop, show, "training one adapter for all", job.planned_examples)
+        self._train([job], came.extend, desk, stop, show, "training one adapter for all", job.planned_examples,
+                    "everyone")  # fmt: skip
         if isinstance(came[0], Fault):
             raise InputError(f"the shared adapter: {came[0].reason}")
         return came[0]
@@ -395,6 +296,7 @@ class Training:
                 job, num_cut = self.job(user)
             except InputError as error:
                 desk.take([Fault(user, str(error))])
+                desk.worked_off += self._examples_left(user, standings)
                 continue
             desk.count(num_cut=num_cut)
             if self.shared == "on":
@@ -405,11 +307,14 @@ class Training:
 
     def _train(
         self, jobs: Iterable[Job], take: Callable[[Iterable[Adapter | Fault]], None], desk: Desk, stop: Stop,
-        show: Show, title: str, planned: int,
+        show: Show, title: str, planned: int, part: str,
     ) -> None:  # fmt: skip
-        """Run these jobs; hand who is done to `take`; save who is resident now and then, and when it is to stop."""
-        engine, ranks = Engine(self.base, self.prompts.labels, self.passes), self.ranks
-        totals, worked_off, splits = engine.totals, 0, 0
+        """Run these jobs; hand who is done to `take`; save who is resident now and then, and when it is to stop.
+
+        planned: training examples of theirs. part: under which name `state` saves them.
+        """
+        engine = Engine(self.base, self.prompts.labels, self.passes)
+        totals, splits, desk.worked_off = engine.totals, 0, 0
         saved = minute = time.monotonic()
         with show(title) as update:
             for done in engine.run(jobs):
@@ -418,7 +323,7 @@ class Training:
                 now = time.monotonic()
                 if stop.signum or now - saved > 60 * self.save_minutes:
                     standings = ((run.job.key, engine.standing(run)) for run in done.runs)
-                    self.state.save(ranks.rank, ranks.number, standings)
+                    self.state.save(part, standings)
                     desk.log("saved", resident=len(done.runs))
                     saved = now
                 if stop.signum:
@@ -428,12 +333,12 @@ class Training:
                         desk.log("out of memory", passes=totals.passes)
                     desk.count(splits=totals.splits - splits)
                     splits = totals.splits
-                worked_off += done.worked_off
-                update(min(worked_off, planned), planned)
+                desk.worked_off += done.worked_off
+                update(min(desk.worked_off, planned), planned)
                 if now - minute > MINUTE:
                     desk.log("passes", passes=totals.passes, rows=totals.rows, tokens=totals.tokens,
                              resident=len(done.runs), trained=desk.summary.trained, planned=planned,
-                             worked_off=worked_off)  # fmt: skip
+                             worked_off=desk.worked_off)  # fmt: skip
                     minute = now
 
     def _end(self, desk: Desk, stop: Stop) -> None:

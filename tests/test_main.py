@@ -23,6 +23,7 @@ from small_bases import MAKERS, POSITIONS
 import minipeft
 from minipeft import bench
 from minipeft.__main__ import main
+from minipeft.desk import Desk
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.methods import METHODS
@@ -33,10 +34,11 @@ from minipeft.models.loading import fingerprint, load_model, load_tokenizer
 from minipeft.options import NAMES
 from minipeft.running import for_base, open_base, prompts_of
 from minipeft.schedule import Job, PassConfig, TrainConfig
+from minipeft.stopping import Stop
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import Task, load_task, save_task
-from minipeft.training import Desk, Stop, Training, silent
+from minipeft.training import Training, silent
 
 KINDS = list(MAKERS)
 
@@ -231,7 +233,7 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
     assert run("train", "--model", bases[kind], *common, "--store", tmp_path / "a", f"--{how}-shared") == 0
     config = TrainConfig(method=LoRA(rank=2), epochs=1, learning_rate=0.02)
     plan = Training.plan(bases[kind], task, config, tmp_path / "b", how)
-    everyone = plan.train_shared(silent, Desk(plan, None, None, None), Stop())
+    everyone = plan.train_shared(silent, Desk(plan.store, plan.base, plan.state, plan.ranks), Stop())
     alone, labels = [plan.job(user)[0] for user in plan.users], plan.prompts.labels
     pooled = [[question for job in alone for question in split(job)] for split in (lambda j: j.train, lambda j: j.val)]
     one = Job("(everyone)", *pooled, replace(plan.config, epochs=1, batch_size=64))

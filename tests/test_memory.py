@@ -29,6 +29,18 @@ def test_free_memory_is_what_the_system_says(monkeypatch):
         free_memory(torch.device("cpu"))
 
 
+def test_a_container_s_limit_counts_what_is_in_use_and_is_shared(monkeypatch, tmp_path):
+    """Pages of files that nobody used lately are given back when they are needed."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for name, text in (("max", "9000\n"), ("current", "8500\n"), ("stat", "anon 500\ninactive_file 7500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory(torch.device("cpu")) == 8000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory(torch.device("cpu")) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 2**20
+
+
 def test_more_memory_more_rows_and_slots_up_to_what_is_of_use(jobs, monkeypatch):
     model, found = make_model(), []
     for mib in (3, 6, 12, 10**6):

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +18,24 @@ import torch
 from small_bases import make_decoder
 
 import minipeft
+from minipeft import ranks as ranks_module
+from minipeft import resume
 from minipeft import training as training_module
 from minipeft.__main__ import main
+from minipeft.desk import Desk
 from minipeft.engine import Engine
 from minipeft.errors import InputError
+from minipeft.log import Log
 from minipeft.methods.lora import LoRA
 from minipeft.models.loading import load_model
-from minipeft.ranks import share_out
+from minipeft.ranks import Ranks, share_out
 from minipeft.resume import State, packed, unpacked
 from minipeft.schedule import PLACE, Adapter, Fault, PassConfig, Standing, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import load_task, save_task
-from minipeft.training import Interrupted, Training
+from minipeft.training import MOST_EPOCHS, Interrupted, Training
 
 CONFIG = TrainConfig(LoRA(rank=2, dropout=0.25, sites=("v",)), learning_rate=0.02, epochs=3, batch_size=4, patience=1)
 EXACT = PassConfig(slots=3, token_budget=300, deterministic=True)
@@ -122,13 +128,16 @@ def test_interrupted_again_and_again_it_gives_the_same_bits(task, base, whole, t
     assert summary.trained + summary.skipped == NUM_USERS and summary.skipped > 0
     assert len({line["user"] for line in log_of(store, "finished")}) == len(log_of(store, "finished")) == NUM_USERS
     assert not list((store / "training").glob("rank-*"))
+    Store(store).delete("user00003")
     assert Training.plan(base, task, CONFIG, store, passes=EXACT, resume=True).run().skipped == NUM_USERS
+    assert "user00003" not in Store(store), "who was deleted does not come back"
 
 
 @pytest.mark.parametrize("shared", ["on", "from"])
 @pytest.mark.parametrize("passes", [1, 6])
 def test_a_shared_adapter_is_trained_once(task, base, tmp_path, stop_after, monkeypatch, shared, passes):
-    """Interrupted in the middle of it, and after it."""
+    """Interrupted in the middle of it, and after it. A user is called what the job of the shared one is."""
+    task = edited(task, tmp_path / "task", lambda line: line | {"user": "(everyone)"}, splits=("train", "val"))
     expected = trained(base, task, tmp_path / "whole", shared)
     store, steps = tmp_path / "store", []
     stop_after(passes)
@@ -234,7 +243,8 @@ def test_a_damaged_state_is_an_error_that_says_how_to_go_on(task, base, whole, t
             trained(base, task, store, resume=True)
     run = store / "training" / "run.json"
     right = run.read_bytes()
-    for damaged in (right[:-9], b"[]", b"3", b"{}"):
+    no_run = json.dumps(json.loads(right) | {"run": 3}).encode()
+    for damaged in (right[:-9], b"[]", b"3", b"{}", no_run):
         run.write_bytes(damaged)
         with pytest.raises(InputError, match=r"run\.json is damaged"):
             trained(base, task, store, resume=True)
@@ -251,8 +261,12 @@ def test_of_two_standings_of_a_user_the_later_counts(tmp_path):
         numbers = {name: torch.full((64,), float(step)) for name in ("row", "exp_avg", "exp_avg_sq")}
         return Standing({**dict.fromkeys(PLACE, 0), "step": step}, numbers)
 
-    state.save(0, 2, [("ann", at(5)), ("bob", at(3))])
-    state.save(1, 3, [("ann", at(3)), ("bob", at(5)), ("zoe", at(5))])
+    state.save("rank-0-of-2", [("ann", at(5)), ("bob", at(3))])
+    state.save("rank-1-of-3", [("ann", at(3)), ("bob", at(5)), ("zoe", at(5))])
+    state.name = "another training's"
+    state.save("rank-2-of-3", [("ann", at(7))])
+    assert state.standings({"ann", "bob"})["ann"].place["step"] == 7
+    state.name = ""
     found = state.standings({"ann", "bob"})
     assert found.keys() == {"ann", "bob"}
     for standing in found.values():
@@ -267,17 +281,142 @@ def test_training_again_that_was_interrupted_goes_on_replacing(task, base, whole
         trained(base, task, store)
     interrupted_store(base, task, store, stop_after, again=True)
     assert_same(trained(base, task, store, resume=True), whole)  # --again need not be said again
+    Store(store).delete("user00003")
+    assert trained(base, task, store, resume=True).keys() == whole.keys() - {"user00003"}
+
+
+def test_killed_at_any_flush_of_its_beginning_it_can_be_gone_on_with(tmp_path, monkeypatch):
+    fsync, flushes = os.fsync, 0
+
+    def killed(descriptor):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", killed)
+    while True:
+        left = flushes
+        try:
+            State(tmp_path / str(flushes)).begin({"seed": 3}, False)
+            break
+        except SystemExit:
+            left = 99
+        state = State(tmp_path / str(flushes))
+        if state.begun:
+            assert (state.folder / "done.jsonl").exists()
+            state.go_on()
+            assert state.done() == {}
+        else:
+            state.begin({}, False)
+        assert not list(state.folder.glob("*.tmp"))
+        flushes += 1
+    assert flushes > 3
+
+
+def test_the_list_of_who_is_done_is_cut_and_never_written_anew(tmp_path):
+    state = State(tmp_path)
+    state.begin({}, False)
+    state.note([("ann", ""), ("bob", "so")])
+    with open(state.folder / "done.jsonl", "ab") as file:
+        file.write(b'["torn')
+    (state.folder / "rank-0-of-1.11.tmp").touch()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))  # no file takes a byte
+    try:
+        state.go_on()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    state.note([("zoe", "")])
+    assert State(tmp_path).done() == {"ann": "", "bob": "so", "zoe": ""}
+    assert {path.name for path in state.folder.iterdir()} == {"run.json", "done.jsonl"}
+    (state.folder / "done.jsonl").unlink()
+    state.go_on()
+    assert state.done() == {}
+
+
+def test_a_flipped_bit_in_the_shared_adapter_is_found(tmp_path):
+    state, path = State(tmp_path), tmp_path / "training" / "shared.safetensors"
+    state.keep_shared(Adapter("(everyone)", LoRA(rank=3), torch.randn(64), {"val_loss": [1.5]}))
+    content = path.read_bytes()
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        for some in (damaged, content[:position]):
+            path.write_bytes(some)
+            with pytest.raises(InputError, match=r"shared\.safetensors is damaged .*delete it and --resume"):
+                state.shared()
+
+
+def test_one_training_of_a_store_at_a_time(task, base, tmp_path, monkeypatch):
+    store, refused = tmp_path / "store", []
+    monkeypatch.setattr(resume, "LOCK_S", 0.0)
+
+    def second(adapter):
+        with pytest.raises(InputError, match="training is being written by process") as raised:
+            trained(base, task, store, resume=True)
+        refused.append(raised.value)
+        raise Interrupted(signal.SIGTERM)
+
+    stale = Training.plan(base, task, CONFIG, store, passes=EXACT, resume=True)
+    with pytest.raises(Interrupted):
+        Training.plan(base, task, CONFIG, store, passes=EXACT).run(second)
+    assert len(refused) == 1
+    with pytest.raises(InputError, match="was trained into meanwhile; start again"):
+        stale.run()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(task, base, tmp_path):
+    for name, message in (("full", "the disk is full"), ("folder", "log.jsonl cannot be written .Is a directory")):
+        plan = Training.plan(base, task, CONFIG, tmp_path / name, passes=EXACT)
+        log = tmp_path / name / "log.jsonl"
+        if name == "full":
+            log.symlink_to("/dev/full")
+        else:
+            log.mkdir()
+        with pytest.raises(InputError, match=message):
+            plan.run()
+        assert not Store(tmp_path / name).users(), "it is found out at once"
+
+
+def test_json_has_no_numbers_that_json_has_not(base, tmp_path, capsys):
+    def strict(line):
+        return json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
+
+    with Log(tmp_path / "log.jsonl") as log:
+        log.event("finished", user="\ud800", val_loss=[1.5, float("inf")], more={"loss": float("nan")})
+    line = strict((tmp_path / "log.jsonl").read_text())
+    assert (line["user"], line["val_loss"], line["more"]) == ("\ud800", [1.5, None], {"loss": None})
+    metrics = {"val_loss": [float("inf")], "best_epoch": 1, "epochs": 1, "steps": 1, "stopped_early": False,
+               "skipped_steps": 0}  # fmt: skip
+    method = LoRA(rank=2)
+    Store.make(tmp_path / "store", base).add(Adapter("ann", method, method.initial_row(base, 0, "ann"), metrics), base)
+    assert main(["users", "--store", str(tmp_path / "store"), "--json"]) == 0
+    strict(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_more_epochs_than_a_store_can_tell_of_are_refused(task, base, tmp_path):
+    with pytest.raises(InputError, match=f"epochs must be at most {MOST_EPOCHS}"):
+        trained(base, task, tmp_path / "store", config=replace(CONFIG, epochs=MOST_EPOCHS + 1))
+    assert not (tmp_path / "store").exists()
+    method, big = LoRA(rank=2), 2**62
+    metrics = {"best_epoch": big, "epochs": big, "steps": big, "val_loss": [1.5] * MOST_EPOCHS,
+               "stopped_early": False, "skipped_steps": big}  # fmt: skip
+    adapter = Adapter("ann", method, method.initial_row(base, 0, "ann"), metrics)
+    Store.make(tmp_path / "store", base).add(adapter, base)
 
 
 # ---- Faults --------------------------------------------------------------------------------------------------------
 
 
-def edited(task, folder, edit):
-    """A copy of the task whose training lines of user00003 went through `edit`."""
+def edited(task, folder, edit, splits=("train",)):
+    """A copy of the task whose lines of user00003 in these splits went through `edit`."""
     shutil.copytree(task, folder)
-    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    lines = [edit(line) if line["user"] == "user00003" else line for line in lines]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in (folder / f"{split}.jsonl" for split in splits):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [edit(line) if line["user"] == "user00003" else line for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -291,9 +430,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("edit, reason", BROKEN.values(), ids=BROKEN)
 def test_a_user_with_broken_examples_is_left_out_and_nobody_else_notices(task, base, whole, tmp_path, edit, reason):
-    store, faults = tmp_path / "store", []
+    store, faults, seen = tmp_path / "store", [], []
     poisoned = edited(task, tmp_path / "task", edit)
-    summary = Training.plan(base, poisoned, CONFIG, store, passes=EXACT).run(on_fault=faults.append)
+    plan = Training.plan(base, poisoned, CONFIG, store, passes=EXACT)
+    summary = plan.run(on_fault=faults.append, show=lambda title: nullcontext(lambda *shares: seen.append(shares)))
+    assert seen[-1][0] == seen[-1][1], "what they had is worked off"
     assert [fault.user for fault in faults] == ["user00003"] == list(summary.quarantined)
     assert reason in faults[0].reason and "\n" not in faults[0].reason and "train.jsonl:" in faults[0].reason
     assert_same(adapters(store, base), {user: whole[user] for user in whole if user != "user00003"})
@@ -357,7 +498,7 @@ def test_a_rank_that_is_killed_comes_back_and_nobody_is_lost(task, model, base, 
     argv, store = command(task, model, tmp_path / "store", "--resume", ranks=2), tmp_path / "store"
     argv[argv.index("--standalone")] = "--standalone --max-restarts=2"
     process = subprocess.Popen(" ".join(argv), shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (store / "log.jsonl").exists():
+    while process.poll() is None and not ((store / "log.jsonl").exists() and log_of(store, "start")):
         time.sleep(0.01)
     os.kill(rank_of(store, 1), signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
@@ -366,6 +507,56 @@ def test_a_rank_that_is_killed_comes_back_and_nobody_is_lost(task, model, base, 
     finished = [line["user"] for line in log_of(store, "finished")]
     assert sorted(finished) == sorted(whole), "nobody is trained twice"
     assert_same(adapters(store, base), whole)
+
+
+class OneOfTwo(Ranks):
+    """A process that hears from the other one what that would tell."""
+
+    def __init__(self, rank, other_says):
+        super().__init__(rank, 2)
+        self._other_says = other_says
+
+    def tell(self, content=b"", teller=0):
+        return content if teller == self.rank else self._other_says
+
+
+def test_processes_that_were_given_different_things_are_refused(task, base, tmp_path):
+    """By each of them, before anything of an earlier training is forgotten."""
+    other_base = load_model(make_decoder(load_task(task), tmp_path / "other", seed=1))
+    other_task = edited(task, tmp_path / "task", lambda line: line | {"text": "so"})
+    right = (base, task, CONFIG)
+    cases = {"the base": (other_base, task, CONFIG), "the task's examples": (base, other_task, CONFIG),
+             "seed": (base, task, replace(CONFIG, seed=5))}  # fmt: skip
+    for what, given in cases.items():
+        for rank, (own, other) in ((0, (right, given)), (1, (given, right))):
+            store = tmp_path / f"store {what} {rank}"
+            says = json.dumps(Training.plan(*other, tmp_path / f"{store} 2", passes=EXACT).described()).encode()
+            plan = Training.plan(*own, store, passes=EXACT, ranks=OneOfTwo(rank, says))
+            with pytest.raises(InputError, match=f"{what} is .* at process 0, .* at process 1"):
+                plan.run()
+            assert not (store / "training" / "run.json").exists()
+
+
+def test_what_came_before_a_connection_broke_is_kept(base, tmp_path, monkeypatch):
+    method = LoRA(rank=2)
+    metrics = {"stopped_early": False, "skipped_steps": 0}
+    sent = packed(Adapter("ann", method, method.initial_row(base, 0, "ann"), metrics))
+    pieces = [torch.tensor([len(sent)]), torch.frombuffer(bytearray(sent), dtype=torch.uint8)]
+
+    def recv(tensor, sender=None):
+        if not pieces:
+            raise RuntimeError("connection closed by peer")
+        tensor.copy_(pieces.pop(0))
+        return 1
+
+    monkeypatch.setattr(ranks_module.dist, "recv", recv)
+    ranks, state = Ranks(0, 2), State(tmp_path / "store")
+    ranks._receive()
+    store = Store.make(tmp_path / "store", base)
+    state.begin({}, False)
+    with pytest.raises(RuntimeError, match="went away"):
+        Desk(store, base, state, ranks).take_arrived()
+    assert store.users() == ["ann"] and state.done() == {"ann": ""}
 
 
 def rank_of(store, rank):
