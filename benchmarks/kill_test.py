@@ -140,11 +140,15 @@ def writer(*args: object, limit: int | None = None) -> Iterator[tuple[int, int]]
         os.close(reports)
 
 
-def ended(process: int, expected: int) -> None:
-    """Waits for a writer. RuntimeError unless that is how it ended: FULL, or less a signal."""
-    end = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def ended(process: int) -> int:
+    """Waits for a writer. FULL, FAILED, or less the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def must(end: int, expected: int) -> None:
+    """Raises RuntimeError if a writer did not end as it should: then this tests nothing."""
     if end != expected:
-        raise RuntimeError(f"the writer ended with {end}, needed {expected}: this tests nothing")
+        raise RuntimeError(f"the writer ended with {end}, needed {expected}; it may have said why")
 
 
 def read_all(pipe: int) -> list[list[str]]:
@@ -196,9 +200,10 @@ def killed(folder: Path, base: Decoder, kills: int, seed: int, found: Found) -> 
         with writer(folder, base, seed, operation, there) as (process, pipe):
             time.sleep(draw.uniform(0.0, 0.6))
             os.kill(process, signal.SIGKILL)
-            ended(process, -signal.SIGKILL)
+            end = ended(process)
             operation, states = possible(seed, operation, there, read_all(pipe), found)
         there = compare(folder, base, states, found)
+        must(end, -signal.SIGKILL)
         if (kill + 1) % 20 == 0:
             print(f"{kill + 1} kills, {operation} operations, {len(there)} users; {found}", flush=True)
 
@@ -208,8 +213,9 @@ def until_full(folder: Path, base: Decoder, seed: int, found: Found, limit: int 
     Store.make(folder, base).close()
     with writer(folder, base, seed, 0, {}, limit=limit) as (process, pipe):
         operation, states = possible(seed, 0, {}, read_all(pipe), found)
-        ended(process, FULL)
+        end = ended(process)
     there = compare(folder, base, states[:1], found)
+    must(end, FULL)
     print(f"full after {operation} operations, {len(there)} users; {found}", flush=True)
 
 

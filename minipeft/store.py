@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from minipeft.archive import Archive, Compacted, Item, Read
 from minipeft.errors import InputError
 from minipeft.index import DIGEST, LOCK, MAX_SMALL, NAME, SHARED, Entry, named
