@@ -38,7 +38,7 @@ MAX_WAITING = 4 << 20  # bytes of a configuration's rows that wait for a shard
 MAX_MAPPED = 64  # shards that a reader keeps open
 FAULT = 64 << 10  # bytes of a file that become memory of the process when one of them is read
 MAX_TOUCHED = 16 << 20  # bytes that do so before they are given back
-Read = TypeVar("Read")
+Read = TypeVar("Read")  # what is made of an entry
 MOVE = "UPDATE adapters SET shard = ?, row = ? WHERE id = ?"
 PUT = """INSERT INTO adapters VALUES (?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (id) DO UPDATE SET
          configuration = excluded.configuration, shard = excluded.shard, row = excluded.row,

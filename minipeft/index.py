@@ -136,17 +136,19 @@ def only_writer(folder: Path, timeout: float) -> Iterator[None]:
 
 
 class _Stamp(NamedTuple):
+    """Of a file; another once somebody has written."""
+
     changed_ns: int
     num_bytes: int
 
-
-def _stamp(path: Path) -> _Stamp | None:
-    """None: there is no such file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return _Stamp(status.st_mtime_ns, status.st_size)
+    @classmethod
+    def of(cls, path: Path) -> "_Stamp | None":
+        """None: there is no such file."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return cls(status.st_mtime_ns, status.st_size)
 
 
 class Index:
@@ -164,6 +166,7 @@ class Index:
             path = self.path.with_name(NAME + suffix)
             if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
                 raise InputError(f"{path} is no plain file; a store's index is one, and no link")
+        self._as_it_lay: tuple[_Stamp | None, _Stamp | None] | None = None  # of index and log, if they are taken so
         with self._errors():
             self._open("mode=rwc" if create is not None else "mode=rw")
             if create is not None:
@@ -177,33 +180,35 @@ class Index:
         """Connect. Who may not write the folder cannot make the files that readers and a writer share, beside the log:
         where they are, a writer is at it, or died, and they are read too; where not, the index is read as it lies.
         """
-        self._mode, self._as_it_lay = mode, None
+        as_it_lay = None
         if not os.access(self.path.parent, os.W_OK):
-            log = _stamp(self.path.with_name(NAME + "-wal"))
+            _, log = stamps = self._stamps()
             if log is not None and self.path.with_name(NAME + "-shm").exists():
-                self._mode = "mode=ro&readonly_shm=1"
+                mode = "mode=ro&readonly_shm=1"
             elif log is not None and log.num_bytes:
                 raise InputError(f"{self.path.parent} may not be written, but {NAME}-wal holds changes; open it once "
                                  "as somebody who may write there")  # fmt: skip
             else:
-                self._mode, self._as_it_lay = "immutable=1", self._stamps()
-        self._db = self._connect()
+                mode, as_it_lay = "immutable=1", stamps
+        self._db, self._mode, self._as_it_lay = self._connect(mode), mode, as_it_lay
 
-    def _stamps(self) -> list[_Stamp | None]:
-        """They change when somebody begins to write, or has written."""
-        return [_stamp(self.path), _stamp(self.path.with_name(NAME + "-wal"))]
+    def _stamps(self) -> tuple[_Stamp | None, _Stamp | None]:
+        return _Stamp.of(self.path), _Stamp.of(self.path.with_name(NAME + "-wal"))
+
+    def _is_outdated(self) -> bool:
+        """Whether the index was taken as it lay, and somebody has begun to write: SQLite does not look."""
+        return self._as_it_lay is not None and self._as_it_lay != self._stamps()
 
     def _current(self) -> sqlite3.Connection:
-        """The connection, made anew if the index was read as it lay, and somebody has begun to write: SQLite believes
-        that such a file never changes.
-        """
-        if self._as_it_lay not in (None, self._stamps()):
-            self._db.close()
-            self._open(self._mode)
+        """The connection; another one if it is outdated."""
+        if self._is_outdated():
+            outdated = self._db
+            self._open("mode=rw")
+            outdated.close()
         return self._db
 
-    def _connect(self) -> sqlite3.Connection:
-        uri = f"file:{quote(str(self.path.absolute()))}?{self._mode}"
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"file:{quote(str(self.path.absolute()))}?{mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE)
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE)
         for pragma in PRAGMAS:
@@ -234,7 +239,7 @@ class Index:
             if re.match("SQLITE_(FULL|IOERR|CANTOPEN|READONLY|BUSY|LOCKED|TOOBIG)", name):
                 raise InputError(f"{self.path} cannot be used ({error}); is the disk full, or the folder not yours to "
                                  "write?") from None  # fmt: skip
-            if self._as_it_lay not in (None, self._stamps()):
+            if self._is_outdated():
                 raise InputError(f"{self.path} is being written ({error}), and you may not write its folder; try "
                                  "again") from None  # fmt: skip
             raise InputError(f"{self.path} is damaged: {one_line(error)}") from None
@@ -282,7 +287,7 @@ class Index:
         """
         with self._errors():
             self._current()
-            reader = self._connect()
+            reader = self._connect(self._mode)
             try:
                 for values in reader.execute("SELECT * FROM adapters ORDER BY configuration, shard, row"):
                     yield self._entry(values)
