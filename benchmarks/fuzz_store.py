@@ -2,11 +2,14 @@
 
     python benchmarks/fuzz_store.py [--cases N] [--quick] [--seed N] [--folder DIR]
 
-Each case takes a small store, spoils it (bytes, pages and whole files of the index, of its log and of shards; values of
-every column; the schema; headers that lie; links, folders and pipes in place of files), and then does with it all that
-can be done: open, list, read everybody, verify, add, delete, compact. Every call must end well or with an InputError of
-one line; a row that is read must be the one that was kept, to the bit; no case may take 20 seconds or a gigabyte. In
-every third case the enemy has computed the checksums anew, so that they find nothing: then only the rest is asked.
+Each case takes a small store of float32, bfloat16 or int8 rows, spoils it, and then does with it all that can be done:
+open, list, read everybody, verify, add, delete, compact. Every call must end well or with an InputError of one line; a
+row that is read must be the one that was kept, to the bit; no case may take 20 seconds or a gigabyte. In a third of the
+cases the enemy has computed the checksums anew, so that they find nothing: then only the rest is asked.
+
+Every second case sets a column to a nasty value, one pair after the other, so that 2,500 cases have had them all. The
+others spoil at random: bytes, pages and whole files of the index, of its log and of shards; several values at once; the
+schema; headers that lie; links, folders and pipes in place of files.
 
 `crashes`: cases in which another exception came, a process died, or a wrong row was handed out. Each is printed with
 its number: `--first CASE --cases 1` runs it again.
@@ -24,8 +27,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minipeft import archive
@@ -34,7 +39,9 @@ from minipeft.errors import InputError
 from minipeft.methods import LoRA, PromptTuning
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import Origin
+from minipeft.packing import Packing
 from minipeft.schedule import Adapter
+from minipeft.shards import KINDS, decoded, encoded
 from minipeft.store import Store
 
 SECONDS, MEMORY = 20, 1 << 30  # that a case may take
@@ -66,9 +73,17 @@ def users(base: Decoder) -> list[Adapter]:
     return made
 
 
-def make(folder: Path, base: Decoder) -> None:
+def as_kept(adapter: Adapter, rows: str, base: Decoder) -> Adapter:
+    """What comes back out of a store of such rows."""
+    packing = Packing(adapter.method, base)
+    data = encoded(packing.packed(adapter.row), rows, packing.spans).view(np.uint8)
+    under = as_kept(adapter.under, rows, base) if adapter.under else None
+    return replace(adapter, row=packing.row(decoded(data, rows, packing.spans)), under=under)
+
+
+def make(folder: Path, base: Decoder, rows: str = "float32") -> None:
     """Two shards of each method, with rows that nobody has any more; the last users' rows wait in the index."""
-    store, waiting = Store.make(folder, base), archive.MAX_WAITING
+    store, waiting = Store.make(folder, base, rows=rows), archive.MAX_WAITING
     archive.MAX_WAITING = 0
     store.add_many(users(base)[:6], base)
     store.add_many(users(base)[3:11], base)
@@ -89,6 +104,13 @@ def bytes_of(path: Path, draw: random.Random) -> None:
         at = draw.randrange(len(content))
         at = at // 4096 * 4096 + draw.randrange(120) if draw.random() < 0.5 else at
         content[min(at, len(content) - 1)] = draw.choice((0, 1, 255, draw.randrange(256)))
+    path.write_bytes(content)
+
+
+def bit_of(path: Path, draw: random.Random) -> None:
+    """One, anywhere: in a shard, most often a user's."""
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
 
 
@@ -148,6 +170,35 @@ def spoil_values(folder: Path, draw: random.Random) -> None:
     index.close()
 
 
+def all_spots(folder: Path, seed: int) -> list[tuple[str, str, object]]:
+    """Every (table, column, nasty value that it can take), in random order."""
+    index, spots = sqlite3.connect(folder / "index.sqlite", isolation_level=None), []
+    for (table,) in index.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
+        for column in [row[1] for row in index.execute(f"PRAGMA table_info({table})")]:
+            for value in NASTY:
+                index.execute("BEGIN")
+                try:
+                    index.execute(f"UPDATE OR REPLACE {table} SET {column} = ?", (value,))
+                    spots.append((table, column, value))
+                except sqlite3.Error:
+                    continue  # e.g. text for a number that must be one
+                finally:
+                    index.execute("ROLLBACK")
+    index.close()
+    random.Random(seed).shuffle(spots)
+    return spots
+
+
+def spoil_spot(folder: Path, draw: random.Random, table: str, column: str, value: object) -> None:
+    """Everywhere, or in one row."""
+    index = sqlite3.connect(folder / "index.sqlite")
+    key = index.execute(f"PRAGMA table_info({table})").fetchone()[1]
+    where = draw.choice(("", f" WHERE {key} = (SELECT {key} FROM {table} ORDER BY random())"))
+    with index:
+        index.execute(f"UPDATE OR REPLACE {table} SET {column} = ?{where}", (value,))
+    index.close()
+
+
 def spoil_schema(folder: Path, draw: random.Random) -> None:
     index = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
     index.execute("PRAGMA writable_schema=ON")
@@ -181,7 +232,7 @@ def spoil_shard(folder: Path, draw: random.Random) -> None:
         length = draw.choice((len(text), len(text), 2**63, 2**40, 0))
         path.write_bytes(length.to_bytes(8, "little") + text.encode() + content[8 + size :])
     else:
-        draw.choice((bytes_of, bytes_of, length_of, kind_of))(path, draw)
+        draw.choice((bit_of, bit_of, bytes_of, length_of, kind_of))(path, draw)
 
 
 def spoil_files(folder: Path, draw: random.Random) -> None:
@@ -243,25 +294,28 @@ def forged_checksum(self: archive.Archive, configuration: int, of: archive.Entry
     return of.checksum if isinstance(of, archive.Entry) else 0
 
 
-def cases(numbers: range, seed: int, base: Decoder, folder: Path, report: int) -> None:
+def cases(
+    numbers: range, seed: int, base: Decoder, folder: Path, spots: list[tuple[str, str, object]], report: int
+) -> None:
     """Run these cases, and say of each, before it begins, its number; and "crash" if it went wrong."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    kept = {adapter.user: adapter for adapter in users(base) if adapter.user != "user 2"}
+    kept = {rows: {adapter.user: as_kept(adapter, rows, base) for adapter in users(base) if adapter.user != "user 2"}
+            for rows in KINDS}  # fmt: skip
     for number in numbers:
         os.write(report, f"{number}\n".encode())
         draw = random.Random(f"{seed} {number}")
-        work = folder / "work"
+        work, rows, forged = folder / "work", draw.choice([*KINDS]), draw.random() < 1 / 3
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        for name in ("whole", "log"):
-            shutil.copytree(folder / name, work / name)
-        draw.choices(WAYS, weights=(4, 2, 4, 2, 4, 1))[0](work / "whole", draw)
+        shutil.copytree(folder / rows, work)
+        if number % 2:
+            spoil_spot(work / "whole", draw, *spots[number // 2 % len(spots)])
+        else:
+            draw.choices(WAYS, weights=(4, 2, 2, 2, 4, 1))[0](work / "whole", draw)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # nobody catches it: the process dies
-        forged = number % 3 == 2
         archive.Archive._checksum = forged_checksum if forged else CHECKSUM
         try:
-            use(work / "whole", base, kept, (lambda found, expected: None) if forged else same)
+            use(work / "whole", base, kept[rows], (lambda found, expected: None) if forged else same)
         except BaseException:
             traceback.print_exc()
             os.write(report, b"crash\n")
@@ -271,13 +325,15 @@ def cases(numbers: range, seed: int, base: Decoder, folder: Path, report: int) -
 def fuzz(numbers: range, seed: int, folder: Path) -> list[int]:
     """The cases that went wrong. Processes run them; when one dies, that case did it, and the next goes on after it."""
     base, crashes = base_of(), []
-    make(folder / "whole", base)
+    for rows in KINDS:
+        make(folder / rows / "whole", base, rows)
+    spots = all_spots(folder / "float32" / "whole", seed)
     while numbers:
         reports, pipe = os.pipe()
         process = os.fork()
         if process == 0:
             os.close(reports)
-            cases(numbers, seed, base, folder, pipe)
+            cases(numbers, seed, base, folder, spots, pipe)
             os._exit(0)
         os.close(pipe)
         with open(reports) as file:

@@ -10,22 +10,26 @@ done, every row right to the bit. The next writer goes on from there.
 Then disks of a few MB are written until they are full, and the same is asked of each, while it is still full. They are
 tmpfs, which takes the right to mount; without it, one file's size is limited instead.
 
-`lost`: users who were reported and are not there, or have an older row. `damaged`: rows that are no user's.
+`kills`: writers that SIGKILL ended; one that ends in any other way ends the test. `full_disks`: writers that were told
+that the disk is full; so does another end here. `operations`: reported as finished, by all of them. `lost`: users who
+were reported and are not there, or have an older row. `damaged`: rows that are no user's.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -41,14 +45,17 @@ from minipeft.store import Store
 POOL = 6_000  # users
 METHODS = (PromptTuning(4), PromptTuning(2))  # of every third user, of the others: 256 and 128 numbers
 ROWS = [torch.randn(64 * method.tokens, generator=torch.Generator().manual_seed(0)) for method in METHODS]
+IS_FULL = "No space left on device|File too large|database or disk is full|disk I/O error"
+FULL, FAILED = 0, 1  # how a writer may end that was not killed
 Users = dict[str, int]  # who is there -> the operation that wrote the row
 Say = Callable[[str, int], None]  # "begun" or "done", and which operation
 
 
 @dataclass
 class Found:
-    """What went wrong: users, over all kills."""
+    """operations: reported as finished. The rest went wrong: users, over all kills."""
 
+    operations: int = 0
     lost: int = 0
     damaged: int = 0
 
@@ -105,13 +112,14 @@ def write(folder: Path, base: Decoder, seed: int, operation: int, there: Users, 
 
 @contextmanager
 def writer(*args: object, limit: int | None = None) -> Iterator[tuple[int, int]]:
-    """A process that writes. Yields its id, and a pipe that it reports to; it ends by itself on an InputError.
+    """A process that writes. Yields its id, and a pipe that it reports to. It ends when the disk is full, or fails.
 
     limit: bytes of the largest file that it may write.
     """
     reports, pipe = os.pipe()
     process = os.fork()
     if process == 0:
+        end = FAILED
         try:
             os.close(reports)
             if limit is not None:
@@ -119,13 +127,28 @@ def writer(*args: object, limit: int | None = None) -> Iterator[tuple[int, int]]
             write(*args, lambda what, operation: os.write(pipe, f"{what} {operation}\n".encode()))
         except InputError as error:
             print(f"the writer was told: {error}", file=sys.stderr)
+            end = FULL if re.search(IS_FULL, str(error)) else FAILED
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)
+            sys.stderr.flush()
+            os._exit(end)
     os.close(pipe)
     try:
         yield process, reports
     finally:
         os.close(reports)
+
+
+def ended(process: int) -> int:
+    """Waits for a writer. FULL, FAILED, or less the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def must(end: int, expected: int) -> None:
+    """Raises RuntimeError if a writer did not end as it should: then this tests nothing."""
+    if end != expected:
+        raise RuntimeError(f"the writer ended with {end}, needed {expected}; it may have said why")
 
 
 def read_all(pipe: int) -> list[list[str]]:
@@ -155,13 +178,16 @@ def compare(folder: Path, base: Decoder, states: list[Users], found: Found) -> U
     return there
 
 
-def possible(seed: int, operation: int, there: Users, reports: list[list[str]]) -> tuple[int, list[Users]]:
+def possible(
+    seed: int, operation: int, there: Users, reports: list[list[str]], found: Found
+) -> tuple[int, list[Users]]:
     """The next operation, and the states after the last one that was done and after the one that had begun."""
     for what, number in reports:
         assert int(number) == operation
         if what == "done":
             there = after(seed, operation, there)
             operation += 1
+            found.operations += 1
     begun = bool(reports) and reports[-1][0] == "begun"
     return operation + begun, [there, after(seed, operation, there)] if begun else [there]
 
@@ -174,9 +200,10 @@ def killed(folder: Path, base: Decoder, kills: int, seed: int, found: Found) -> 
         with writer(folder, base, seed, operation, there) as (process, pipe):
             time.sleep(draw.uniform(0.0, 0.6))
             os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            operation, states = possible(seed, operation, there, read_all(pipe))
+            end = ended(process)
+            operation, states = possible(seed, operation, there, read_all(pipe), found)
         there = compare(folder, base, states, found)
+        must(end, -signal.SIGKILL)
         if (kill + 1) % 20 == 0:
             print(f"{kill + 1} kills, {operation} operations, {len(there)} users; {found}", flush=True)
 
@@ -185,9 +212,10 @@ def until_full(folder: Path, base: Decoder, seed: int, found: Found, limit: int 
     """Write until there is no room. limit: bytes of the largest file; None: until the disk is full."""
     Store.make(folder, base).close()
     with writer(folder, base, seed, 0, {}, limit=limit) as (process, pipe):
-        operation, states = possible(seed, 0, {}, read_all(pipe))
-        os.waitpid(process, 0)
+        operation, states = possible(seed, 0, {}, read_all(pipe), found)
+        end = ended(process)
     there = compare(folder, base, states[:1], found)
+    must(end, FULL)
     print(f"full after {operation} operations, {len(there)} users; {found}", flush=True)
 
 
@@ -218,7 +246,7 @@ def main() -> None:
         killed(Path(folder) / "store", base, kills, args.seed, found)
         for i in range(disks):
             filled(Path(folder) / f"disk {i}", base, 2 + i, args.seed + 1 + i, found)
-    print(json.dumps({"kills": kills, "lost": found.lost, "damaged": found.damaged, "full_disks": disks}))
+    print(json.dumps({"kills": kills, "full_disks": disks, **asdict(found)}))
 
 
 if __name__ == "__main__":

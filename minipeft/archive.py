@@ -13,18 +13,18 @@ the same transaction, until there are MAX_WAITING bytes of them: a million singl
 stay in their shards until `compact`.
 
 **Readers** take no lock. A shard never changes, and the index names it until its rows have moved. A reader that finds a
-shard gone looks the row up again; one that has it mapped reads on.
+shard or a description gone looks the row up again; one that has the shard mapped reads on.
 """
 
 import sys
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ MAX_WAITING = 4 << 20  # bytes of a configuration's rows that wait for a shard
 MAX_MAPPED = 64  # shards that a reader keeps open
 FAULT = 64 << 10  # bytes of a file that become memory of the process when one of them is read
 MAX_TOUCHED = 16 << 20  # bytes that do so before they are given back
+Read = TypeVar("Read")  # what is made of an entry
 MOVE = "UPDATE adapters SET shard = ?, row = ? WHERE id = ?"
 PUT = """INSERT INTO adapters VALUES (?, ?, ?, ?, ?, 1, ?, ?) ON CONFLICT (id) DO UPDATE SET
          configuration = excluded.configuration, shard = excluded.shard, row = excluded.row,
@@ -118,26 +119,34 @@ class Archive:
             self._forms[number] = self.index.form(number)
         return self._forms[number]
 
-    def read(self, entry: Entry) -> tuple[Entry, np.ndarray]:
-        """A row's bytes, uint8, and its entry, which is another if somebody has moved or replaced the row meanwhile.
+    def read(self, entry: Entry, what: Callable[[Entry], Read]) -> Read:
+        """what(entry), which reads what the index says of a row; what(its new entry) if somebody has moved or replaced
+        the row meanwhile, so that something was not there any more.
 
         Raises:
             KeyError: somebody has deleted it meanwhile.
-            InputError: it is damaged. Names shard and row.
+            InputError: what `what` raises.
         """
         while True:
-            data = self._bytes(entry)
-            if data is not None and self._checksum(entry.configuration, entry, data) == entry.checksum:
-                return entry, data
-            now = self.index.entry(entry.key)
-            if now is None:
-                raise KeyError(entry.key)
-            if now == entry:
-                where = f"shard {entry.shard}, row {entry.row}" if entry.shard else "waiting in the index"
-                what = "its row is gone" if data is None else "its checksum is not that of the index"
-                raise InputError(f"{self.folder}: {named(entry.key)} is damaged ({where}): {what}; train or import it "
-                                 "again, or delete it")  # fmt: skip
-            entry = now
+            try:
+                return what(entry)
+            except InputError:
+                now = self.index.entry(entry.key)
+                if now is None:
+                    raise KeyError(entry.key) from None
+                if now == entry:
+                    raise
+                entry = now
+
+    def row(self, entry: Entry) -> np.ndarray:
+        """A row's bytes, uint8. InputError: it is damaged, or not there any more; names shard and row."""
+        data = self._bytes(entry)
+        if data is None or self._checksum(entry.configuration, entry, data) != entry.checksum:
+            where = f"shard {entry.shard}, row {entry.row}" if entry.shard else "waiting in the index"
+            what = "its row is gone" if data is None else "its checksum is not that of the index"
+            raise InputError(f"{self.folder}: {named(entry.key)} is damaged ({where}): {what}; train or import it "
+                             "again, or delete it")  # fmt: skip
+        return data
 
     def _bytes(self, entry: Entry) -> np.ndarray | None:
         """None: the row is not where the entry says, or not any more."""
@@ -186,24 +195,6 @@ class Archive:
             self._seeds[configuration, of.form] = zlib.crc32(repr(parts).encode())
         seed = zlib.crc32(of.key + of.numbers, self._seeds[configuration, of.form])
         return zlib.crc32(data, seed) - (1 << 31)  # signed: SQLite keeps it in 4 bytes
-
-    def verify(self) -> Iterator[tuple[Entry, str]]:
-        """Read everything. Yields each damaged row's entry and what is wrong.
-
-        Raises:
-            InputError: the index itself is damaged.
-        """
-        self.index.check()
-        for entry in self.index.located():
-            try:
-                self.read(entry)
-                under = self.configuration(entry.configuration).under
-                if under and self.index.entry(under) is None:
-                    yield entry, f"{self.folder}: {named(entry.key)} is damaged: {named(under)} is gone"
-            except KeyError:
-                continue  # deleted while we were reading
-            except InputError as error:
-                yield entry, str(error)
 
     # ---- Writing
 
@@ -286,11 +277,13 @@ class Archive:
         """Remove what was deleted and replaced, and make few full shards of many small ones.
 
         A shard's live rows are copied to a new one, which the index names from then on; then the old one is removed. So
-        wherever this is stopped the archive is whole, and it needs room for one shard more. Readers may go on.
+        wherever this is stopped the archive is whole. It needs room for one shard more, and then for the index, with
+        the rows that wait, once more, and once in the system's folder for temporary files. Readers may go on.
 
         Raises:
             InputError: the index, or a row that would be copied, is damaged.
         """
+        self._is_clean = False  # another writer may have been killed as it removed shards
         with self._locked():
             self.index.check()
             with self.index.transaction():
@@ -303,13 +296,13 @@ class Archive:
             for configuration, entries in groupby(moving, key=lambda entry: entry.configuration):
                 while chunk := list(islice(entries, self._capacity(configuration))):
                     with self.index.transaction():
-                        rows = (self.read(entry)[1] for entry in chunk)
-                        places = self._write_shards(configuration, len(chunk), rows)
+                        places = self._write_shards(configuration, len(chunk), map(self.row, chunk))
                         self.index.write(MOVE, [(*place, entry.key) for place, entry in zip(places, chunk)])
                     self._remove(sources, up_to=(configuration, chunk[-1].shard))
             self._remove(sources)
             with self.index.transaction():
                 self.index.delete_descriptions_of_none()
+            sync(self._shards)  # what was removed stays so
             rows_removed = sum(shard.n - live.get(shard.number, 0) for shard in before)
             return Compacted(len(before), len(list(self.index.shards())), rows_removed, self.index.rewrite())
 

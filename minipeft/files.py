@@ -18,10 +18,10 @@ def folder_name(user: str) -> str:
     """A file name for a user's id, one to one: everything but letters, digits, _ . - ~ is percent-encoded.
 
     `urllib.parse.unquote` undoes it up to MAX_NAME bytes. A longer one ends in "%~" and a digest instead of its rest;
-    no short one has "%~". No name is empty, "." or "..".
+    no short one has "%~". No name is empty, "." or "..", or begins with "users.", as the list beside the folders does.
     """
     name = quote(user, safe="")
-    if not name.strip("."):
+    if not name.strip(".") or name.startswith("users."):
         name = name.replace(".", "%2E") or "%"
     if len(name) > MAX_NAME:
         name = f"{name[: MAX_NAME - 34]}%~{hashlib.sha256(user.encode()).hexdigest()[:32]}"

@@ -135,6 +135,22 @@ def only_writer(folder: Path, timeout: float) -> Iterator[None]:
 # ---- The file ------------------------------------------------------------------------------------------------------
 
 
+class _Stamp(NamedTuple):
+    """Of a file; another once somebody has written."""
+
+    changed_ns: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Stamp | None":
+        """None: there is no such file."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return cls(status.st_mtime_ns, status.st_size)
+
+
 class Index:
     """A connection to a store's index. It belongs to the thread that made it.
 
@@ -150,24 +166,49 @@ class Index:
             path = self.path.with_name(NAME + suffix)
             if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
                 raise InputError(f"{path} is no plain file; a store's index is one, and no link")
-        self._mode = "mode=rwc" if create is not None else "mode=rw"
-        if not os.access(folder, os.W_OK):  # then a reader cannot make the file that readers and a writer share
-            self._mode = "immutable=1"
-            wal = self.path.with_name(NAME + "-wal")
-            if wal.exists() and wal.stat().st_size:
-                raise InputError(f"{folder} may not be written, but {wal.name} holds changes; open it once as somebody "
-                                 "who may write there")  # fmt: skip
+        self._as_it_lay: tuple[_Stamp | None, _Stamp | None] | None = None  # of index and log, if they are taken so
         with self._errors():
-            self._db = self._connect()
+            self._open("mode=rwc" if create is not None else "mode=rw")
             if create is not None:
                 self._create(create)
         found = self.rows("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name != 'sqlite_sequence' LIMIT 99")
         right = sorted(found) == sorted((sql,) for sql in STATEMENTS)
-        if not right or (self.rows("PRAGMA journal_mode") != [("wal",)] and self._mode != "immutable=1"):
+        if not right or (self.rows("PRAGMA journal_mode") != [("wal",)] and self._as_it_lay is None):
             raise InputError(f"{self.path} is no index of this version of minipeft; name another folder")
 
-    def _connect(self) -> sqlite3.Connection:
-        uri = f"file:{quote(str(self.path.absolute()))}?{self._mode}"
+    def _open(self, mode: str) -> None:
+        """Connect. Who may not write the folder cannot make the files that readers and a writer share, beside the log:
+        where they are, a writer is at it, or died, and they are read too; where not, the index is read as it lies.
+        """
+        as_it_lay = None
+        if not os.access(self.path.parent, os.W_OK):
+            _, log = stamps = self._stamps()
+            if log is not None and self.path.with_name(NAME + "-shm").exists():
+                mode = "mode=ro&readonly_shm=1"
+            elif log is not None and log.num_bytes:
+                raise InputError(f"{self.path.parent} may not be written, but {NAME}-wal holds changes; open it once "
+                                 "as somebody who may write there")  # fmt: skip
+            else:
+                mode, as_it_lay = "immutable=1", stamps
+        self._db, self._mode, self._as_it_lay = self._connect(mode), mode, as_it_lay
+
+    def _stamps(self) -> tuple[_Stamp | None, _Stamp | None]:
+        return _Stamp.of(self.path), _Stamp.of(self.path.with_name(NAME + "-wal"))
+
+    def _is_outdated(self) -> bool:
+        """Whether the index was taken as it lay, and somebody has begun to write: SQLite does not look."""
+        return self._as_it_lay is not None and self._as_it_lay != self._stamps()
+
+    def _current(self) -> sqlite3.Connection:
+        """The connection; another one if it is outdated."""
+        if self._is_outdated():
+            outdated = self._db
+            self._open("mode=rw")
+            outdated.close()
+        return self._db
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"file:{quote(str(self.path.absolute()))}?{mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE)
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE)
         for pragma in PRAGMAS:
@@ -198,6 +239,9 @@ class Index:
             if re.match("SQLITE_(FULL|IOERR|CANTOPEN|READONLY|BUSY|LOCKED|TOOBIG)", name):
                 raise InputError(f"{self.path} cannot be used ({error}); is the disk full, or the folder not yours to "
                                  "write?") from None  # fmt: skip
+            if self._is_outdated():
+                raise InputError(f"{self.path} is being written ({error}), and you may not write its folder; try "
+                                 "again") from None  # fmt: skip
             raise InputError(f"{self.path} is damaged: {one_line(error)}") from None
 
     @contextmanager
@@ -216,7 +260,7 @@ class Index:
     def rows(self, sql: str, *values: object) -> list[tuple]:
         """What a query finds, at once: for queries that find little."""
         with self._errors():
-            return self._db.execute(sql, values).fetchall()
+            return self._current().execute(sql, values).fetchall()
 
     def write(self, sql: str, values: list[tuple]) -> None:
         """Within a transaction: one statement for each of these."""
@@ -242,7 +286,8 @@ class Index:
         that the caller may write meanwhile. Reads the index whole, so `check` it first.
         """
         with self._errors():
-            reader = self._connect()
+            self._current()
+            reader = self._connect(self._mode)
             try:
                 for values in reader.execute("SELECT * FROM adapters ORDER BY configuration, shard, row"):
                     yield self._entry(values)
@@ -257,18 +302,27 @@ class Index:
         return entry
 
     def configuration(self, number: int) -> Configuration:
-        return Configuration(*self._one("configurations", number, (int, str, str, bytes, int)))
+        found = Configuration(*self._one("configurations", number, (int, str, str, bytes, int)))
+        if found.width < 1:
+            raise InputError(f"{self.path} is damaged: rows of {found.width} numbers")
+        return found
 
     def form(self, number: int) -> Form:
         return Form(*self._one("forms", number, (int, str, str)))
 
     def shard(self, number: int) -> ShardEntry | None:
         found = self.rows("SELECT * FROM shards WHERE number = ?", number)
-        return ShardEntry(*self._typed("shards", found[0], (int, int, int))) if found else None
+        return self._shard(found[0]) if found else None
 
     def shards(self) -> Iterator[ShardEntry]:
         for values in self._scan("SELECT * FROM shards WHERE number > ? ORDER BY number LIMIT ?", 0, int):
-            yield ShardEntry(*self._typed("shards", values, (int, int, int)))
+            yield self._shard(values)
+
+    def _shard(self, values: tuple) -> ShardEntry:
+        shard = ShardEntry(*self._typed("shards", values, (int, int, int)))
+        if shard.n < 1:
+            raise InputError(f"{self.path} is damaged: a shard of {shard.n} rows")
+        return shard
 
     def waiting_row(self, key: bytes) -> bytes | None:
         found = self.rows("SELECT row FROM waiting WHERE id = ?", key)
@@ -308,7 +362,7 @@ class Index:
         while page:
             with self._errors():
                 page = []
-                for values in self._db.execute(sql, (after, PAGE)):
+                for values in self._current().execute(sql, (after, PAGE)):
                     in_order = type(values[0]) is kind and (last is None or values[0] > last)
                     if not in_order or any(type(x) is bytes and len(x) > MAX_SMALL for x in values):
                         raise InputError(f"{self.path} is damaged: its entries are out of order, or too long")

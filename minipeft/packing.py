@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.methods.method import Method
+from minipeft.models.fields import shown
 from minipeft.models.hooks import Sites
 
 INTEGERS = (("b", 1 << 7), ("h", 1 << 15), ("i", 1 << 31), ("q", 1 << 63))  # struct's code, the first too large for it
@@ -96,29 +97,28 @@ def take_apart(metrics: dict) -> tuple[str, str, bytes]:
     numbers: list[int | float] = []
 
     def skeleton(value: object) -> str:
-        kind = type(value)
-        if kind is int or kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
             numbers.append(value)
             return "0"
-        if kind is bool:
-            return "true" if value else "false"
-        if kind is list or kind is tuple:
+        if isinstance(value, list | tuple):
             return f"[{', '.join(map(skeleton, value))}]"
-        if kind is dict:
+        if isinstance(value, dict):
             return f"{{{', '.join([f'{text(name)}: {skeleton(part)}' for name, part in value.items()])}}}"
         return json.dumps(value)
 
     try:
+        if not isinstance(metrics, dict):
+            raise TypeError(f"{shown(metrics)} is no dict")
         whole = skeleton(metrics)
         codes = "<" + "".join(map(_code, numbers))
         return whole, codes, struct.pack(codes, *numbers)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"metrics must be what JSON can hold: {error}") from None
 
 
 def _code(number: int | float) -> str:
     """The shortest that holds it."""
-    if type(number) is float:
+    if isinstance(number, float):
         return "d"
     for code, end in INTEGERS:
         if -end <= number < end:

@@ -52,7 +52,8 @@ def encoded(row: Tensor, kind: str, spans: Sequence[int]) -> np.ndarray:
     scales = torch.stack([part.abs().max() for part in row.split(list(spans))]) / 127
     if not scales.isfinite().all():
         raise InputError("a row with NaN or infinite numbers has no int8 form; keep it in a store of float32 rows")
-    q = (row / _each(scales.where(scales > 0, 1.0), spans)).round().to(torch.int8)
+    q = (row / _each(scales.where(scales > 0, 1.0), spans)).round()
+    q = q.clamp(-127, 127).to(torch.int8)  # the scale of the smallest numbers there are is itself rounded
     return torch.cat([scales.view(torch.int8), q]).numpy()
 
 

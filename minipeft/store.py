@@ -18,14 +18,12 @@ descriptions are JSON, and all of it is checked as it is read.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from minipeft.archive import Archive, Compacted, Item
+from minipeft.archive import Archive, Compacted, Item, Read
 from minipeft.errors import InputError
 from minipeft.index import DIGEST, LOCK, MAX_SMALL, NAME, SHARED, Entry, named
 from minipeft.methods.method import Method, method_from
@@ -220,14 +218,19 @@ class Store:
         """Keep adapters and what lies under them; they replace their users' earlier ones. All are on disk afterwards.
 
         Raises:
-            InputError: another base, an id that is too long, a disk that is full, another writer who does not end:
-                none of them is kept then, and what was there before still is.
+            InputError: another base, a user who comes twice, an id that is too long, a disk that is full, another
+                writer who does not end: none of them is kept then, and what was there before still is.
         """
         self.check_base(base)
         with self._archive.writing():
             groups: dict[tuple[Method, bytes], list[tuple[bytes, Adapter]]] = defaultdict(list)
+            keys: set[bytes] = set()
             for adapter in adapters:
-                groups[adapter.method, self._put_under(adapter.under, base)].append((key_of(adapter.user), adapter))
+                key, under = key_of(adapter.user), self._put_under(adapter.under, base)
+                if key in keys:
+                    raise InputError(f"user {shown(adapter.user)} is twice in one batch; add one adapter of each")
+                keys.add(key)
+                groups[adapter.method, under].append((key, adapter))
             for (method, under), group in groups.items():
                 self._put(method, under, group, base)
 
@@ -310,14 +313,17 @@ class Store:
         return entry
 
     def _read(self, entry: Entry, user: str, base: Sites) -> Adapter:
-        try:
-            entry, data = self._archive.read(entry)
-        except KeyError:
-            raise InputError(f"no adapter of user {shown(user)} in {self.folder}") from None
-        return self._adapter(entry, user, data, base)
+        return self._current(entry, lambda entry: self._adapter(entry, user, base))
 
-    def _adapter(self, entry: Entry, user: str, data: np.ndarray, base: Sites) -> Adapter:
-        packing = self._packing_of(entry, base)
+    def _current(self, entry: Entry, what: Callable[[Entry], Read]) -> Read:
+        """`Archive.read`. InputError if the user is deleted meanwhile."""
+        try:
+            return self._archive.read(entry, what)
+        except KeyError:
+            raise InputError(f"no adapter of user {shown(_name(entry))} in {self.folder}") from None
+
+    def _adapter(self, entry: Entry, user: str, base: Sites) -> Adapter:
+        data, packing = self._archive.row(entry), self._packing_of(entry, base)
         row = packing.row(decoded(data, self.rows, packing.spans))
         under = self._archive.configuration(entry.configuration).under
         return Adapter(user, packing.method, row, self._metrics(entry), self._lies_under(entry, under, base))
@@ -371,7 +377,7 @@ class Store:
 
     def about(self, user: str) -> About:
         """A user's method, metrics and version; no base is needed. InputError if there is none."""
-        return self._about(self._entry(user))
+        return self._current(self._entry(user), self._about)
 
     def _about(self, entry: Entry) -> About:
         return About(self._method(entry), self._metrics(entry), entry.version)
@@ -379,7 +385,10 @@ class Store:
     def everybody(self) -> Iterator[tuple[str, About]]:
         """Everybody who has an adapter here, in alphabetical order, and what they have. Takes no memory."""
         for entry in self._archive.index.entries():
-            yield _name(entry), self._about(entry)
+            try:
+                yield _name(entry), self._archive.read(entry, self._about)
+            except KeyError:
+                continue  # deleted meanwhile
 
     def users(self) -> list[str]:
         """Everybody who has an adapter here, in alphabetical order."""
@@ -389,12 +398,29 @@ class Store:
         return self._archive.index.entry(key_of(user)) is not None
 
     def verify(self) -> list[Damage]:
-        """Read every adapter and compare its checksum.
+        """Read every adapter, compare its checksum, and put its method and metrics together.
 
         Raises:
             InputError: the index itself is damaged.
         """
-        return [Damage(_name(entry), entry.shard, entry.row, what) for entry, what in self._archive.verify()]
+        damaged = []
+        self._archive.index.check()
+        for entry in self._archive.index.located():
+            try:
+                self._archive.read(entry, self._verify)
+            except KeyError:
+                continue  # deleted meanwhile
+            except InputError as error:
+                damaged.append(Damage(_name(entry), entry.shard, entry.row, str(error)))
+        return damaged
+
+    def _verify(self, entry: Entry) -> None:
+        """Raises InputError if its row, its description or what lies under it is damaged or gone."""
+        self._archive.row(entry)
+        self._about(entry)
+        under = self._archive.configuration(entry.configuration).under
+        if under and self._archive.index.entry(under) is None:
+            raise self._damaged(entry, f"{named(under)} is gone")
 
 
 def _name(entry: Entry) -> str:

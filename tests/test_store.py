@@ -7,10 +7,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import OrderedDict, namedtuple
 from dataclasses import replace
+from enum import IntEnum
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minipeft import archive
+from minipeft import store as store_module
 from minipeft.engine import Adapter
 from minipeft.errors import InputError
 from minipeft.files import folder_name, write_file
@@ -28,6 +32,7 @@ from minipeft.methods.vera import VeRA
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.loading import Origin
 from minipeft.packing import put_together, take_apart
+from minipeft.shards import decoded, encoded
 from minipeft.store import Store
 from minipeft.tasks.task import Header
 
@@ -41,7 +46,8 @@ DANGEROUS = {"path": "../../x", "absolute": "/etc/passwd", "dot": ".", "dots": "
              "backslash": "..\\x", "hidden": ".bashrc", "suffix": "x.safetensors", "tmp": "x.tmp", "dash": "-rf",
              "right to left": "\u202eabc", "star": "*", "combining": "e\u0301", "composed": "\u00e9",
              "sql": "'; DROP TABLE adapters; --", "long": "x" * 10_000, "long too": "x" * 9_999 + "y",
-             "long emoji": "👩" * 2_500, "index": "index.sqlite", "last": "\U0010ffff"}  # fmt: skip
+             "long emoji": "👩" * 2_500, "index": "index.sqlite", "last": "\U0010ffff", "list": "users.jsonl",
+             "list half written": "users.123.tmp"}  # fmt: skip
 
 
 def make_adapter(user="ann", method=None, seed=0):
@@ -171,9 +177,10 @@ def test_adding_again_replaces_and_counts(store, base, monkeypatch):
             store.add(newer, base)
             assert same(store.get("ann", base), newer) and store.users() == ["ann"]
     assert store.about("ann").version == 6
-    store.add_many([make_adapter(seed=7), make_adapter(seed=8)], base)
-    assert same(store.get("ann", base), make_adapter(seed=8)), "of two in one batch the later one is kept"
-    assert store.verify() == []
+    for method in (None, LoRA(2)):
+        with pytest.raises(InputError, match="user 'ann' is twice in one batch; add one adapter of each"):
+            store.add_many([make_adapter(seed=7), make_adapter("bob"), make_adapter(seed=8, method=method)], base)
+    assert same(store.get("ann", base), newer) and store.users() == ["ann"] and store.verify() == []
 
 
 def test_single_adapters_wait_and_then_share_a_shard(store, base, monkeypatch):
@@ -230,10 +237,28 @@ def test_metrics_come_back_as_they_were(metrics):
 
 
 def test_metrics_that_json_cannot_hold_are_an_error(store, base):
-    for metrics in ({"x": {1, 2}}, {"x": 1 << 64}, {"x": list(range(70_000))}):
+    endless = []
+    endless.append(endless)
+    for metrics in ({"x": {1, 2}}, {"x": 1 << 64}, {"x": list(range(70_000))}, {1: 2}, [1, 2], {"x": endless}):
         with pytest.raises(InputError, match="metrics"):
             store.add(replace(make_adapter(), metrics=metrics), base)
     assert store.users() == []
+
+
+def test_metrics_of_richer_types_come_back_as_what_json_has(store, base):
+    level, point = IntEnum("Level", "LOW HIGH"), namedtuple("Point", "x y")
+    store.add(replace(make_adapter(), metrics=OrderedDict(a=level.HIGH, b=point(1, 2.5), c=np.float64(0.1), d=True)),
+              base)  # fmt: skip
+    assert repr(store.get("ann", base).metrics) == "{'a': 2, 'b': [1, 2.5], 'c': 0.1, 'd': True}"
+    assert store.verify() == []
+
+
+def test_verify_puts_metrics_together(store, base, monkeypatch):
+    """What a writer got wrong has the right checksum."""
+    monkeypatch.setattr(store_module, "take_apart", lambda metrics: ('{"x": 0}', "<", b""))
+    store.add(make_adapter(), base)
+    ((user, *_, what),) = store.verify()
+    assert user == "ann" and "fewer numbers than places" in what
 
 
 @pytest.mark.parametrize("rows, error", [("bfloat16", 2**-8), ("int8", 1 / 254)])
@@ -258,6 +283,11 @@ def test_smaller_rows_err_as_they_say(rows, error, tmp_path, base, monkeypatch):
         Store.make(tmp_path, base, rows="float32")
     with pytest.raises(InputError, match="rows 'fp4' are unknown; choose one of float32, bfloat16, int8"):
         Store.make(tmp_path / "other", base, rows="fp4")
+
+
+def test_int8_keeps_the_sign_of_the_smallest_numbers_there_are():
+    row = torch.tensor([128, -128, 64, 0]) * torch.tensor(2.0**-149)  # 128 / 127 of a unit, which is all a scale can be
+    assert decoded(encoded(row, "int8", [4]).view(np.uint8), "int8", [4]).sign().equal(row.sign())
 
 
 def test_an_int8_row_needs_finite_numbers(tmp_path, base):
@@ -315,6 +345,7 @@ def test_folder_names_are_one_to_one_safe_and_short(users):
     for name, user in names.items():
         assert "/" not in name and "\0" not in name and name not in ("", ".", "..") and len(name.encode()) <= 200
         assert "%~" in name or unquote(name) == (user or "%")
+        assert not name.startswith("users."), "users.jsonl lies beside them"
 
 
 def test_deleting_forgets_one_user_and_compact_removes_the_numbers(store, base, monkeypatch):
@@ -424,6 +455,45 @@ def test_a_replaced_row_that_waits_is_looked_up_again(store, base, monkeypatch):
     assert same(reader.get("ann", base), newer)
 
 
+@pytest.mark.parametrize("max_waiting", [0, 4 << 20], ids=["in shards", "waiting in the index"])
+@pytest.mark.parametrize("ask", ["get", "get_many", "about", "everybody", "verify"])
+def test_a_reader_is_told_of_no_damage_when_what_described_a_row_is_gone(ask, max_waiting, store, base, monkeypatch):
+    """Between a reader's look at bob's entry and the rest, bob is replaced and the store compacted: his configuration,
+    his metrics' form and what lay under him are gone."""
+    monkeypatch.setattr(archive, "MAX_WAITING", max_waiting)
+    ann, newer = make_adapter(), replace(make_adapter("bob", seed=2), metrics={"epochs": 1})
+    store.add_many([ann, replace(make_adapter("bob", LoRA(2)), metrics={"y": 1}, under=make_adapter("below"))], base)
+    reader, look, moved = Store(store.folder), Index._entry, []
+
+    def look_then_move(index, values):
+        found = look(index, values)
+        if index is reader._archive.index and found.key == b"bob" and not moved:
+            moved.append(store.add(newer, base))
+            store.compact()
+        return found
+
+    monkeypatch.setattr(Index, "_entry", look_then_move)
+    if ask == "get":
+        assert same(reader.get("bob", base), newer)
+    elif ask == "get_many":
+        assert all(map(same, reader.get_many(["bob", "ann"], base), [newer, ann]))
+    elif ask == "verify":
+        assert reader.verify() == []
+    else:
+        about = reader.about("bob") if ask == "about" else dict(reader.everybody())["bob"]
+        assert about == (newer.method, newer.metrics, 2)
+    assert moved
+
+
+def test_everybody_leaves_out_who_is_deleted_meanwhile(store, base):
+    store.add_many([make_adapter("ann"), make_adapter("bob", LoRA(2))], base)
+    everybody = Store(store.folder).everybody()
+    assert next(everybody)[0] == "ann"
+    store.delete("bob")
+    store.compact()
+    assert list(everybody) == []
+
+
 def test_a_second_writer_waits_or_is_told(store, base):
     hurried = Store(store.folder, timeout=0.05)
     with only_writer(store.folder, 0):
@@ -497,6 +567,21 @@ def test_a_row_in_the_index_and_whatever_describes_it_has_a_checksum_too(damage,
     for damage in damaged:
         with pytest.raises(InputError, match="damaged"):
             store.get(damage.user, base)
+
+
+@pytest.mark.parametrize("damage", ["UPDATE configurations SET width = 0", "UPDATE configurations SET width = -1",
+                                    "UPDATE shards SET n = 0", "UPDATE shards SET n = -1"])  # fmt: skip
+def test_no_rows_or_rows_of_nothing_are_damage(damage, store, base, monkeypatch):
+    no_waiting(monkeypatch)
+    store.add(make_adapter(), base)
+    store._archive.index.rows(damage)
+    for call in ("get", "compact", "verify"):
+        store = Store(store.folder)
+        if call == "verify":
+            assert [damage.user for damage in store.verify()] == ["ann"]
+            continue
+        with pytest.raises(InputError, match=r"damaged: (rows of|a shard of) (0|-1)"):
+            store.get("ann", base) if call == "get" else store.compact()
 
 
 @pytest.mark.parametrize("spoil", ["cut", "longer", "empty", "header", "gone", "link", "folder", "pipe"])
@@ -592,14 +677,34 @@ def test_a_store_of_the_old_layout_is_an_error_that_names_the_fix(tmp_path, base
 
 
 def test_a_folder_that_may_not_be_written_can_be_read(store, base, monkeypatch):
-    store.add(make_adapter(), base)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    """Beside a writer, when nobody is at it, and when somebody has begun to write since."""
+    may_write, before = True, make_adapter()
+    monkeypatch.setattr(os, "access", lambda path, mode: may_write)
+    store.add(before, base)
+    may_write = False
+    reader = Store(store.folder)
+    assert same(reader.get("ann", base), before)
+    reader.close()
+    (store.folder / "index.sqlite-shm").rename(store.folder.parent / "shm")
     with pytest.raises(InputError, match=r"may not be written, but index\.sqlite-wal holds changes"):
         Store(store.folder)
+    (store.folder.parent / "shm").rename(store.folder / "index.sqlite-shm")
     store.close()
-    before = sorted(store.folder.iterdir())
-    assert same(Store(store.folder).get("ann", base), make_adapter()) and Store(store.folder).verify() == []
-    assert sorted(store.folder.iterdir()) == before
+    files, reader = sorted(store.folder.iterdir()), Store(store.folder)
+    assert not any("wal" in file.name for file in files)
+    assert same(reader.get("ann", base), before) and reader.verify() == []
+    assert sorted(store.folder.iterdir()) == files
+    for seed in (1, 2):
+        may_write = True
+        writer, newer = Store(store.folder), make_adapter(seed=seed)
+        may_write = False
+        no_waiting(monkeypatch)
+        writer.add_many([newer, *(make_adapter(f"user {i}") for i in range(99))], base)
+        assert same(reader.get("ann", base), newer), "which is in the log alone"
+        writer.compact()
+        if seed == 2:
+            writer.close()
+        assert same(reader.get("ann", base), newer) and reader.verify() == [] and len(reader.users()) == 100
 
 
 # ---- Crashes -------------------------------------------------------------------------------------------------------
@@ -660,6 +765,21 @@ def test_what_a_dead_writer_left_is_removed_and_nothing_else(store, base, monkey
     Store(store.folder).add(make_adapter("bob"), base)
     assert [path.name for path in shard_files(store)] == ["00000001.safetensors", "00000002.safetensors", "mine.txt"]
     assert holds(store, base, {user: make_adapter(user) for user in ("ann", "bob")})
+
+
+def test_compact_removes_what_another_left_and_waits_for_the_disk(store, base, monkeypatch):
+    """Another writer was killed in `compact` after this one had written: deleted numbers that no index names."""
+    no_waiting(monkeypatch)
+    store.add_many([make_adapter(), make_adapter("bob")], base)
+    (one,) = shard_files(store)
+    (store.folder / "shards" / "00000009.safetensors").write_bytes(one.read_bytes())
+    store.delete("bob")
+    said = []
+    monkeypatch.setattr(Path, "unlink", spy(Path.unlink, "unlink", said))
+    monkeypatch.setattr(archive, "sync", spy(archive.sync, "sync", said))
+    store.compact()
+    assert [path.name for path in shard_files(store)] == ["00000002.safetensors"]
+    assert said == ["unlink", "sync", "unlink", "sync"]
 
 
 def test_a_shards_folder_that_is_a_link_is_not_cleaned_up(store, base, tmp_path):
