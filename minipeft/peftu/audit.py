@@ -40,7 +40,7 @@ class Audit:
         self._seen: dict[str, set[tuple[str, str]]] = {}
 
     def fitting(self, what: str, examples: Iterable[Some]) -> list[Some]:
-        """The examples, or questions about them, unchanged, after a look at each. Raises LeakError at a test example."""
+        """Examples, or questions about them, unchanged, after a look at each. Raises LeakError at a test example."""
         examples = list(examples)
         for example in examples:
             if (example.user, example.id) in self._test:

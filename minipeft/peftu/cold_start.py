@@ -97,7 +97,8 @@ def _sizes(task: Task, new: Sequence[str]) -> list[int]:
 def _knowing(run: TaskRun, new: Sequence[str], k: int) -> Asking:
     """How the new users who have as many are asked while only their first k examples are known."""
     task = run.task.subset(user for user in new if len(run.task.train[user]) >= k)
-    few = replace(task, train={user: own[:k] for user, own in task.train.items()}, val={user: [] for user in task.users})
+    first = {user: own[:k] for user, own in task.train.items()}
+    few = replace(task, train=first, val={user: [] for user in task.users})
     return Asking(run.asking.base, few, run.protocol, run.audit, run.asking.prompts)
 
 

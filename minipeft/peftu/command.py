@@ -58,21 +58,18 @@ def run_peftu(argv: Sequence[str]) -> None:
         raise InputError(f"--tasks: two are called {max(names, key=names.count)!r}; run them into two folders")
     if args.instructions is not None:
         tasks = [with_instruction(each, args.instructions) for each in tasks]
-    new = {each.task.name: new_users(each) if args.cold_start else [] for each in tasks}
-    later = {each.task.name: cold_examples(plan, each.task, new[each.task.name]) if args.cold_start else 0
-             for each in tasks}  # fmt: skip
-    planned = {each.task.name: later[each.task.name] + sum(
-        plan.examples(each.task, name, plan.epochs) for name in (*plan.methods, SHARED, SHARED_USER)) for each in tasks}
+    new = {each.task.name: new_users(each) for each in tasks} if args.cold_start else {}
+    later = {each.task.name: cold_examples(plan, each.task, new[each.task.name]) if new else 0 for each in tasks}
     check_out(args.out)
     audits, left_out, asked_for = {}, {}, set()
-    with progress(planned) as (show, update):
+    with progress({each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}) as bar:
+        show, update = bar
         for each in tasks:
             name, folder = each.task.name, args.model or default_base(each.task, 0)
             base = open_base(load_model(folder, device=args.device), len(each.task.labels))
             run = TaskRun(plan, each, base, args.out, show, partial(update, name))
-            run.expect(later[name])
-            run.run()
-            if args.cold_start:
+            run.run(later[name])
+            if new:
                 cold_start(run, new[name])
             run.finish()
             audits[name], left_out[name] = run.audit.report(), run.left_out
@@ -181,8 +178,8 @@ def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
         raise InputError(f"--lrs-from {out}: it has {len(tasks)} tasks; needed a run on one")
     (task,) = tasks
     settings = load_settings(out).get(task, {})
-    if settings.get("--mode", "fixed") != "fixed":
-        raise InputError(f"--lrs-from {out}: it was run in --mode {settings['--mode']}, which chooses no learning rates")
+    if settings.get("--mode") == "paper":
+        raise InputError(f"--lrs-from {out}: it was run in --mode paper, which chooses no learning rates")
     rates = {record.name: record.chosen_lr for record in records if record.chosen_lr is not None}
     return tuple(rates.items()), f"{out}: task {task}, {told(settings)}"
 
@@ -199,7 +196,7 @@ def with_instruction(given: Tidied, path: Path) -> Tidied:
 
 
 def check_out(out: Path) -> None:
-    """Make the folder. Records in it are continued from. InputError if a stranger's files are there and none of ours."""
+    """Make the folder. Records in it are continued from. InputError where there are a stranger's files alone."""
     try:
         if out.exists() and not (out / "records").is_dir() and any(out.iterdir()):
             raise InputError(f"--out {out}: it is not empty and has no records of a run; choose another folder")

@@ -82,6 +82,10 @@ class Plan:
         own = sum(len(task.train[user]) for user in task.users if name == SHARED or task.test[user])
         return epochs * own * (len(self.grid(name, True, {})) + len(self.seeds) - 1)
 
+    def all_examples(self, task: Task) -> int:
+        """The same of all methods, before it is known which of them apply and whether some get more epochs."""
+        return sum(self.examples(task, name, self.epochs) for name in (*self.methods, SHARED, SHARED_USER))
+
     def grid(self, name: str, first: bool, chosen: dict[str, float]) -> list[float]:
         """The learning rates of a method on its first or a further seed."""
         if not first:
@@ -149,25 +153,21 @@ class TaskRun:
 
     # ---- The whole task --------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Leaves every record in OUT.
+    def run(self, later: int = 0) -> None:
+        """Leaves every record in OUT. later: training examples that are planned for afterwards.
 
         Raises:
-            InputError: other settings made those that are there.
+            InputError: other settings made the records that are there.
         """
         keep_settings(self.out, self.task.name, self._settings)
         for line in self.left_out.values():
             self.show(f"{self.task.name}: left out: {line}")
         self._baselines()
-        names = [*self.methods, SHARED, SHARED_USER]
-        self._planned += sum(self.plan.examples(self.task, name, self._epochs(name)) for name in names)
+        names = (*self.methods, SHARED, SHARED_USER)
+        self._planned = later + sum(self.plan.examples(self.task, name, self._epochs(name)) for name in names)
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
             for stage in ([*self.methods, SHARED], [SHARED_USER]):
                 self._stage(stage, seeds, first)
-
-    def expect(self, examples: int) -> None:
-        """So many more training examples are planned."""
-        self._planned += examples
 
     def finish(self) -> None:
         """Nothing more is planned, and records are all that is kept: adapters are deleted."""
@@ -365,7 +365,7 @@ class TaskRun:
         more = {"learning rates given up, for somebody could not be trained at them": given_up,
                 "steps skipped, gradient not finite": skipped,
                 "users who could not be trained, answered by the start value": len(best.failed),
-                f"learning rate carried over from {self.plan.origin}": int(name in dict(self.plan.carried))}  # fmt: skip
+                f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
         return self._record(
             name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
             probabilities={user: softmax(each) for user, each in scored.items()},

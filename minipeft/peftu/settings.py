@@ -29,8 +29,9 @@ def keep_settings(out: Path, task: str, settings: Settings) -> None:
     differ = [name for name, value in settings.items() if there.get(name, value) != value]
     if differ:
         first, more = differ[0], f", and {len(differ) - 1} more" if len(differ) > 1 else ""
-        raise InputError(f"{out}: the records of task {task!r} were made by other settings, data or another base: {first} "
-                         f"was {there[first]!r} and is {settings[first]!r}{more}; name another folder with --out")
+        raise InputError(f"{out}: the records of task {task!r} were made by other settings, data or another base: "
+                         f"{first} was {there[first]!r} and is {settings[first]!r}{more}; name another folder with "
+                         "--out")  # fmt: skip
     if there.keys() < settings.keys():
         content = known | {task: settings}
         write_file(out / "settings.json", (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
