@@ -44,7 +44,7 @@ def new_users(given: Tidied) -> list[str]:
 
 
 def planned_examples(plan: Plan, task: Task, new: Sequence[str]) -> int:
-    """Of all of a cold start's training."""
+    """Of all of a cold start's training, if every method applies and has the plan's epochs."""
     own = [len(task.train[user]) for user in new]
     of_each = sum(k for k in _sizes(task, new) for number in own if number >= k)
     others = sum(len(task.train[user]) for user in task.users) - sum(own)

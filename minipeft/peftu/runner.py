@@ -171,7 +171,7 @@ class TaskRun:
 
     def finish(self) -> None:
         """Nothing more is planned, and records are all that is kept: adapters are deleted."""
-        self._found(self._planned - self._done)
+        self._planned = self._done
         self.update(self._done, self._planned)
         if self._adapters_folder.exists():
             shutil.rmtree(self._adapters_folder)
