@@ -14,7 +14,7 @@ from simulated_records import NAMES, simulate
 from minipeft.errors import InputError
 from minipeft.peftu import charts
 from minipeft.peftu.charts import pareto
-from minipeft.peftu.records import load_record, save_record
+from minipeft.peftu.records import save_record
 from minipeft.peftu.report import plain, write_report
 from minipeft.peftu.summary import outcomes, summarise
 from minipeft.peftu.tables import movement_table, notes_table

@@ -459,7 +459,7 @@ class TaskRun:
         return {
             "--mode": plan.mode, "--epochs": plan.epochs, "--top-layers": plan.top_layers,
             "--equal": f"time of {next(iter(self.methods))}" if plan.equal == "time" else plan.equal,
-            "--lrs": plan.rates, "--lrs-from": dict(plan.carried), "the base (--model)": self._base_digest,
+            "--lrs": plan.rates, "--lrs-from": dict(plan.carried), "the base (--model)": self._base_digest[:12],
             "the data (--tasks, --split, --users, --instructions)": self._task_digest,
         }  # fmt: skip
 
