@@ -1,7 +1,9 @@
 """Does `bench peftu` run the whole protocol, continue where it was killed, and meet odd tasks as one would expect?"""
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,22 +11,31 @@ import torch
 from small_bases import MAKERS
 
 from minipeft import bench
+from minipeft.engine import Engine
 from minipeft.errors import InputError
+from minipeft.methods.lora import LoRA
 from minipeft.models.loading import load_model
-from minipeft.peftu import cells, command, runner
+from minipeft.peftu import cells, cold_start, command, runner
+from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit, LeakError
-from minipeft.peftu.cold_start import drawn_users
+from minipeft.peftu.cells import Cell, Learner
+from minipeft.peftu.cold_start import drawn_users, new_users
 from minipeft.peftu.protocol import FIXED, PAPER
-from minipeft.peftu.records import load_records
+from minipeft.peftu.records import load_records, save_record
 from minipeft.peftu.runner import Plan, TaskRun
+from minipeft.peftu.settings import load_settings
 from minipeft.peftu.tidy import tidied
 from minipeft.running import open_base
+from minipeft.schedule import Adapter, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import save_task
+from minipeft.training import EVERYONE
 
 CONFIG = SyntheticConfig(users=5, max_examples=24, test_examples=5, texts=60, max_words=14)
 TRAINED = {"lora", "head", "shared", "shared_user"}
+GIVEN_UP = "learning rates given up, for somebody could not be trained at them"
+UNTRAINED = "users who could not be trained, answered by the start value"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +104,7 @@ def test_every_baseline_and_method_has_its_records(finished, task):
     assert not any((finished / "adapters").iterdir()), "adapters go once there is a record"
 
 
-def test_the_result_is_written_and_printed(finished, folder, bases, capsys):
+def test_the_result_is_written_and_printed(finished, task, folder, bases, capsys):
     argv = ("--tasks", folder, "--model", bases["bert"], "--seeds", 2, "--out", finished, "--cold-start", *few())
     assert run(*argv, report=True) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -104,6 +115,7 @@ def test_the_result_is_written_and_printed(finished, folder, bases, capsys):
     assert names["shared"]["kind"] == "shared" and names["lora"]["accuracy"] > 0
     audit = result["audit"]["synthetic"]
     assert audit["test_examples_fitted"] == 0 and result["mode"] == "fixed" and result["seeds"] == [0, 1]
+    assert audit["fitted_retrieval"] == sum(len(task.train[user]) for user in task.users), "of an earlier call"
     assert "<html" in (finished / "report.html").read_text()
     (finished / "report.html").unlink()
     assert run("--report", finished, report=True) == 0 and (finished / "report.html").exists()
@@ -116,11 +128,50 @@ def test_what_is_done_is_not_done_again(finished, folder, bases, monkeypatch):
     assert run(*argv, "--seeds", 1, *few()) == 0
 
 
-def test_records_of_other_settings_are_refused(finished, folder, bases, capsys):
-    argv = ("--tasks", folder, "--model", bases["bert"], "--out", finished, "--methods", "lora", "--lrs", "1e-3,1e-2")
-    assert run(*argv, "--epochs", 2) == 2
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--epochs", "2"], "--epochs was 1 and is 2"), (["--top-layers", "1"], "--top-layers was None and is 1"),
+    (["--equal", "parameters", "--methods", "houlsby"], "--equal was '' and is 'parameters'"),
+    (["--lrs", "1e-3"], "--lrs was [0.001, 0.01] and is [0.001]"), (["--users", "2"], "the data (--tasks"),
+])  # fmt: skip
+def test_records_of_other_settings_are_refused(argv, said, finished, folder, bases, capsys):
+    assert run("--tasks", folder, "--model", bases["bert"], "--out", finished, *few(), *argv) == 2
     error = capsys.readouterr().err
-    assert "made by other settings" in error and "--out" in error and error.count("\n") == 1
+    assert "made by other settings" in error and said in error and "--out" in error and error.count("\n") == 1
+
+
+def test_published_and_honest_records_are_not_mixed(finished, folder, bases, capsys):
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", finished, "--epochs", 1, "--methods", "lora,head")
+    assert run(*argv, "--mode", "paper") == 2
+    assert "--mode was 'fixed' and is 'paper', and 1 more" in capsys.readouterr().err
+
+
+def test_a_folder_of_before_settings_were_kept_is_taken_as_it_is(finished, folder, bases, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "settings.json").unlink()
+    shutil.rmtree(out / "audit")
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", out, *few())
+    assert run(*argv) == 0 and load_settings(out) == load_settings(finished)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["audit"]["synthetic"]["test_examples_fitted"] == 0
+
+
+def test_a_smaller_request_reads_what_it_asked_for(finished, folder, bases, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", out, *few(), "--methods", "lora", "--seeds", 1)
+    assert run(*argv, report=True) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["seeds"] == [0] and "head" not in result["tasks"]["synthetic"]
+    assert all(entry["seeds"] == [0] for entry in result["tasks"]["synthetic"].values() if entry is not None)
+    assert "head" in {name for name, _ in records_of(out)}, "what an earlier call made stays"
+
+
+def test_digests_stay_what_they_were():
+    """Of cells of before: adapters and records on disk are found by them."""
+    asked = lambda prompt, label: Asked(prompt, label, "u", "1")  # noqa: E731
+    learner = Learner("u", [asked((1, 2), 0)], [asked((3,), 1)])
+    cell = Cell("lora", TrainConfig(LoRA()), (replace(learner, place=0),))
+    assert cell.digest() == "0d598ae3de08ed4d7706df3950bb97c0"
+    assert replace(cell, name="shared_user", learners=(learner,), upon=cell).digest() == (
+        "f88ff99245f477bf6b3fcd07d8a88d4b")
 
 
 def test_a_killed_run_continues_with_the_same_result(finished, folder, bases, tmp_path, monkeypatch):
@@ -155,6 +206,8 @@ def test_cold_start_is_of_new_users_after_k_of_their_own_examples(finished, task
     new = set(drawn_users(task))
     assert 0 < len(new) < len(task.users)
     for name in (*TRAINED, "own_majority"):
+        chosen_with = records_of(finished)[name, 0].notes.get(cold_start.CHOSEN_WITH)
+        assert chosen_with == (None if name == "own_majority" else len(new))
         curve = records_of(finished)[name, 0].cold_start
         users = records_of(finished)[name, 0].users
         assert all(user in new or value is None for values in curve.values() for user, value in zip(users, values))
@@ -162,6 +215,93 @@ def test_cold_start_is_of_new_users_after_k_of_their_own_examples(finished, task
         for k in curve:
             enough = {user for user in new if len(task.train[user]) >= k}
             assert {u for u, value in zip(users, curve[k]) if value is not None} == (new if k == 0 else enough)
+
+
+def test_a_killed_cold_start_continues(finished, folder, bases, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for record in load_records(out):
+        save_record(out, replace(record, cold_start=None))
+    kept, again, add = [], [], Store.add
+
+    def killed(store, adapter, base):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        add(store, adapter, base)
+        kept.append((store.folder, adapter.user))
+
+    def noted(store, adapter, base):
+        add(store, adapter, base)
+        again.append((store.folder, adapter.user))
+
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", out, "--cold-start", *few())
+    monkeypatch.setattr(Store, "add", killed)
+    assert run(*argv) == 130
+    monkeypatch.setattr(Store, "add", noted)
+    assert run(*argv) == 0
+    assert again and not {*kept} & {*again} and not any((out / "adapters").iterdir())
+    assert records_of(out)["head", 0].cold_start == records_of(finished)["head", 0].cold_start
+
+
+def test_who_is_new_is_asked_before_anything_is_trained(folder, bases, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--tasks", folder, "--model", bases["bert"], "--out", out, "--users", 1, "--cold-start", *few()) == 2
+    assert "needs new users" in capsys.readouterr().err and not out.exists()
+
+
+def test_new_users_prompts_hold_no_more_than_is_known_of_them(task, bases, tmp_path):
+    """As published, with three examples in each prompt."""
+    run = TaskRun(Plan(PAPER, {"lora": PAPER.methods()["lora"]}, (42,), epochs=1), tidied(task),
+                  open_base(bases["t5"], 2), tmp_path, print, print)  # fmt: skip
+    run.chosen = dict.fromkeys(("lora", "shared"), 2e-5)
+    new, cells_seen, asked = new_users(run.tidied), [], []
+
+    def train(given, planned=True):
+        cells_seen.extend(given)
+        return [SimpleNamespace(adapters=dict.fromkeys((*new, EVERYONE))) for _ in given]
+
+    def score(adapters, questions):
+        asked.append(questions)
+        return {user: np.zeros((len(own), 2)) for user, own in questions.items()}
+
+    run.train, run.score = train, score
+    cold_start._curves(run, ("lora", "shared"), new)
+    (user,) = new
+    said = lambda question: run.asking.prompts.tokenizer.decode(question.prompt)  # noqa: E731
+    assert [said(question).count("Text:") for question in asked[0][user]] == [1] * len(task.test[user])
+    for cell, questions in zip(cells_seen[1:], asked[1:]):
+        (learner,) = cell.learners
+        later = [example.text for example in task.train[user][len(learner.train) :]]
+        for question in (*learner.train, *questions[user]):
+            assert said(question).count("Text:") == 1 + min(3, len(learner.train))
+            assert not any(f"Text: {text} Label: " in said(question) for text in later)
+
+
+# ---- How long it takes ---------------------------------------------------------------------------------------------
+
+
+def test_time_left_is_that_of_all_tasks(monkeypatch, capsys):
+    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=iter([0.0, 60.0, 600.0, 1200.0]).__next__))
+    with command.progress({"a": 10, "b": 30}) as (show, update):
+        show("nothing yet")
+        update("a", 5, 10)
+        show("some")
+        update("a", 8, 8)  # some stopped early
+        show("a task")
+    assert capsys.readouterr().out.splitlines() == [
+        "nothing yet (1.0 min)", "some (10.0 min, about 70 min left)", "a task (20.0 min, about 75 min left)"]
+
+
+def test_what_is_planned_is_what_is_worked_off(task, bases, tmp_path):
+    """With one epoch nobody stops early."""
+    some, told = tidied(task.subset(task.users[:3])), []
+    plan = Plan(FIXED, {"head": FIXED.methods()["head"]}, epochs=1, rates=(1e-2,))
+    new = new_users(some)
+    later = cold_start.planned_examples(plan, some.task, new)
+    run = TaskRun(plan, some, open_base(bases["bert"], 2), tmp_path, lambda line: None, lambda *now: told.append(now))
+    run.run(later)
+    assert told[-1] == (plan.all_examples(some.task), plan.all_examples(some.task) + later)
+    cold_start.cold_start(run, new)
+    assert told[-1][0] == told[-1][1] == plan.all_examples(some.task) + later
 
 
 # ---- Other bases and modes -----------------------------------------------------------------------------------------
@@ -207,6 +347,17 @@ def test_a_t5_is_heard_through_each_users_own_adapter(task, bases, tmp_path):
     one, other = taught
     assert said[one] == ["yes"] * len(task.test[one])
     assert len(said[other]) == len(task.test[other]) and all(text.startswith("n") for text in said[other])
+
+
+@pytest.mark.parametrize(("name", "most"), [("houlsby", 16), ("lora", 128)])
+def test_answers_are_decoded_as_long_as_published(name, most, task, bases, tmp_path, monkeypatch):
+    base, heard = open_base(bases["t5"], 2), []
+    monkeypatch.setattr(Engine, "generate", lambda engine, asked, tokens: heard.append(tokens) or [[] for _ in asked])
+    run = TaskRun(Plan(PAPER, {name: PAPER.methods()[name]}, (42,)), tidied(task), base, tmp_path, print, print)
+    method = run.methods[name]
+    run.decoded({user: Adapter(user, method, method.initial_row(base, 0, user)) for user in run.users},
+                run.asking.questions(method)["test"])  # fmt: skip
+    assert heard == [most]
 
 
 def test_top_layers_of_an_encoder_start_from_kept_states(task, bases, tmp_path, monkeypatch):
@@ -261,7 +412,8 @@ def test_equal_time_gives_cheap_methods_more_epochs(task, bases, tmp_path):
 
 
 @pytest.mark.parametrize(("where", "how"), [
-    ("adapters", lambda run: run.cell("lora", 1e-2, 0)),
+    ("adapters", lambda run: run.train([run.cell("lora", 1e-2, 0)])),
+    ("adapters", lambda run: run.train([run.cell("shared", 1e-2, 0)])),
     ("prompts", lambda run: run.asking.questions(shots=2)),
     ("answers", lambda run: runner.Asking(run.base, run.task, FIXED, run.audit)),
 ])  # fmt: skip
@@ -274,6 +426,18 @@ def test_a_test_example_in_training_or_prompts_is_noticed(where, how, task, base
     run.asking.task = run.task
     with pytest.raises(LeakError, match=f"{where}: example .* is a test example"):
         how(run)
+
+
+@pytest.mark.parametrize("name", ["lora", "shared"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_questions_of_test_examples_are_noticed_whoever_hands_them_out(split, name, task, bases, tmp_path, monkeypatch):
+    """The task is in order, and still somebody would train on, or stop by, what they are tested on."""
+    run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(task), open_base(bases["bert"], 2), tmp_path,
+                  print, print)  # fmt: skip
+    right = TaskRun.questions
+    monkeypatch.setattr(TaskRun, "questions", lambda run, name: right(run, name) | {split: right(run, name)["test"]})
+    with pytest.raises(LeakError, match=r"adapters: example .* is a test example"):
+        run.train([run.cell(name, 1e-2, 0)])
 
 
 def test_a_test_label_is_in_no_question(task, bases):
@@ -340,6 +504,37 @@ def test_bad_options_are_one_line(argv, said, folder, bases, tmp_path, capsys, m
     assert said in error and error.count("\n") == 1
 
 
+def test_learning_rates_are_tried_or_carried_over(finished, folder, bases, tmp_path, capsys):
+    argv = ("--tasks", folder, "--model", bases["bert"], "--lrs-from", finished, "--epochs", 1, "--users", 2)
+    assert run(*argv, "--out", tmp_path, "--lrs", "1e-3") == 2
+    assert "leave one out" in capsys.readouterr().err
+    assert run(*argv, "--out", tmp_path, "--methods", "head,houlsby") == 2
+    assert "has chosen no learning rate of houlsby" in capsys.readouterr().err
+    assert run(*argv, "--out", tmp_path, "--methods", "head") == 0
+    for name in ("head", "shared", "shared_user"):
+        (said,) = [note for note in records_of(tmp_path)[name, 0].notes if "carried over" in note]
+        assert f"from {finished}: task synthetic, --mode fixed, --epochs 1, the base" in said
+
+
+@pytest.mark.parametrize("name", ["..", "../../victim", "a/b"])
+def test_a_task_by_any_name_deletes_its_own_adapters_only(name, task, bases, tmp_path):
+    other, victim = tmp_path / "out" / "adapters" / "other", tmp_path / "victim"
+    other.mkdir(parents=True)
+    victim.mkdir()
+    run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(replace(task, name=name)),
+                  open_base(bases["bert"], 2), tmp_path / "out", print, print)  # fmt: skip
+    run._adapters_folder.mkdir()
+    run.finish()
+    assert victim.exists() and [*other.parent.iterdir()] == [other]
+
+
+def test_a_folder_of_somebody_elses_is_refused(folder, bases, tmp_path, capsys):
+    (tmp_path / "report.md").write_text("mine")
+    assert run("--tasks", folder, "--model", bases["bert"], "--out", tmp_path) == 2
+    assert "not empty and has no records" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
 def test_two_tasks_of_one_name_are_refused(folder, bases, tmp_path, capsys):
     assert run("--tasks", folder, folder, "--model", bases["bert"], "--out", tmp_path) == 2
     assert "two are called 'synthetic'" in capsys.readouterr().err
@@ -352,8 +547,9 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, bases, tmp_path, cap
 
 
 def test_learning_rates_are_carried_over(finished):
-    carried = dict(command.carried_from(finished))
-    assert set(carried) == TRAINED
+    carried, origin = command.carried_from(finished)
+    carried = dict(carried)
+    assert set(carried) == TRAINED and str(finished) in origin
     assert Plan(FIXED, {}, carried=tuple(carried.items())).grid("lora", True, {}) == [carried["lora"]]
 
 
@@ -364,16 +560,15 @@ def test_published_instructions_are_taken_word_for_word(task, tmp_path):
         command.with_instruction(tidied(replace(task, name="other")), tmp_path / "config.json")
 
 
-def test_weights_in_bf16_lose_small_steps(task, bases):
+def test_weights_in_bf16_lose_small_steps(task, bases, tmp_path):
     """The published precision: at its learning rate next to nothing of IA3 moves."""
     base = open_base(load_model(bases["bert"]), 2)
     moved = {}
     for bf16 in (False, True):
         protocol = replace(FIXED, bf16_weights=bf16)
         plan = Plan(protocol, {"ia3": protocol.methods()["ia3"]}, epochs=1, rates=(2e-5,))
-        run = TaskRun(plan, tidied(task), base, None, print, print)
-        trained = cells.train_cells(base, run.asking.prompts.labels, [run.cell("ia3", 2e-5, 0)],
-                                    bases["bert"].parent / f"bf16 {bf16}", plan.passes, print, print)  # fmt: skip
+        run = TaskRun(plan, tidied(task), base, tmp_path / str(bf16), print, print)
+        trained = run.train([run.cell("ia3", 2e-5, 0)])
         moved[bf16] = cells.movement(trained[0], base)["attn.k.l"]["median"]
         row = trained[0].adapters[task.users[0]].row
         assert torch.equal(row, row.bfloat16().float()) == bf16
@@ -384,8 +579,28 @@ def test_who_diverges_is_counted_and_stops_nobody(folder, bases, tmp_path):
     argv = ("--tasks", folder, "--model", bases["bert"], "--out", tmp_path, "--epochs", 1, "--methods", "lora")
     assert run(*argv, "--lrs", "1e-3,1e30") == 0
     record = records_of(tmp_path)["lora", 0]
-    assert record.chosen_lr == 1e-3 and record.notes["learning rates that diverged"] == 1
+    assert record.chosen_lr == 1e-3 and record.notes[GIVEN_UP] == 1
     assert run(*argv[:-4], "--out", tmp_path / "all", *argv[-4:], "--lrs", "1e30") == 0
     record = records_of(tmp_path / "all")["lora", 0]
-    assert record.notes["users who diverged, answered by the start value"] == CONFIG.users
+    assert record.notes[UNTRAINED] == CONFIG.users
     assert record.val_loss == [[None]] * CONFIG.users and record.movement["head.weight"]["median"] == 0
+
+
+def test_whom_memory_does_not_hold_has_not_diverged(folder, bases, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(cells.Timed, "train_step", full)
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", tmp_path, "--epochs", 1, "--methods", "head")
+    assert run(*argv, "--lrs", "1e-3", "--users", 2) == 0
+    said = capsys.readouterr().out
+    assert "2 users could not be trained, e.g. user" in said and "does not fit into memory" in said
+    assert "diverge" not in said and records_of(tmp_path)["head", 0].notes[UNTRAINED] == 2
+
+
+def test_who_makes_no_sense_stops_the_run(task, bases, tmp_path):
+    run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(task), open_base(bases["bert"], 2), tmp_path,
+                  print, print)  # fmt: skip
+    cell = run.cell("lora", 1e-2, 0)
+    with pytest.raises(InputError, match="no validation example"):
+        run.train([replace(cell, learners=(*cell.learners[:1], replace(cell.learners[1], val=[])))])

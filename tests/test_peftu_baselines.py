@@ -54,6 +54,21 @@ def test_majorities():
     assert own_majority(task, Audit(task)) == {"ann": [("yes",)] * 2, "bob": [("no",)] * 2, "cy": [], "di": []}
 
 
+class Blind(Audit):
+    """Lets nothing through but what was answered with "no"."""
+
+    def fitting(self, what, examples):
+        return [example for example in examples if example.label == ("no",)]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_answers_come_from_what_the_audit_has_let_through(name):
+    task = small()
+    known = {user: [*own, replace(own[0], id="0", label=("no",))] for user, own in task.train.items()}
+    answers = BASELINES[name](replace(task, train=known), Blind(task))
+    assert {answer for own in answers.values() for answer in own} <= {("no",), None}
+
+
 def test_others_vote_reads_other_users_training_labels_only():
     task = small()
     answers = others_vote(task, Audit(task))

@@ -127,6 +127,9 @@ WRONG = {  # what is done to the saved small task: what the error must say
     "one label": (set_header(labels=["no"]), ["task.json", "1 label(s)", "at least 2"]),
     "header's label twice": (set_header(labels=["no", "yes", "no"]), ["task.json", "twice"]),
     "name a number": (set_header(name=1), ["task.json", '"name"', "int"]),
+    "name empty": (set_header(name=" "), ["task.json", '"name" is empty', "80 bytes"]),
+    "name too long for a file": (set_header(name="ü" * 41), ["task.json", '"name"', "80 bytes"]),
+    "name of two lines": (set_header(name="a\nb"), ["task.json", '"name"', "not printable"]),
 }
 
 

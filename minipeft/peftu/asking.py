@@ -7,6 +7,7 @@ Only for bases that are told in words what to do; an encoder reads the text alon
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minipeft.labels import Question
 from minipeft.methods.method import Method
@@ -22,25 +23,40 @@ PUBLISHED_LENGTH = 512  # tokens of a prompt, where the base has no limit of its
 PUBLISHED_SEED = 42
 
 Shot = tuple[str, str]  # a text and its label, as a prompt shows them
-Questions = dict[str, dict[str, list[Question]]]  # split -> user -> questions, in the order of the task's examples
+
+
+@dataclass(frozen=True)
+class Asked(Question):
+    """A question that says which example of the task it asks about, for whoever trains on it to show to an Audit."""
+
+    user: str
+    id: str
+
+
+Questions = dict[str, dict[str, list[Asked]]]  # split -> user -> questions, in the order of the task's examples
 
 
 class Asking:
     """How one base is asked one task's questions under a protocol.
 
     task:  examples whose labels are in the task's order.
+    prompts: of an Asking whose task had all the examples; then this one's task may have fewer, and answers as there.
     notes: what was cut: reason -> how many examples.
     """
 
-    def __init__(self, base: Base, task: Task, protocol: Protocol, audit: Audit):
+    def __init__(self, base: Base, task: Task, protocol: Protocol, audit: Audit, prompts: Prompts | None = None):
         self.base, self.task, self.protocol, self.audit = base, task, protocol, audit
-        known = [*task.pooled("train"), *task.pooled("val")]
-        sets = sorted({example.label for example in audit.fitting("answers", known)},
-                      key=lambda label: [task.labels.index(name) for name in label])  # fmt: skip
-        tokenizer, start = tokenizer_of(base)
-        self.prompts = Prompts(task.header, tokenizer, base.config.max_positions, base.causal, start, sets)
+        self.prompts = prompts or self._prompts()
         self.notes: dict[str, int] = {}
         self._asked: dict[tuple[int, int], Questions] = {}
+
+    def _prompts(self) -> Prompts:
+        base, task = self.base, self.task
+        known = [*task.pooled("train"), *task.pooled("val")]
+        sets = sorted({example.label for example in self.audit.fitting("answers", known)},
+                      key=lambda label: [task.labels.index(name) for name in label])  # fmt: skip
+        tokenizer, start = tokenizer_of(base)
+        return Prompts(task.header, tokenizer, base.config.max_positions, base.causal, start, sets)
 
     def questions(self, method: Method | None = None, shots: int = 0) -> Questions:
         """Every example's question, for users who train by this method, with this many examples in the prompt.
@@ -70,13 +86,15 @@ class Asking:
         return [balanced_examples(user, known, None if self.protocol.own_example else example, shots)
                 for example in asked]  # fmt: skip
 
-    def _question(self, example: Example, shots: Sequence[Shot], split: str, virtual: int) -> Question:
+    def _question(self, example: Example, shots: Sequence[Shot], split: str, virtual: int) -> Asked:
         label = 0 if split == "test" else self.prompts.number(example.label)  # what nobody may read is not there
         if not shots and not (self.protocol.cut_query and self.prompts.instructed):
             question, was_cut = self.prompts.question(example.text, label, virtual)
             self._note("texts shortened", was_cut)
-            return question
-        return Question(self._prompt(example.text, shots, virtual), label)
+            prompt = question.prompt
+        else:
+            prompt = self._prompt(example.text, shots, virtual)
+        return Asked(prompt, label, example.user, example.id)
 
     def _prompt(self, text: str, shots: Sequence[Shot], virtual: int) -> tuple[int, ...]:
         prompts, protocol = self.prompts, self.protocol

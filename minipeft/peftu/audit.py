@@ -7,10 +7,18 @@ The published `leaked` split has the same *text* in one user's training and anot
 (`texts_others_test`), not refused.
 """
 
+import json
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
+from typing import TypeVar
 
-from minipeft.tasks.task import Example, Task
+from minipeft.errors import InputError
+from minipeft.files import write_file
+from minipeft.peftu.records import read_object
+from minipeft.tasks.task import Task
+
+Some = TypeVar("Some")  # has a `user` and an `id`: an example, or a question about one
 
 
 class LeakError(AssertionError):
@@ -18,15 +26,21 @@ class LeakError(AssertionError):
 
 
 class Audit:
-    """Watches what is fitted on, for one task."""
+    """Watches what is fitted on, for one task.
 
-    def __init__(self, task: Task):
+    kept: the file that `keep` writes, so that a run that was killed still knows what it fitted on.
+    """
+
+    def __init__(self, task: Task, kept: Path | None = None):
         self.task, self._test = task.name, {(example.user, example.id) for example in task.pooled("test")}
+        self.kept, self._earlier = kept, read_object(kept) if kept is not None and kept.exists() else {}
+        if not all(isinstance(count, int) for count in self._earlier.values()):
+            raise InputError(f"{kept} is damaged: needed whole numbers; delete it and run again")
         self._texts = {id_ for _, id_ in self._test}
         self._seen: dict[str, set[tuple[str, str]]] = {}
 
-    def fitting(self, what: str, examples: Iterable[Example]) -> list[Example]:
-        """The examples, unchanged, after a look at each. Raises LeakError at a test example."""
+    def fitting(self, what: str, examples: Iterable[Some]) -> list[Some]:
+        """Examples, or questions about them, unchanged, after a look at each. Raises LeakError at a test example."""
         examples = list(examples)
         for example in examples:
             if (example.user, example.id) in self._test:
@@ -36,11 +50,18 @@ class Audit:
         return examples
 
     def report(self) -> dict[str, int]:
-        """For result.json: how many (user, text) pairs each call fitted on, and texts of them that test somebody."""
+        """For result.json: how many (user, text) pairs each call fitted on, and texts of them that test somebody.
+
+        Of an earlier run and this one the larger number: both fit on the same examples.
+        """
         everything = set(chain.from_iterable(self._seen.values()))
-        return {
+        found = {
             "test_examples": len(self._test),
             "test_examples_fitted": len(everything & self._test),
             "texts_others_test": len({id_ for _, id_ in everything} & self._texts),
             **{f"fitted_{what}": len(seen) for what, seen in self._seen.items()},
         }
+        return {what: max(each.get(what, 0) for each in (found, self._earlier)) for what in found | self._earlier}
+
+    def keep(self) -> None:
+        write_file(self.kept, (json.dumps(self.report()) + "\n").encode())

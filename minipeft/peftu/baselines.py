@@ -12,6 +12,7 @@ Audit, through which it reads whatever it learns from, and returns user -> one a
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import bm25s
 import numpy as np
@@ -30,8 +31,7 @@ def global_majority(task: Task, audit: Audit) -> Answers:
 
 
 def own_majority(task: Task, audit: Audit) -> Answers:
-    audit.fitting("own_majority", task.pooled("train"))
-    return majority_answers(task)
+    return majority_answers(replace(task, train=_known("own_majority", task, audit)))
 
 
 def others_vote(task: Task, audit: Audit) -> Answers:
@@ -52,13 +52,18 @@ def others_vote(task: Task, audit: Audit) -> Answers:
 
 def retrieval(task: Task, audit: Audit) -> Answers:
     """Ties: the nearer text's label. Of texts that share no word with any: the user's own majority."""
-    majority, answers = majority_answers(task), {}
-    for user in task.users:
-        known = audit.fitting("retrieval", task.train[user])
+    of_users, answers = _known("retrieval", task, audit), {}
+    majority = majority_answers(replace(task, train=of_users))
+    for user, known in of_users.items():
         index = _index([example.text for example in known])
         answers[user] = [_nearest_vote(task, index, known, example.text) or common
                          for example, common in zip(task.test[user], majority[user])]  # fmt: skip
     return answers
+
+
+def _known(what: str, task: Task, audit: Audit) -> dict[str, list[Example]]:
+    """User -> training examples."""
+    return {user: audit.fitting(what, own) for user, own in task.train.items()}
 
 
 def _index(texts: list[str]) -> bm25s.BM25 | None:

@@ -20,6 +20,8 @@ from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
+from minipeft.peftu.asking import Asked
+from minipeft.peftu.audit import Audit
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, TrainConfig
 from minipeft.store import Store
 
@@ -29,8 +31,8 @@ class Learner:
     """Whose examples a job trains on. place: among the users, for starts that depend on it; None: they do not."""
 
     user: str
-    train: Sequence[Question]
-    val: Sequence[Question]
+    train: Sequence[Asked]
+    val: Sequence[Asked]
     place: int | None = None
 
 
@@ -59,8 +61,8 @@ class Cell:
     def digest(self) -> str:
         """Of everything that determines its adapters, except the base."""
         config = asdict(self.config) | {"method": self.config.method.described()}
-        learners = [(each.user, each.place, [*map(asdict, each.train)], [*map(asdict, each.val)])
-                    for each in self.learners]  # fmt: skip
+        asked = lambda questions: [{"prompt": each.prompt, "label": each.label} for each in questions]  # noqa: E731
+        learners = [(each.user, each.place, asked(each.train), asked(each.val)) for each in self.learners]
         return digest_of([self.name, config, self.upon and self.upon.digest(), learners])
 
 
@@ -120,15 +122,21 @@ class Timed(Engine):
 
 
 def train_cells(
-    base: Base, labels: Answerable, cells: Sequence[Cell], folder: Path, passes: PassConfig,
+    base: Base, labels: Answerable, cells: Sequence[Cell], audit: Audit, folder: Path, passes: PassConfig,
     on_progress: Callable[[int], None], on_found: Callable[[int], None],
 ) -> list[Trained]:  # fmt: skip
     """Every cell's adapters, all in one fused training; those that are in the folder are read.
 
     Args:
+        audit:       is shown every question that anybody trains on or stops by.
         folder:      where adapters are kept, one store per cell, named by its digest.
         on_progress, on_found: called with the number of planned examples just worked off, or found to be done.
+    Raises:
+        InputError: a learner or a configuration that makes no sense, before anybody is trained. Who diverges or does
+            not fit into memory is in `Trained.failed`.
     """
+    for learner in (learner for cell in cells for learner in cell.learners):
+        audit.fitting("adapters", (*learner.train, *learner.val))
     engine = Timed(base, labels, passes)
     engine.seconds = {}
     found: list[dict[str, Adapter]] = [{} for _ in cells]
@@ -159,6 +167,8 @@ def train_cells(
                    "skipped_steps": 0, "seconds": engine.seconds.get(job.key, 0.0), "failed": fault.reason}  # fmt: skip
         found[owners[job.key]][job.user] = Adapter(job.user, job.config.method, row, metrics, job.under, job.key)
 
+    for job in jobs:
+        engine.check(job)
     by_key = {job.key: job for job in jobs}
     engine.train(jobs, keep, on_progress, give_up)
     return [Trained(*each) for each in zip(cells, found, stores)]

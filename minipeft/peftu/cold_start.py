@@ -4,7 +4,8 @@
     k = 1, 2, 4...   every method trains on the user's first k training examples, all methods and k in one fused pass
 
 New users are those whom the task's split `new_users` names, or a fifth of the users, drawn. The k examples are all that
-is known of a user, so nothing is left to stop early by: everybody trains for all epochs.
+is known of a user, in prompts too, so nothing is left to stop early by: everybody trains for all epochs. Learning rates
+are the run's own: new users' validation examples were among those that chose them, and the records say so.
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from dataclasses import replace
 import numpy as np
 
 from minipeft.errors import InputError
+from minipeft.peftu.asking import Asking
 from minipeft.peftu.baselines import own_majority
 from minipeft.peftu.cells import Cell, Learner
 from minipeft.peftu.metrics import Labels, any_hit, scores
-from minipeft.peftu.records import load_record, record_path, save_record
-from minipeft.peftu.runner import SHARED, SHARED_USER, TaskRun
+from minipeft.peftu.records import load_record, record_path
+from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun
+from minipeft.peftu.tidy import Tidied
 from minipeft.randomness import generator
 from minipeft.running import pooled
 from minipeft.schedule import Adapter
@@ -26,20 +29,31 @@ from minipeft.training import EVERYONE
 
 NEW_USERS_SHARE = 0.2  # drawn where the task does not say who is new
 MAJORITY = "own_majority"
+CHOSEN_WITH = "cold start: new users whose validation examples were among those that chose the learning rate"
 
 Curve = dict[int, dict[str, float]]  # number of own examples -> user -> accuracy, 0 .. 1
 
 
-def cold_start(run: TaskRun) -> None:
-    """Into the first seed's records of a run that is done: `cold_start`, what has it already left as it is.
-
-    Raises:
-        InputError: nobody is new, or everybody.
-    """
-    task, seed = run.task, run.plan.seeds[0]
-    new = [user for user in run.tidied.new_users or drawn_users(task) if task.test[user]]
+def new_users(given: Tidied) -> list[str]:
+    """Who is new. InputError if nobody is, or everybody."""
+    task = given.task
+    new = [user for user in given.new_users or drawn_users(task) if task.test[user]]
     if not new or len(new) == len(task.users):
         raise InputError(f"task {task.name!r}: --cold-start needs new users with test examples, and others")
+    return new
+
+
+def planned_examples(plan: Plan, task: Task, new: Sequence[str]) -> int:
+    """Of all of a cold start's training, if every method applies and has the plan's epochs."""
+    own = [len(task.train[user]) for user in new]
+    of_each = sum(k for k in _sizes(task, new) for number in own if number >= k)
+    others = sum(len(task.train[user]) for user in task.users) - sum(own)
+    return plan.epochs * (others + of_each * (len(plan.methods) + 1))
+
+
+def cold_start(run: TaskRun, new: Sequence[str]) -> None:
+    """Into the first seed's records of a run that is done: `cold_start`, what has it already left as it is."""
+    task, seed = run.task, run.plan.seeds[0]
     every = (*run.methods, SHARED, SHARED_USER, MAJORITY)
     paths = {name: record_path(run.out, task.name, name, seed) for name in every}
     names = [name for name, path in paths.items() if load_record(path).cold_start is None]
@@ -48,9 +62,9 @@ def cold_start(run: TaskRun) -> None:
     for name, curve in _curves(run, names, new).items():
         record = load_record(paths[name])
         by_user = {k: [values.get(user) for user in record.users] for k, values in curve.items()}
-        save_record(run.out, replace(record, cold_start=by_user))
+        notes = record.notes if record.chosen_lr is None else record.notes | {CHOSEN_WITH: len(new)}
+        run.save(replace(record, cold_start=by_user, notes=notes))
         run.show(f"{task.name}: {name}: cold start done")
-    run.forget_adapters()
 
 
 def drawn_users(task: Task) -> list[str]:
@@ -60,19 +74,32 @@ def drawn_users(task: Task) -> list[str]:
 
 
 def _curves(run: TaskRun, names: Sequence[str], new: Sequence[str]) -> dict[str, Curve]:
-    sizes = [2**i for i in range(max(len(run.task.train[user]) for user in new).bit_length())]
+    sizes = _sizes(run.task, new)
+    known = {k: _knowing(run, new, k) for k in (0, *sizes)}
     shared = _shared_by_others(run, new)
     tried = [(name, k) for name in names if name not in (SHARED, MAJORITY) for k in sizes]
     found: dict[str, Curve] = {name: {} for name in names}
-    trained = run.train([_cell(run, name, k, new, shared) for name, k in tried], planned=False)
     if {SHARED, SHARED_USER} & {*names}:
-        nothing = _accuracy(run, SHARED, dict.fromkeys(new, run.shared_adapter(shared)))
+        nothing = _accuracy(run, SHARED, dict.fromkeys(new, run.shared_adapter(shared, planned=True)), known[0])
         found |= {name: {0: nothing} for name in (SHARED, SHARED_USER) if name in names}
+    trained = run.train([_cell(run, name, known[k], shared) for name, k in tried])
     for (name, k), each in zip(tried, trained):
-        found[name][k] = _accuracy(run, name, each.adapters)
+        found[name][k] = _accuracy(run, name, each.adapters, known[k])
     if MAJORITY in names:
         found[MAJORITY] = {k: _majority(run, new, k) for k in (0, *sizes)}
     return found
+
+
+def _sizes(task: Task, new: Sequence[str]) -> list[int]:
+    return [2**i for i in range(max(len(task.train[user]) for user in new).bit_length())]
+
+
+def _knowing(run: TaskRun, new: Sequence[str], k: int) -> Asking:
+    """How the new users who have as many are asked while only their first k examples are known."""
+    task = run.task.subset(user for user in new if len(run.task.train[user]) >= k)
+    first = {user: own[:k] for user, own in task.train.items()}
+    few = replace(task, train=first, val={user: [] for user in task.users})
+    return Asking(run.asking.base, few, run.protocol, run.audit, run.asking.prompts)
 
 
 def _shared_by_others(run: TaskRun, new: Sequence[str]) -> Cell:
@@ -81,15 +108,15 @@ def _shared_by_others(run: TaskRun, new: Sequence[str]) -> Cell:
     return replace(cell, learners=(Learner(EVERYONE, *map(pooled, others)),))
 
 
-def _cell(run: TaskRun, name: str, k: int, new: Sequence[str], shared: Cell) -> Cell:
-    cell, train = run.cell(name, run.chosen[name], run.plan.seeds[0]), run.questions(name)["train"]
-    learners = tuple(Learner(user, train[user][:k], train[user][:k]) for user in new if len(train[user]) >= k)
+def _cell(run: TaskRun, name: str, known: Asking, shared: Cell) -> Cell:
+    cell = run.cell(name, run.chosen[name], run.plan.seeds[0])
+    learners = tuple(Learner(user, own, own) for user, own in run.questions(name, known)["train"].items())
     config = replace(cell.config, patience=cell.config.epochs)
     return Cell(name, config, learners, shared if name == SHARED_USER else None)
 
 
-def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter]) -> dict[str, float]:
-    answers = run.answers(run.score(adapters, run.questions(name)["test"]))
+def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter], known: Asking) -> dict[str, float]:
+    answers = run.answers(run.score(adapters, run.questions(name, known)["test"]))
     return {user: _mean_score(run, user, own) for user, own in answers.items()}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from minipeft.files import write_file
 from minipeft.models.checkpoint import read_json
 from minipeft.models.loading import load_model
 from minipeft.options import NAMES
-from minipeft.peftu.cold_start import cold_start
+from minipeft.peftu.cold_start import cold_start, new_users
+from minipeft.peftu.cold_start import planned_examples as cold_examples
 from minipeft.peftu.protocol import PROTOCOLS
-from minipeft.peftu.records import load_records
-from minipeft.peftu.runner import Plan, TaskRun
+from minipeft.peftu.records import BASELINES, load_records
+from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun
+from minipeft.peftu.settings import load_settings, told
 from minipeft.peftu.summary import summarise
 from minipeft.peftu.tidy import Tidied, load_tidied, tidied
 from minipeft.running import open_base
@@ -55,18 +58,25 @@ def run_peftu(argv: Sequence[str]) -> None:
         raise InputError(f"--tasks: two are called {max(names, key=names.count)!r}; run them into two folders")
     if args.instructions is not None:
         tasks = [with_instruction(each, args.instructions) for each in tasks]
+    new = {each.task.name: new_users(each) for each in tasks} if args.cold_start else {}
+    later = {each.task.name: cold_examples(plan, each.task, new[each.task.name]) if new else 0 for each in tasks}
     check_out(args.out)
-    audits, left_out = {}, {}
-    for each in tasks:
-        folder = args.model or default_base(each.task, 0)
-        base = open_base(load_model(folder, device=args.device), len(each.task.labels))
-        with progress(each.task.name) as (show, update):
-            run = TaskRun(plan, each, base, args.out, show, update)
-            run.run()
-            if args.cold_start:
-                cold_start(run)
-        audits[each.task.name], left_out[each.task.name] = run.audit.report(), run.left_out
-    result = summarise([record for record in load_records(args.out) if record.task in audits]) | {
+    audits, left_out, asked_for = {}, {}, set()
+    with progress({each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}) as bar:
+        show, update = bar
+        for each in tasks:
+            name, folder = each.task.name, args.model or default_base(each.task, 0)
+            base = open_base(load_model(folder, device=args.device), len(each.task.labels))
+            run = TaskRun(plan, each, base, args.out, show, partial(update, name))
+            run.run(later[name])
+            if new:
+                cold_start(run, new[name])
+            run.finish()
+            audits[name], left_out[name] = run.audit.report(), run.left_out
+            asked_for |= {(name, of) for of in (*BASELINES, *run.methods, SHARED, SHARED_USER)}
+    records = [record for record in load_records(args.out)
+               if (record.task, record.name) in asked_for and record.seed in plan.seeds]  # fmt: skip
+    result = summarise(records) | {
         "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
         "command": "python -m minipeft.bench peftu " + " ".join(map(str, argv)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -146,19 +156,32 @@ def plan_of(args: argparse.Namespace) -> Plan:
     protocol = PROTOCOLS[args.mode]
     if args.mode == "paper" and (args.lrs or args.lrs_from):
         raise InputError("--mode paper has one learning rate for all methods; leave out --lrs and --lrs-from")
+    if args.lrs and args.lrs_from:
+        raise InputError("--lrs says which learning rates to try and --lrs-from that none are tried; leave one out")
     methods = {name: protocol.methods()[name] for name in args.methods}
     first = 42 if args.mode == "paper" else 0
-    return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs,
-                carried_from(args.lrs_from) if args.lrs_from else (), args.equal, args.top_layers,
-                PASSES)  # fmt: skip
+    carried, origin = carried_from(args.lrs_from) if args.lrs_from else ((), "")
+    return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs, carried, origin,
+                args.equal, args.top_layers, PASSES)  # fmt: skip
 
 
-def carried_from(out: Path) -> tuple[tuple[str, float], ...]:
-    """Name -> the learning rate that was chosen there. InputError where that run had several tasks."""
+def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
+    """Name -> the learning rate that was chosen there; and where that was, in words.
+
+    Another base, other layers or sizes are for the user to choose, and are told.
+
+    Raises:
+        InputError: that run had several tasks, or one learning rate for all, as published.
+    """
     records = load_records(out)
     if len(tasks := {record.task for record in records}) != 1:
         raise InputError(f"--lrs-from {out}: it has {len(tasks)} tasks; needed a run on one")
-    return tuple({record.name: record.chosen_lr for record in records if record.chosen_lr is not None}.items())
+    (task,) = tasks
+    settings = load_settings(out).get(task, {})
+    if settings.get("--mode") == "paper":
+        raise InputError(f"--lrs-from {out}: it was run in --mode paper, which chooses no learning rates")
+    rates = {record.name: record.chosen_lr for record in records if record.chosen_lr is not None}
+    return tuple(rates.items()), f"{out}: task {task}, {told(settings)}"
 
 
 def with_instruction(given: Tidied, path: Path) -> Tidied:
@@ -173,30 +196,35 @@ def with_instruction(given: Tidied, path: Path) -> Tidied:
 
 
 def check_out(out: Path) -> None:
-    """Make the folder. Records in it are continued from; anything else of a stranger's is left alone."""
+    """Make the folder. Records in it are continued from. InputError where there are a stranger's files alone."""
     try:
+        if out.exists() and not (out / "records").is_dir() and any(out.iterdir()):
+            raise InputError(f"--out {out}: it is not empty and has no records of a run; choose another folder")
         (out / "records").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 @contextmanager
-def progress(title: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
-    """A bar over planned training examples. Yields what shows a line, with the time left, and what moves the bar.
+def progress(planned: dict[str, int]) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """A bar over the training examples that are planned of each task, cold start included.
 
-    The time left takes it that as many stop early as did so far; what an earlier run did counts for nothing.
+    Yields what shows a line, with the time that all tasks have left, and what is told (task, worked off, planned). The
+    time left takes it that an example costs what it did so far, and that as many stop early; what an earlier run did
+    counts for nothing.
     """
-    with tqdm(desc=title, disable=None, leave=False) as bar:
-        began, done = time.perf_counter(), [0, 0]  # worked off, planned
+    began, planned, done = time.perf_counter(), dict(planned), dict.fromkeys(planned, 0)
+    with tqdm(disable=None, leave=False) as bar:
 
-        def update(now: int, planned: int) -> None:
-            done[:] = now, planned
-            bar.total = planned
-            bar.update(now - bar.n)
+        def update(task: str, now: int, of: int) -> None:
+            done[task], planned[task] = now, of
+            bar.total = sum(planned.values())
+            bar.update(sum(done.values()) - bar.n)
 
         def show(line: str) -> None:
-            spent = time.perf_counter() - began
-            left = f", about {spent * (done[1] - done[0]) / done[0] / 60:.0f} min left" if done[0] else ""
+            spent, worked = time.perf_counter() - began, sum(done.values())
+            left = spent * (sum(planned.values()) / worked - 1) / 60 if worked else None
+            left = "" if left is None else f", about {left:.0f} min left"
             tqdm.write(f"{line} ({spent / 60:.1f} min{left})", file=sys.stdout)
             sys.stdout.flush()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from minipeft.errors import InputError
 from minipeft.methods import METHODS
-from minipeft.methods.bottleneck import Houlsby
+from minipeft.methods.bottleneck import BottleneckMethod, Houlsby
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
@@ -26,6 +26,7 @@ RATES = {  # where each method's grid lies; others: OTHER_RATE
     "bitfit": 3e-3, "layernorm": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "head": 1e-2,
 }  # fmt: skip
 OTHER_RATE = 2e-3
+ANSWER_TOKENS, ADAPTER_ANSWER_TOKENS = 128, 16  # at most, of a decoded answer; the latter as published for adapters
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class Protocol:
         if self.one_rate:
             return [self.one_rate]
         return [float(f"{RATES.get(name, OTHER_RATE) * factor:.2g}") for factor in GRID]
+
+
+def answer_tokens(method: Method) -> int:
+    """How long an answer may be that is decoded, for the published scoring, in either mode."""
+    return ADAPTER_ANSWER_TOKENS if isinstance(method, BottleneckMethod) else ANSWER_TOKENS
 
 
 PUBLISHED: dict[str, Method] = {  # where the published configuration is not our default

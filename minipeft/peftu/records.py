@@ -97,7 +97,7 @@ class Record:
 
 def record_path(out: Path, task: str, name: str, seed: int) -> Path:
     """Where a record lies. Any text is a safe task or name: everything but letters, digits, _ - ~ is escaped."""
-    return Path(out) / "records" / _file_name(task) / f"{_file_name(name)}-s{seed}.json"
+    return Path(out) / "records" / file_name(task) / f"{file_name(name)}-s{seed}.json"
 
 
 def save_record(out: Path, record: Record) -> Path:
@@ -109,14 +109,7 @@ def save_record(out: Path, record: Record) -> Path:
 
 def load_record(path: Path) -> Record:
     """Raises InputError, naming the file and the field, for one that is damaged or was not written by `save_record`."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: not JSON ({type(error).__name__}); delete it and run again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: needed an object, came {type(content).__name__}; delete it and run again")
+    content = read_object(path)
     names = [field.name for field in fields(Record)]
     odd = [f"no field {name!r}" for name in names if name not in content]
     odd += [f"an unknown field {name!r}" for name in content if name not in names]
@@ -126,6 +119,19 @@ def load_record(path: Path) -> Record:
         return Record(**content)
     except ValueError as error:
         raise InputError(f"{path} is damaged: field {error}; delete it and run again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file of ours. Raises InputError if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: not JSON ({type(error).__name__}); delete it and run again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: needed an object, came {type(content).__name__}; delete it and run again")
+    return content
 
 
 def load_records(out: Path) -> list[Record]:
@@ -141,7 +147,8 @@ def load_records(out: Path) -> list[Record]:
     return sorted(records, key=lambda record: (record.task, record.name, record.seed))
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
+    """A name of one file or folder, whatever the text: at most three bytes for each of its own."""
     return quote(text, safe="").replace(".", "%2E")
 
 

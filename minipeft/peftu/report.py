@@ -6,6 +6,7 @@ made once, as tables and pictures, and then written twice. Ids and names are dat
 
 import base64
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
@@ -19,7 +20,7 @@ from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.peftu import charts
 from minipeft.peftu.charts import label
-from minipeft.peftu.records import load_records
+from minipeft.peftu.records import Record, load_records
 from minipeft.peftu.summary import Outcome, outcomes
 from minipeft.peftu.tables import (
     RIVALS,
@@ -43,6 +44,7 @@ from minipeft.peftu.tables import (
 FIELDS = {"tasks": dict, "comparisons": list, "mode": str, "seeds": list, "versions": dict, "command": str,
           "ceilings": dict, "audit": dict, "minimum_detectable_difference": dict}  # fmt: skip
 SIGNIFICANT = 0.05
+PICTURE = re.compile(r"^!\[.*\]\(figures/(\d+-[a-z-]+\.png)\)$", re.MULTILINE)  # as `as_markdown` names one
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,35 @@ class Section:
 
 
 def write_report(out: Path) -> Path:
-    """Write report.html, report.md and figures/; replaces earlier ones. Returns the path of report.html.
+    """Write report.html, report.md and figures/; replaces earlier ones, and no other file in figures/.
+
+    Returns the path of report.html. Records of further methods and seeds, which a larger run left, are not read.
 
     Raises:
         InputError: result.json or a record is missing or damaged, or they are not of the same run.
     """
     out = Path(out)
     result = read_result(out / "result.json")
-    found = outcomes([record for record in load_records(out) if record.task in result["tasks"]])
+    found = outcomes([record for record in load_records(out) if asked_for(result, record)])
     check_same_run(out, result, found)
     with charts.style():
         sections = [overview(result), *(task_section(task, names, result) for task, names in found.items()),
                     made_by(result)]  # fmt: skip
         write_file(out / "report.html", as_html(sections).encode())
-        for old in (out / "figures").glob("*.png"):
-            old.unlink()
+        for old in pictures_named(out / "report.md"):
+            (out / "figures" / old).unlink(missing_ok=True)
         write_file(out / "report.md", as_markdown(sections, out / "figures").encode())
     return out / "report.html"
+
+
+def pictures_named(report: Path) -> list[str]:
+    """The pictures that an earlier report has written."""
+    return PICTURE.findall(report.read_text(errors="replace")) if report.exists() else []
+
+
+def asked_for(result: dict, record: Record) -> bool:
+    entry = result["tasks"].get(record.task, {}).get(record.name)
+    return entry is not None and record.seed in entry["seeds"]
 
 
 def read_result(path: Path) -> dict:
@@ -101,7 +115,7 @@ def read_result(path: Path) -> dict:
 
 
 def check_same_run(out: Path, result: dict, found: dict[str, dict[str, Outcome]]) -> None:
-    """Raises InputError if result.json does not speak of exactly these records."""
+    """Raises InputError if a record is missing of which result.json speaks."""
     for task, entries in result["tasks"].items():
         stated = {name: entry["seeds"] for name, entry in entries.items() if entry is not None}
         there = {name: list(outcome.by_seed) for name, outcome in found.get(task, {}).items()}

@@ -28,33 +28,34 @@ from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
-from minipeft.peftu.asking import Asking
+from minipeft.peftu.asking import Asking, Questions
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import BASELINES, Answers
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
 from minipeft.peftu.features import features
 from minipeft.peftu.metrics import Labels, calibration_error, scores, user_metrics
 from minipeft.peftu.probes import Probed, chosen_labels, probe_scores
-from minipeft.peftu.protocol import Protocol, equal_size
-from minipeft.peftu.records import Record, load_record, record_path, save_record
+from minipeft.peftu.protocol import PROTOCOLS, Protocol, answer_tokens, equal_size
+from minipeft.peftu.records import Record, file_name, load_record, record_path, save_record
 from minipeft.peftu.scoring import JOINED_BY, published_reading, published_right
+from minipeft.peftu.settings import Settings, keep_settings
 from minipeft.peftu.tidy import Tidied
 from minipeft.running import for_base, pooled
 from minipeft.schedule import Adapter, PassConfig
-from minipeft.tasks.task import SPLITS
+from minipeft.tasks.task import SPLITS, Task
 from minipeft.training import EVERYONE
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
 FEW_SHOT = 4  # examples in the prompt of the few-shot baseline
-ANSWER_TOKENS = 16  # at most, of a decoded answer
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to do, for every task.
 
-    rates:   the learning rates to try of every method, in place of its own grid. carried: name -> the one to take.
+    rates:   the learning rates to try of every method, in place of its own grid.
+    carried: name -> the one to take; of every method, and of the shared adapters. origin: where those were chosen.
     equal:   "parameters": every method at the size whose trained numbers come nearest to those of a LoRA of rank 1,
              an encoder's head not counted; "time": as many epochs as cost what `epochs` of the first method cost,
              counted in floating-point operations; "": neither.
@@ -67,9 +68,23 @@ class Plan:
     epochs: int = 8
     rates: tuple[float, ...] | None = None
     carried: tuple[tuple[str, float], ...] = ()
+    origin: str = ""
     equal: str = ""
     top_layers: int | None = None
     passes: PassConfig = field(default_factory=PassConfig)
+
+    @property
+    def mode(self) -> str:
+        return next((name for name, each in PROTOCOLS.items() if each == self.protocol), "neither")
+
+    def examples(self, task: Task, name: str, epochs: int) -> int:
+        """Planned training examples of a method over all its cells: an upper bound, people may stop early."""
+        own = sum(len(task.train[user]) for user in task.users if name == SHARED or task.test[user])
+        return epochs * own * (len(self.grid(name, True, {})) + len(self.seeds) - 1)
+
+    def all_examples(self, task: Task) -> int:
+        """The same of all methods, before it is known which of them apply and whether some get more epochs."""
+        return sum(self.examples(task, name, self.epochs) for name in (*self.methods, SHARED, SHARED_USER))
 
     def grid(self, name: str, first: bool, chosen: dict[str, float]) -> list[float]:
         """The learning rates of a method on its first or a further seed."""
@@ -94,7 +109,7 @@ class TaskRun:
     ):  # fmt: skip
         self.plan, self.task, self.tidied, self.out = plan, tidied.task, tidied, out
         self.protocol, self.show, self.update = plan.protocol, show, update
-        self.audit = Audit(self.task)
+        self.audit = Audit(self.task, out / "audit" / f"{file_name(self.task.name)}.json")
         self.asking = Asking(base, self.task, self.protocol, self.audit)
         self.users = [user for user in self.task.users if self.task.test[user]]  # who can be scored
         if plan.top_layers is not None:
@@ -122,6 +137,10 @@ class TaskRun:
                 left_out[name] = str(error)
         if not found:
             raise InputError(f"no method applies to this base: {'; '.join(left_out.values())}")
+        carried = dict(self.plan.carried)
+        if carried and (missing := [name for name in (*found, SHARED, SHARED_USER) if name not in carried]):
+            raise InputError(f"--lrs-from: that run has chosen no learning rate of {', '.join(missing)}; each method "
+                             "needs its own, or comparisons are not fair: run them there, or leave them out")
         if self.plan.equal == "parameters":
             anchor = for_base(replace(self.protocol.methods()["lora"], rank=1), self.base).parts[0].count(self.base)
             found = {name: for_base(equal_size(method.parts[0], self.base, anchor), self.base)
@@ -134,27 +153,33 @@ class TaskRun:
 
     # ---- The whole task --------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Leaves every record in OUT; adapters are deleted once all are there."""
+    def run(self, later: int = 0) -> None:
+        """Leaves every record in OUT. later: training examples that are planned for afterwards.
+
+        Raises:
+            InputError: other settings made the records that are there.
+        """
+        keep_settings(self.out, self.task.name, self._settings)
         for line in self.left_out.values():
             self.show(f"{self.task.name}: left out: {line}")
         self._baselines()
-        names = [*self.methods, SHARED, SHARED_USER]
-        self._planned = sum(self._examples_of(name) for name in names)
+        names = (*self.methods, SHARED, SHARED_USER)
+        self._planned = later + sum(self.plan.examples(self.task, name, self._epochs(name)) for name in names)
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
             for stage in ([*self.methods, SHARED], [SHARED_USER]):
                 self._stage(stage, seeds, first)
-        self.forget_adapters()
 
-    def forget_adapters(self) -> None:
-        """Records are all that is kept."""
-        shutil.rmtree(self._adapters_folder, ignore_errors=True)
+    def finish(self) -> None:
+        """Nothing more is planned, and records are all that is kept: adapters are deleted."""
+        self._planned = self._done
+        self.update(self._done, self._planned)
+        if self._adapters_folder.exists():
+            shutil.rmtree(self._adapters_folder)
 
-    def _examples_of(self, name: str) -> int:
-        """Planned training examples of a method over all its cells: an upper bound, people may stop early."""
-        first = len(self.plan.grid(name, True, {}))
-        own = sum(len(self.task.train[user]) for user in (self.task.users if name == SHARED else self.users))
-        return self._epochs(name) * own * (first + len(self.plan.seeds) - 1)
+    def save(self, record: Record) -> None:
+        """Beside what had to be fitted for it."""
+        self.audit.keep()
+        save_record(self.out, record)
 
     def _count(self, examples: int) -> None:
         self._done += examples
@@ -166,7 +191,7 @@ class TaskRun:
 
     @property
     def _adapters_folder(self) -> Path:
-        return self.out / "adapters" / self.task.name
+        return self.out / "adapters" / file_name(self.task.name)
 
     def _stage(self, names: Sequence[str], seeds: Sequence[int], first: bool) -> None:
         """Train what of these has no record yet, all in one fused training, and write the records."""
@@ -188,11 +213,15 @@ class TaskRun:
             losses = {each.cell.config.learning_rate: each.validation() for each in tried}
             best = min(tried, key=Trained.validation)
             if not np.isfinite(best.validation()):
-                self.show(f"{self.task.name}: {name}, seed {seed}: at every learning rate somebody's validation loss "
-                          "was not finite")  # fmt: skip
+                self.show(f"{self.task.name}: {name}, seed {seed}: at every learning rate somebody could not be "
+                          "trained")  # fmt: skip
+            for each in tried:
+                if reasons := list(each.failed.values()):
+                    self.show(f"{self.task.name}: {each.cell.label}: {len(reasons)} users could not be trained, e.g. "
+                              f"{reasons[0]}")  # fmt: skip
             if first:
                 self.chosen[name] = best.cell.config.learning_rate
-            save_record(self.out, self._record_of(name, seed, self._digest(cells), best, losses))
+            self.save(self._record_of(name, seed, self._digest(cells), best, losses))
             for each in tried:
                 if each is not best or name != SHARED:
                     each.forget()
@@ -202,14 +231,14 @@ class TaskRun:
         """planned: whether the examples of these cells are among the planned ones."""
         cells = [cell if cell.upon is None else replace(cell, under=self.shared_adapter(cell.upon)) for cell in cells]
         callbacks = (self._count, self._found) if planned else (lambda examples: None,) * 2
-        return train_cells(self.base, self.asking.prompts.labels, cells, self._adapters_folder, self.plan.passes,
-                           *callbacks)  # fmt: skip
+        return train_cells(self.base, self.asking.prompts.labels, cells, self.audit, self._adapters_folder,
+                           self.plan.passes, *callbacks)  # fmt: skip
 
-    def shared_adapter(self, cell: Cell) -> Adapter:
+    def shared_adapter(self, cell: Cell, planned: bool = False) -> Adapter:
         """A shared cell's adapter, one object for all who have it under theirs; trained again if its file is gone."""
         digest = cell.digest()
         if digest not in self._kept:
-            self._kept[digest] = self.train([cell], planned=False)[0].adapters[EVERYONE]
+            self._kept[digest] = self.train([cell], planned)[0].adapters[EVERYONE]
         return self._kept[digest]
 
     @cached_property
@@ -243,14 +272,13 @@ class TaskRun:
     def _counted(self) -> dict[str, float]:
         return {}
 
-    def questions(self, name: str) -> dict[str, dict[str, list[Question]]]:
-        return self.asking.questions(self._method(name), self.protocol.examples)
+    def questions(self, name: str, asking: Asking | None = None) -> Questions:
+        """As users of this method are asked; by another asking than this run's, about fewer examples."""
+        return (asking or self.asking).questions(self._method(name), self.protocol.examples)
 
     def cell(self, name: str, rate: float, seed: int) -> Cell:
         config = self.protocol.config(self._method(name), rate, seed, self._epochs(name))
         questions = self.questions(name)
-        for split in ("train", "val"):
-            self.audit.fitting("adapters", self.task.pooled(split))
         if name == SHARED:
             everyone = Learner(EVERYONE, pooled(questions["train"]), pooled(questions["val"]))
             return Cell(name, replace(config, batch_size=SHARED_BATCH), (everyone,))
@@ -275,7 +303,7 @@ class TaskRun:
         return {user: [prompts.sets[i] for i in own.argmax(1)] for user, own in scored.items()}
 
     def decoded(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[str]]:
-        """What a T5 says, greedily."""
+        """What a T5 says, greedily, through adapters of one method."""
         passes, found = self.plan.passes, {}
         speaking = Engine(self.base, self.asking.prompts.labels, passes)
         users = list(adapters)
@@ -284,7 +312,7 @@ class TaskRun:
             places = [speaking.admit(user, a.method, a.row, under=a.under, name=user)
                       for user, a in ((user, adapters[user]) for user in group)]  # fmt: skip
             asked = [(*place, [q.prompt for q in questions[user]]) for place, user in zip(places, group)]
-            for user, said in zip(group, speaking.generate(asked, ANSWER_TOKENS)):
+            for user, said in zip(group, speaking.generate(asked, answer_tokens(adapters[group[0]].method))):
                 found[user] = [self.asking.prompts.tokenizer.decode(tokens) for tokens in said]
             for place in places:
                 speaking.evict(*place)
@@ -332,10 +360,12 @@ class TaskRun:
         scored = self.score(adapters, questions["test"])
         rows = rows_trained(best, sum(method.virtual(self.base)))
         trained_for = len(self.task.users) if name == SHARED else len(own)
-        diverged = sum(not np.isfinite(loss) for loss in losses.values())
+        given_up = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
-        more = {"learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped,
-                "users who diverged, answered by the start value": len(best.failed)}  # fmt: skip
+        more = {"learning rates given up, for somebody could not be trained at them": given_up,
+                "steps skipped, gradient not finite": skipped,
+                "users who could not be trained, answered by the start value": len(best.failed),
+                f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
         return self._record(
             name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
             probabilities={user: softmax(each) for user, each in scored.items()},
@@ -372,7 +402,7 @@ class TaskRun:
         if self._existing(name, self.plan.seeds[0], digest) is None:
             made = make()
             if any(answer is not None for user in self.users for answer in made["answers"][user]):
-                save_record(self.out, self._record(name, "baseline", self.plan.seeds[0], digest, **made))
+                self.save(self._record(name, "baseline", self.plan.seeds[0], digest, **made))
             self.show(f"{self.task.name}: {name}: done")
 
     def _bytes_kept(self, name: str) -> int:
@@ -421,6 +451,17 @@ class TaskRun:
         return found, seconds
 
     # ---- What is there already -------------------------------------------------------------------------------------
+
+    @property
+    def _settings(self) -> Settings:
+        """What a user chooses, by the options, of what determines the records. Digests speak for the rest."""
+        plan = self.plan
+        return {
+            "--mode": plan.mode, "--epochs": plan.epochs, "--top-layers": plan.top_layers,
+            "--equal": f"time of {next(iter(self.methods))}" if plan.equal == "time" else plan.equal,
+            "--lrs": plan.rates, "--lrs-from": dict(plan.carried), "the base (--model)": self._base_digest[:12],
+            "the data (--tasks, --split, --users, --instructions)": self._task_digest,
+        }  # fmt: skip
 
     def _digest(self, cells: Sequence[Cell]) -> str:
         return digest_of([[cell.digest() for cell in cells], asdict(self.protocol), self._task_digest,

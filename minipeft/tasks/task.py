@@ -24,6 +24,7 @@ from minipeft.errors import InputError
 
 SPLITS = ("train", "val", "test")
 KINDS = ("leaked", "no_leak", "strict", "new_users")
+MAX_NAME = 80  # bytes of a task's name: files are called by it, each byte escaped by three
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,9 @@ def _read(path: Path) -> bytes:
 def _read_header(path: Path) -> tuple[str, str, tuple[str, ...], bool]:
     header = _parse_object(_read(path), str(path))
     name = _field(header, "name", str, str(path))
+    if not (name.strip() and name.isprintable() and len(name.encode()) <= MAX_NAME):
+        raise InputError(f"load_task: {path}: \"name\" is empty, too long or not printable; needed 1 to {MAX_NAME} "
+                         "bytes of visible text")
     if header.get("generative"):
         raise InputError(f"load_task: {path}: {name!r} is a generative task, of targets; needed one of labels: "
                          "training on targets is not built")
