@@ -510,7 +510,9 @@ def test_a_rank_that_is_killed_comes_back_and_nobody_is_lost(task, model, base, 
 
 
 class OneOfTwo(Ranks):
-    """A process that hears from the other one what that would tell."""
+    """A process that hears from the other one what that would tell, and then no more."""
+
+    all_ended = True
 
     def __init__(self, rank, other_says):
         super().__init__(rank, 2)
@@ -518,6 +520,9 @@ class OneOfTwo(Ranks):
 
     def tell(self, content=b"", teller=0):
         return content if teller == self.rank else self._other_says
+
+    def listen(self):
+        pass
 
 
 def test_processes_that_were_given_different_things_are_refused(task, base, tmp_path):
