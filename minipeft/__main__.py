@@ -51,6 +51,7 @@ from minipeft.options import (
 from minipeft.ranks import Ranks, joined, own_device
 from minipeft.running import evaluate, open_base, predict, without_head
 from minipeft.schedule import TrainConfig
+from minipeft.sharding import shard
 from minipeft.shards import KINDS
 from minipeft.store import Store, is_store
 from minipeft.tasks.folder import TaskFolder
@@ -119,6 +120,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                                                          "are smaller, and not exact")  # fmt: skip
     own.add_argument("--resume", action="store_true",
                      help="go on with the same training where it was interrupted; begin it if there is none")
+    own.add_argument("--shard-base", action="store_true",
+                     help="under torchrun: each process keeps a part of each layer's matrices, for a base that one GPU "
+                     "does not hold")  # fmt: skip
     own.add_argument("--save-minutes", type=float, default=SAVE_MINUTES, metavar="X",
                      help=f"how often what is under way is saved (default: {SAVE_MINUTES:g}; and when interrupted)")
     own.add_argument("--on-bad", choices=["quarantine", "stop"], default="quarantine",
@@ -213,7 +217,9 @@ def train_users(
     """One rank's part. None at ranks other than 0, which print nothing."""
     task = TaskFolder(args.task, args.users)
     check_device(args.device)
-    model = load_model(args.model, args.dtype, own_device(args.device))
+    model = load_model(args.model, args.dtype, "cpu" if args.shard_base else own_device(args.device))
+    if args.shard_base:
+        shard(model, own_device(args.device), ranks)
     training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),
                              resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
                              save_minutes=args.save_minutes, rows=args.rows, pooling=args.pooling)  # fmt: skip

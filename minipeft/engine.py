@@ -182,6 +182,8 @@ class Engine:
 
     def _log_probs(self, batch: Batch, steps: dict[tuple[int, int], int] | None = None) -> Tensor:
         """Log-probabilities of what a target may be at the rows that were asked for: [M, vocab]."""
+        if self.model.lockstep is not None:
+            self.model.lockstep.before(steps is not None)
         self.totals.count(batch)
         self.model.recompute = self.passes.recompute
         self._begin(batch.groups, steps is not None)
@@ -243,7 +245,7 @@ class Engine:
         try:
             step()
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not _out_of_memory(error) or self.model.lockstep is not None:  # other ranks are in the midst of it
                 raise
             return False
         return True

@@ -10,6 +10,7 @@ reason, and nobody else's adapter is another for it.
 
 import errno
 import json
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -30,7 +31,8 @@ from minipeft.prompts import Prompts
 from minipeft.ranks import Ranks, share_out
 from minipeft.resume import FORMAT, State, difference, packed, unpacked
 from minipeft.running import for_base, open_base, prompts_of
-from minipeft.schedule import Adapter, Fault, Job, PassConfig, Standing, TrainConfig
+from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, TrainConfig
+from minipeft.sharding import Stopped, check_sharded
 from minipeft.stopping import Interrupted, Stop, stoppable
 from minipeft.store import Store, key_of
 from minipeft.tasks.folder import TaskFolder
@@ -119,6 +121,8 @@ class Training:
             raise InputError(f"epochs must be at most {MOST_EPOCHS} where a store keeps what came of each, got "
                              f"{config.epochs}")  # fmt: skip
         config.method.check(base)
+        if base.lockstep is not None:
+            check_sharded(config.method, passes)
         passes = passes or PassConfig()
         replace(passes, slots=1 if passes.slots == "auto" else passes.slots).check()
         virtual = config.method.virtual(base)
@@ -213,6 +217,9 @@ class Training:
         return desk.summary
 
     def _run(self, desk: Desk, stop: Stop, show: Show) -> None:
+        lockstep = self.base.lockstep
+        if lockstep is not None:
+            lockstep.stopping = lambda: bool(stop.signum)
         mine = self._begin(desk)
         everyone = self._everyone(desk, stop, show) if self.shared else None
         desk.under = everyone if self.shared == "on" else None
@@ -222,7 +229,16 @@ class Training:
         jobs = self._jobs(mine, standings, everyone, desk)
         part = f"rank-{self.ranks.rank}-of-{self.ranks.number}"
         self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned, part)
+        self._keep_company(stop)
         self._end(desk, stop)
+
+    def _keep_company(self, stop: Stop) -> None:
+        """Of a base that the ranks share: until nobody has a pass left."""
+        if self.base.lockstep is not None:
+            try:
+                self.base.lockstep.finish()
+            except Stopped:
+                raise Interrupted(stop.signum or signal.SIGTERM) from None
 
     def _examples_left(self, user: str, standings: dict[str, Standing]) -> int:
         """Training examples of the user's plan that are not behind them."""
@@ -270,6 +286,7 @@ class Training:
                 adapter = self.train_shared(show, desk, stop)
                 self.state.keep_shared(adapter)
             content = packed(adapter)
+        self._keep_company(stop)
         return unpacked(self.ranks.tell(content))
 
     def train_shared(self, show: Show, desk: Desk, stop: Stop) -> Adapter:
@@ -316,30 +333,38 @@ class Training:
         engine = Engine(self.base, self.prompts.labels, self.passes)
         totals, splits, desk.worked_off = engine.totals, 0, 0
         saved = minute = time.monotonic()
+        runs: list[Run] = []
+
+        def save() -> None:
+            self.state.save(part, ((run.job.key, engine.standing(run)) for run in runs))
+            desk.log("saved", resident=len(runs))
+
         with show(title) as update:
-            for done in engine.run(jobs):
-                take([run.adapter for run in done.finished] + done.faults)
-                desk.take_arrived()
-                now = time.monotonic()
-                if stop.signum or now - saved > 60 * self.save_minutes:
-                    standings = ((run.job.key, engine.standing(run)) for run in done.runs)
-                    self.state.save(part, standings)
-                    desk.log("saved", resident=len(done.runs))
-                    saved = now
-                if stop.signum:
-                    raise Interrupted(stop.signum)
-                if totals.splits > splits:
-                    if not desk.summary.splits:
-                        desk.log("out of memory", passes=totals.passes)
-                    desk.count(splits=totals.splits - splits)
-                    splits = totals.splits
-                desk.worked_off += done.worked_off
-                update(min(desk.worked_off, planned), planned)
-                if now - minute > MINUTE:
-                    desk.log("passes", passes=totals.passes, rows=totals.rows, tokens=totals.tokens,
-                             resident=len(done.runs), trained=desk.summary.trained, planned=planned,
-                             worked_off=desk.worked_off)  # fmt: skip
-                    minute = now
+            try:
+                for done in engine.run(jobs):
+                    take([run.adapter for run in done.finished] + done.faults)
+                    desk.take_arrived()
+                    runs, now = done.runs, time.monotonic()
+                    if stop.signum and self.base.lockstep is None:  # else all ranks stop before the same pass
+                        raise Stopped
+                    if now - saved > 60 * self.save_minutes:
+                        save()
+                        saved = now
+                    if totals.splits > splits:
+                        if not desk.summary.splits:
+                            desk.log("out of memory", passes=totals.passes)
+                        desk.count(splits=totals.splits - splits)
+                        splits = totals.splits
+                    desk.worked_off += done.worked_off
+                    update(min(desk.worked_off, planned), planned)
+                    if now - minute > MINUTE:
+                        desk.log("passes", passes=totals.passes, rows=totals.rows, tokens=totals.tokens,
+                                 resident=len(done.runs), trained=desk.summary.trained, planned=planned,
+                                 worked_off=desk.worked_off)  # fmt: skip
+                        minute = now
+            except Stopped:
+                save()
+                raise Interrupted(stop.signum or signal.SIGTERM) from None
 
     def _end(self, desk: Desk, stop: Stop) -> None:
         """This rank has nobody left. Rank 0 waits for the others' last news."""

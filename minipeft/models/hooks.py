@@ -24,6 +24,7 @@ from minipeft.models.rows import Rows
 if TYPE_CHECKING:
     from minipeft.models.checkpoint import Family
     from minipeft.models.loading import Origin
+    from minipeft.sharding import Lockstep
 
 
 class Hooks:
@@ -102,6 +103,7 @@ class Sites:
     head_size:     (K, classes) of the head of one's own that an encoder with classes takes at "head"; None for others.
     family:        how load_model read it, which says what Hugging Face calls its parameters; None: it was not loaded.
     origin:        the folder it was loaded from (loading.py); None: it was made in memory.
+    lockstep:      how the ranks that share its layers agree on passes (sharding.py); None: it is whole.
     """
 
     sites: dict[str, tuple[int, int]]
@@ -116,6 +118,7 @@ class Sites:
     head_size: tuple[int, int] | None = None
     family: "Family | None" = None
     origin: "Origin | None" = None
+    lockstep: "Lockstep | None" = None
 
     def name_sites(self, groups: Iterable[Sequence[Linear]], head: Linear | None = None) -> None:
         """Fill in the tables. groups: the linear maps that share their input, in forward order. head: if it speaks."""
