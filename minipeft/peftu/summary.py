@@ -12,15 +12,9 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.peftu.records import BASELINES, Record
-from minipeft.stats import (
-    bootstrap_mean,
-    holm,
-    interval,
-    minimum_detectable_difference,
-    p_value,
-    redrawn_means,
-    worst_decile,
-)
+from minipeft.stats import Estimate, bootstrap_mean, estimates, holm, share_luck, worst_decile
+
+EXACT = 1e-9  # points; differences below are of rounding
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ def harmed(outcome: Outcome, other: Outcome | None) -> int | None:
     """How many users are worse off than under the other; None where there is no other."""
     if other is None or other is outcome:
         return None
-    return int((paired(outcome, other)[1].mean(1) < -1e-9).sum())
+    return int((paired(outcome, other)[1].mean(1) < -EXACT).sum())
 
 
 def compare(task: str, names: dict[str, Outcome]) -> list[dict]:
@@ -144,22 +138,22 @@ def compare(task: str, names: dict[str, Outcome]) -> list[dict]:
     result, groups = [], {}
     for a, b in combinations(names, 2):
         users, differences = paired(names[a], names[b])
-        if not users:
-            continue
-        by_user = differences.mean(1)
-        groups.setdefault((tuple(users), differences.shape), []).append((len(result), differences))
-        result.append({
-            "task": task, "a": a, "b": b, "difference": float(by_user.mean()), "ci": None, "p": None, "p_holm": None,
-            "wins": int((by_user > 1e-9).sum()), "ties": int((abs(by_user) <= 1e-9).sum()),
-            "losses": int((by_user < -1e-9).sum()),
-            "minimum_detectable_difference": minimum_detectable_difference(by_user),
-        })  # fmt: skip
-    for (users, _), members in groups.items():  # pairs of the same users share their redraws
-        means = redrawn_means(np.stack([differences for _, differences in members]))
-        for column, (place, _) in enumerate(members):
-            pair = result[place]
-            pair["ci"] = list(interval(means[:, column], len(users)))
-            pair["p"] = p_value(means[:, column], pair["difference"], len(users))
+        if users:
+            groups.setdefault((tuple(users), differences.shape), []).append((len(result), differences))
+            result.append({"task": task, "a": a, "b": b})
+    found: dict[int, Estimate] = {}
+    for members in groups.values():  # pairs of the same users share their redraws
+        found |= zip([place for place, _ in members], estimates(np.stack([values for _, values in members])))
+    family = share_luck([found[place] for place in range(len(result))], sum(len(o.records) > 1 for o in names.values()))
+    by_user = {place: values.mean(1) for members in groups.values() for place, values in members}
+    for place, (pair, estimate) in enumerate(zip(result, family)):
+        gain = by_user[place]
+        pair |= {
+            "difference": estimate.mean, "ci": list(estimate.interval()), "p": estimate.p_value(), "p_holm": None,
+            "wins": int((gain > EXACT).sum()), "ties": int((abs(gain) <= EXACT).sum()),
+            "losses": int((gain < -EXACT).sum()),
+            "minimum_detectable_difference": estimate.minimum_detectable_difference(),
+        }  # fmt: skip
     for pair, adjusted in zip(result, holm([pair["p"] for pair in result])):
         pair["p_holm"] = float(adjusted)
     return result
