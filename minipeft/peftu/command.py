@@ -3,11 +3,14 @@
 import argparse
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,7 @@ from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_
 from minipeft.tasks.task import KINDS
 
 METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
+LIBRARIES = ("scipy", "scikit-learn", "bm25s", "triton")  # whose versions matter, where they are installed
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
@@ -68,8 +72,11 @@ def run_peftu(argv: Sequence[str]) -> None:
         audits[each.task.name], left_out[each.task.name] = run.audit.report(), run.left_out
     result = summarise([record for record in load_records(args.out) if record.task in audits]) | {
         "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
-        "command": "python -m minipeft.bench peftu " + " ".join(map(str, argv)),
+        "command": shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]),
+        "options": {"epochs at most": args.epochs, "equal": args.equal or "neither parameters nor time",
+                    "top layers": args.top_layers or "all", "split": args.split, "users": args.users or "all"},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     **{name: version(name) for name in LIBRARIES if find_spec(name.replace("scikit-learn", "sklearn"))},
                      "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
         "ceilings": ceilings, "audit": audits, "left_out": left_out,
     }  # fmt: skip
