@@ -137,7 +137,7 @@ def test_a_pair_of_less_luck_than_the_family_takes_the_familys():
     shared = share_luck(family, 4)
     mean = np.mean([each.of_luck for each in family[:3]])
     assert [each.of_luck for each in shared] == pytest.approx([mean, mean, family[2].of_luck, 0])
-    assert [each.luck_freedom for each in shared] == [6, 6, 2, 0]
+    assert [each.luck_freedom for each in shared] == [6, 6, 6, 0]
     assert share_luck(family[3:], 2) == family[3:]
 
 

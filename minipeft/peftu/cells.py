@@ -174,8 +174,9 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
 def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Sequence[Question]) -> float:
     """Counted floating-point operations of a training step, forward and backward, per row of its prompts.
 
-    What is read beside them, as a T5's targets, is in the count and not among the rows (`rows_trained`). By PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's,
-    which it does not see: theirs are taken as 6 per trained number and row.
+    What is read beside them, as a T5's targets, is in the count and not among the rows (`rows_trained`). By
+    PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which
+    it does not see: theirs are taken as 6 per trained number and row.
     """
     engine = Engine(base, labels, PassConfig(slots=1))
     job = Job("counted", questions, questions, TrainConfig(method))

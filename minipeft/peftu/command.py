@@ -36,7 +36,7 @@ from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_
 from minipeft.tasks.task import KINDS
 
 METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
-LIBRARIES = ("scipy", "scikit-learn", "bm25s", "triton")  # whose versions matter, where they are installed
+LIBRARIES = {"scipy": "scipy", "sklearn": "scikit-learn", "bm25s": "bm25s", "triton": "triton"}  # module -> package
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
@@ -76,7 +76,7 @@ def run_peftu(argv: Sequence[str]) -> None:
         "options": {"epochs at most": args.epochs, "equal": args.equal or "neither parameters nor time",
                     "top layers": args.top_layers or "all", "split": args.split, "users": args.users or "all"},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     **{name: version(name) for name in LIBRARIES if find_spec(name.replace("scikit-learn", "sklearn"))},
+                     **{name: version(name) for module, name in LIBRARIES.items() if find_spec(module)},
                      "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
         "ceilings": ceilings, "audit": audits, "left_out": left_out,
     }  # fmt: skip

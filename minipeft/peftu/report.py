@@ -153,7 +153,8 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
               charts.accuracies(figures, ceilings)),
              ("cost", "Accuracy against cost. The line joins the methods that nothing cheaper beats; where intervals "
                       "overlap, neighbours on it may change places.", charts.costs(figures)),
-             ("cold-start", "New users: accuracy against the number of their own examples, of those who have as many.", charts.cold_start(figures)),
+             ("cold-start", "New users: accuracy against the number of their own examples, of those who have as many.",
+              charts.cold_start(figures)),
              ("loss", "Validation loss, mean over users; who stopped early keeps the last value.",
               charts.losses(names))]  # fmt: skip
     if personal and "shared" in names:

@@ -341,7 +341,7 @@ class TaskRun:
         diverged = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
         unmatched = self.plan.equal == "parameters" and method.parts[0].name not in SIZES
-        more = {"no size to set, so its numbers are not matched; it trains": unmatched * method.parts[0].count(self.base),
+        more = {"no size to set, so not matched: numbers it trains": unmatched * method.parts[0].count(self.base),
                 "learning rates that diverged": diverged, "steps skipped, gradient not finite": skipped,
                 "users who diverged, answered by the start value": len(best.failed)}  # fmt: skip
         return self._record(

@@ -70,7 +70,8 @@ def comparison_table(title: str, pairs: list[dict], family: int, folded: bool = 
     return Table(title, ["a", "b", "difference, points", "95 % interval", "p (Holm)", "a wins", "ties", "a loses",
                          "detectable, points"], rows, folded,
                  f"a minus b, paired over users, on the test examples that both answer. p is adjusted over all {family} "
-                 "pairs of the task, the interval is not. Detectable: the true difference that so many users would show with 80 % power at alpha 0.05.",
+                 "pairs of the task, the interval is not. Detectable: the true difference that so many users would show "
+                 "with 80 % power at alpha 0.05.",
                  )  # fmt: skip
 
 
@@ -105,8 +106,8 @@ def rate_table(names: dict[str, Outcome]) -> Table:
             for name, outcome in names.items() if outcome.first.lr_grid]  # fmt: skip
     return Table("Learning rates that were tried", ["method", "chosen", "best at an end of the grid",
                                                     *(f"loss at {rate:g}" for rate in tried)], rows,
-                 note="Validation loss of each, mean over users; first seed. A rate at which one user cannot be trained "
-                 "is given up for all. Where the best lies at an end, a better one may lie beyond.")
+                 note="Validation loss of each, mean over users; first seed. A rate at which one user cannot be "
+                 "trained is given up for all. Where the best lies at an end, a better one may lie beyond.")
 
 
 def at_edge(grid: dict[float, float]) -> str:
@@ -146,8 +147,8 @@ def cold_start_table(figures: dict[str, dict]) -> Table:
              number(point["users"], "d")]
             for name, each in figures.items() for k, point in (each["cold_start"] or {}).items()]  # fmt: skip
     return Table("Cold start: new users", ["method", "own examples", "accuracy, %", "95 % interval", "users"], rows,
-                 folded=True, note="Users with fewer examples drop out as the number grows: points of different numbers "
-                 "of users are not of the same users.")  # fmt: skip
+                 folded=True, note="Users with fewer examples drop out as the number grows: points of different "
+                 "numbers of users are not of the same users.")  # fmt: skip
 
 
 def movement_table(names: dict[str, Outcome]) -> Table:
