@@ -20,7 +20,7 @@ from minipeft.peftu.protocol import FIXED, PAPER
 from minipeft.peftu.records import load_records
 from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.tidy import tidied
-from minipeft.running import open_base
+from minipeft.running import for_base, open_base
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import save_task
@@ -282,7 +282,7 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
         current = cells.FlopCounterMode(display=False)
         patch.setattr(cells, "FlopCounterMode", lambda display: current)
         patch.setattr(Engine, "train_step", seen)
-        per_row = cells.flops_per_row(base, asking.prompts.labels, FIXED.methods()["lora"], questions)
+        per_row = cells.flops_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base), questions)
     assert per_row * rows == pytest.approx(counted[0])
 
 

@@ -103,8 +103,8 @@ def summarise(records: Sequence[Record]) -> dict:
     """`tasks`, `comparisons` and `minimum_detectable_difference` of result.json; a baseline that was not made is null.
 
     Comparisons are a minus b over the users and test examples both have, for every pair of names of a task; `p_holm` is
-    adjusted over all pairs of the task, not over tasks. Where one of the two has a single seed, that one stands against all
-    seeds of the other. A task's `minimum_detectable_difference` is the median over its pairs.
+    adjusted over all pairs of the task, not over tasks. Where one of the two has a single seed, that one stands against
+    all seeds of the other. A task's `minimum_detectable_difference` is the median over its pairs.
     """
     tasks: dict[str, dict[str, dict | None]] = {}
     comparisons, detectable = [], {}

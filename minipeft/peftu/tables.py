@@ -69,9 +69,9 @@ def comparison_table(title: str, pairs: list[dict], family: int, folded: bool = 
     ]  # fmt: skip
     return Table(title, ["a", "b", "difference, points", "95 % interval", "p (Holm)", "a wins", "ties", "a loses",
                          "detectable, points"], rows, folded,
-                 f"a minus b, paired over users, on the test examples that both answer. p is adjusted over all {family} "
-                 "pairs of the task, the interval is not. Detectable: the true difference that so many users would show "
-                 "with 80 % power at alpha 0.05.",
+                 f"a minus b, paired over users, on the test examples that both answer. p is adjusted over all "
+                 f"{family} pairs of the task, the interval is not. Detectable: the true difference that so many users "
+                 "would show with 80 % power at alpha 0.05.",
                  )  # fmt: skip
 
 
