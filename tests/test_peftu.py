@@ -255,7 +255,7 @@ def test_equal_parameters(task, bases, tmp_path):
 
 
 def test_what_was_cut_is_noted_of_the_questions_that_were_asked(task, bases):
-    """Own adapters beat the shared one and the majority, and nothing stands above its ceiling."""
+    """Virtual tokens leave less room for a text: so the prompt's note says, and not those of who asks without any."""
     asking = runner.Asking(open_base(bases["bert"], 2), task, FIXED, Audit(task))
     long = PromptTuning(tokens=asking.base.config.max_positions - 6)
     before = asking.notes_of()
