@@ -14,6 +14,7 @@ from minipeft import bench
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.methods.lora import LoRA
+from minipeft.methods.prompt import PromptTuning
 from minipeft.models.loading import load_model
 from minipeft.peftu import cells, cold_start, command, runner
 from minipeft.peftu.asking import Asked
@@ -25,7 +26,7 @@ from minipeft.peftu.records import load_records, save_record
 from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.settings import load_settings
 from minipeft.peftu.tidy import tidied
-from minipeft.running import open_base
+from minipeft.running import for_base, open_base
 from minipeft.schedule import Adapter, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
@@ -399,7 +400,53 @@ def test_equal_parameters(task, bases, tmp_path):
     run = TaskRun(plan, tidied(task), base, tmp_path, print, print)
     counts = {name: method.parts[0].count(base) for name, method in run.methods.items()}
     smallest = 2 * (4 * (32 + 32) + 2 * (32 + 48))  # a LoRA of rank 1 in two layers
+    assert run.shared_method.parts[0] == run.methods["lora"].parts[0]
     assert counts == {"lora": smallest, "ia3": 2 * (32 + 32 + 48), "houlsby": 4 * (7 * 32 + 3), "prefix": 6 * 4 * 32}
+
+
+def test_what_was_cut_is_noted_of_the_questions_that_were_asked(task, bases):
+    """Virtual tokens leave less room for a text: so the prompt's note says, and not those of who asks without any."""
+    asking = runner.Asking(open_base(bases["bert"], 2), task, FIXED, Audit(task))
+    long = PromptTuning(tokens=asking.base.config.max_positions - 6)
+    before = asking.notes_of()
+    cut = asking.notes_of(long)["texts shortened"]
+    assert cut > before.get("texts shortened", 0) and asking.notes_of() == before
+    assert asking.notes_of(long) == {"texts shortened": cut}
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "gpt2"])
+def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases):
+    """Per row of the prompts, times these: a T5 reads targets besides, which cost too."""
+    base = open_base(bases[kind], 2)
+    asking = runner.Asking(base, task, FIXED, Audit(task))
+    questions = asking.questions()["train"][task.users[0]][:4]
+    rows = sum(len(question.prompt) for question in questions)
+    counted = []
+    step = Engine.train_step
+
+    def seen(engine, chosen):
+        step(engine, chosen)
+        counted.append(current.get_total_flops())
+
+    with pytest.MonkeyPatch.context() as patch:
+        current = cells.FlopCounterMode(display=False)
+        patch.setattr(cells, "FlopCounterMode", lambda display: current)
+        patch.setattr(Engine, "train_step", seen)
+        per_row = cells.flops_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base), questions)
+    assert per_row * rows == pytest.approx(counted[0])
+
+
+def test_the_order_that_was_put_in_is_found(bases, tmp_path, capsys):
+    """Synthetic users who differ: own adapters beat the shared one, that beats the majority, none beats its ceiling."""
+    argv = ("--methods", "lora", "--lrs", "1e-2", "--epochs", 6, "--users", 24, "--out", tmp_path)
+    assert run(*argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures, ceilings = result["tasks"]["synthetic"], result["ceilings"]["synthetic"]
+    best = max(figures[name]["accuracy"] for name in ("lora", "shared_user"))
+    assert best > figures["shared"]["accuracy"] and best > figures["global_majority"]["accuracy"]
+    assert ceilings["personal"] > ceilings["shared"]
+    for name, ceiling in (("lora", "personal"), ("shared_user", "personal"), ("shared", "shared")):
+        assert figures[name]["ci"][0] < ceilings[ceiling]
 
 
 def test_equal_time_gives_cheap_methods_more_epochs(task, bases, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minipeft.peftu.scoring import exact_reading, paper_accuracy, published_reading, published_right
+from minipeft.peftu.scoring import published_reading, published_right
 
 TWEETEVAL, EPIC, YES = ("Hateful", "Non-hateful"), ("Ironic", "Non-ironic"), ("no", "yes")
 EMOTIONS = ("anger", "disgust", "fear", "joy", "sadness", "surprise")
@@ -127,16 +127,3 @@ def test_what_is_heard():
     assert published_reading("hateful", TWEETEVAL) == ("Non-hateful",)
     assert published_reading("maybe, Hateful.", TWEETEVAL) == ("Hateful",)
     assert published_reading("maybe", TWEETEVAL) == ()
-
-
-def test_exact_reading_takes_whole_labels_only():
-    assert exact_reading("joy, anger", EMOTIONS) == ("anger", "joy")
-    assert exact_reading("", EMOTIONS) == exact_reading("Joy", EMOTIONS) == exact_reading("sad", EMOTIONS) == ()
-
-
-def test_answered_labels_are_scored_by_their_names():
-    truths = [("Hateful",), ("Non-hateful",)]
-    assert paper_accuracy(truths, truths, TWEETEVAL) == 1
-    assert paper_accuracy([("Non-hateful",)] * 2, truths, TWEETEVAL) == 0.5
-    assert paper_accuracy([EMOTIONS], [("joy",)], EMOTIONS) == 1  # all labels: any hit
-    assert paper_accuracy([()], [("anger",)], EMOTIONS) == 1  # an empty answer reads as the first label

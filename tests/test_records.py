@@ -25,6 +25,15 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["lora-s3.json"]  # no temporary file stays
 
 
+def test_a_record_of_before_a_field_was_there_has_its_default(tmp_path):
+    path = save_record(tmp_path, replace(RECORD, answered=[[0, 1, 4], [2]]))
+    assert load_record(path).answered == [[0, 1, 4], [2]]
+    content = json.loads(path.read_text())
+    del content["answered"]
+    path.write_text(json.dumps(content))
+    assert load_record(path) == RECORD and RECORD.answered is None
+
+
 @pytest.mark.parametrize("task", ["../up", "..", "a/b", "<script>", "ein Wort", "ü"])
 def test_any_text_is_a_safe_name(tmp_path, task):
     path = save_record(tmp_path, replace(RECORD, task=task))
@@ -60,6 +69,7 @@ WRONG = {
     "percent for scores": (lambda r: r.update(paper_accuracy=[50, 100]), "field paper_accuracy: needed scores from 0"),
     "nobody scored": (lambda r: r["correct"].__setitem__(1, []), "field correct of 'bob': needed scores"),
     "not a finite number": (lambda r: r.update(train_seconds=float("nan")), "field train_seconds: came nan"),
+    "places that are not of the scores": (lambda r: r.update(answered=[[0, 1], [3]]), "field answered: needed each"),
     "no name": (lambda r: r.update(name=""), "field task, name: needed"),
 }
 

@@ -15,9 +15,9 @@ from minipeft.errors import InputError
 from minipeft.peftu import charts
 from minipeft.peftu.charts import pareto
 from minipeft.peftu.records import save_record
-from minipeft.peftu.report import plain, write_report
+from minipeft.peftu.report import luck, plain, write_report
 from minipeft.peftu.summary import outcomes, summarise
-from minipeft.peftu.tables import movement_table, notes_table
+from minipeft.peftu.tables import at_edge, configuration, movement_table, notes_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
@@ -32,7 +32,7 @@ def write_run(out: Path, records: list) -> dict:
         "mode": "fixed", "seeds": [0, 1], "model": "tiny", "command": "python -m minipeft.bench peftu --seeds 2",
         "versions": {"torch": "9.8.7"}, "ceilings": {"synthetic": {"shared": 70.0, "personal": 90.0}},
         "audit": {"synthetic": {"test_examples_fitted": 0, "examples_fitted": {"adapters": 345}}},
-        "left_out": {"synthetic": {"ptuning": "no place for virtual tokens"}},
+        "left_out": {"synthetic": {"ptuning": "no place for virtual tokens"}}, "options": {"top layers": 3},
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(result))
     return result
@@ -56,7 +56,8 @@ def test_both_reports_hold_the_figures_of_the_result(run):
         assert f"{lora['accuracy']:.1f} [{lora['ci'][0]:.1f} to {lora['ci'][1]:.1f}]" in text
         assert "personal 90.0 %" in text and "shared 70.0 %" in text                              # ceilings
         for said in ("python -m minipeft.bench peftu --seeds 2", "9.8.7", "no place for virtual tokens", "HARDLY MOVED",
-                     "users without a label of anybody else", "adapters", "345", "All comparisons"):
+                     "users without a label of anybody else", "adapters", "345", "All comparisons", "top layers",
+                     "Cold start: new users", "picked of 2 after the fact", "on these alone", "Tasks are families"):
             assert said in text, said
 
 
@@ -127,6 +128,47 @@ def test_what_did_not_train_is_flagged():
     assert {row[0].text: row[1].text for row in table.rows} == {
         "lora": "trained", "prompt": "HARDLY MOVED", "shared": "DID NOT TRAIN"}  # fmt: skip
     assert [row[5].text for row in table.rows] == ["0", "6", "6"]
+
+
+@pytest.mark.parametrize(("moved", "said"), [
+    ({"prompt": (0.0, 0)}, "DID NOT TRAIN"), ({"q.A": (0.3, 0), "q.B": (0.0, 1)}, "PARTS DID NOT TRAIN"),
+    ({"q.A": (0.001, 0), "q.B": (0.002, 1)}, "trained"), ({"q.A": (0.001, 0), "q.B": (5e-5, 1)}, "HARDLY MOVED"),
+])  # fmt: skip
+def test_a_head_that_trained_hides_nothing(moved, said):
+    """On an encoder a head stands beside every method, and always trains."""
+    movement = {kind: {"median": size, "min": size, "from_zero": zero} for kind, (size, zero) in moved.items()}
+    head = {f"head.{name}": {"median": 0.5, "min": 0.1} for name in ("weight", "bias")}
+    (record,) = simulate("one", names={"lora": FEW["lora"]}, seeds=1)
+    names = outcomes([replace(record, movement=movement | head)])
+    (row,) = movement_table(names["one"]).rows
+    assert row[1].text == said
+    (alone,) = movement_table(outcomes([replace(record, movement=head)])["one"]).rows
+    assert alone[1].text == "trained"
+
+
+def test_a_best_rate_at_the_end_of_the_grid_is_flagged():
+    assert [at_edge({1e-4: low, 1e-3: 0.5, 1e-2: high}) for low, high in ((0.6, 0.6), (0.4, 0.6), (0.6, 0.4))] == [
+        "", "lowest", "highest"]  # fmt: skip
+    assert at_edge({1e-3: 0.5}) == ""
+
+
+def test_a_method_is_told_as_it_was_configured():
+    stack = {"name": "stack", "members": [{"name": "lora", "rank": 8}, {"name": "head"}]}
+    assert configuration(stack) == "lora (rank 8) + head"
+
+
+def test_of_one_seed_the_report_says_that_luck_is_not_in_it():
+    assert "not included" in luck({"seeds": [0]}) and "not included" not in luck({"seeds": [0, 1]})
+
+
+def test_who_answers_a_part_only_is_not_on_the_line_of_costs(monkeypatch):
+    shown = []
+    monkeypatch.setattr(charts, "pareto", lambda points: shown.append({*points}) or [])
+    entries = summarise([each if each.name != "others_vote" else replace(
+        each, correct=[own[:5] for own in each.correct], answered=[[*range(5)] for _ in each.users])
+        for each in simulate("one", names=FEW, seeds=1)])["tasks"]["one"]  # fmt: skip
+    charts.costs({name: entry for name, entry in entries.items() if entry})
+    assert all("others_vote" not in names and "own_majority" in names for names in shown) and len(shown) == 2
 
 
 def test_what_is_true_of_several_stands_once():

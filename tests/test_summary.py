@@ -64,12 +64,44 @@ def test_users_only_one_side_has_are_left_out_of_the_pair():
     assert nobody["comparisons"] == []
 
 
+def test_names_are_compared_on_the_test_examples_that_both_answer():
+    """Lora is right where nobody else voted, and wrong where they did."""
+    lora = record("lora", [0, 0], correct=[[1, 1, 0], [1, 0, 0]])
+    vote = record("others_vote", [0, 0], "baseline", correct=[[1], [1, 0]], answered=[[2], [1, 2]])
+    result = summarise([lora, replace(lora, seed=1), vote])
+    pair, entries = pair_of(result, "lora", "others_vote"), result["tasks"]["t"]
+    assert pair["difference"] == -75 and (pair["wins"], pair["losses"]) == (0, 2)
+    assert entries["others_vote"]["accuracy"] == 75 and entries["lora"]["accuracy"] == pytest.approx(50)
+    assert entries["others_vote"]["num_answered"] == 3 and entries["lora"]["num_answered"] == 6
+
+
+def test_what_all_share_is_shared_out_and_added_to_what_stands_on_it():
+    entries = summarise([
+        record("lora", [1, 0], bytes_per_user=40), record("shared", [1, 0], "shared", bytes_per_user=100),
+        record("shared_user", [1, 0], bytes_per_user=40, train_seconds=3.0),
+        record("probe_pooled", [1, 0], "baseline", bytes_per_user=20, train_seconds=1.0),
+        record("probe_pooled_user", [1, 0], "baseline", bytes_per_user=30, train_seconds=2.0),
+    ])["tasks"]["t"]  # fmt: skip
+    assert {name: entry["stored_per_user"] for name, entry in entries.items() if entry} == {
+        "lora": 40, "shared": 50, "shared_user": 90, "probe_pooled": 10, "probe_pooled_user": 40}  # fmt: skip
+    assert entries["shared"]["bytes_per_user"] == 100
+    assert entries["shared_user"]["seconds_in_all"] == 3 + RECORD.train_seconds
+    assert entries["probe_pooled_user"]["seconds_in_all"] == 2
+
+
+def test_cold_start_says_of_how_many_users():
+    entries = summarise([record("lora", [1, 0, 1], cold_start={0: [0.5, 1.0, None], 2: [1.0, None, None]})])
+    curve = entries["tasks"]["t"]["lora"]["cold_start"]
+    assert {k: (point["accuracy"], point["users"]) for k, point in curve.items()} == {"0": (75, 2), "2": (100, 1)}
+    assert curve["0"]["ci"][0] <= 75 <= curve["0"]["ci"][1]
+
+
 def test_the_same_seeds_are_paired_and_one_seed_stands_against_all():
     rng = np.random.default_rng(0)
     base, luck = rng.random((30, 1)) * 0.5, rng.random((30, 3)) * 0.4          # each seed's luck, the same for both
     records = [record(name, base[:, 0] * 0 + (base + luck)[:, s] + gain, seed=s)
                for name, gain in (("lora", 0.1), ("ia3", 0.0)) for s in range(3)]  # fmt: skip
-    pair = pair_of(summarise([*records, record("own_majority", base[:, 0], "baseline")]), "ia3", "lora")
+    pair = pair_of(summarise(records), "ia3", "lora")
     assert pair["ci"] == pytest.approx([-10, -10])
     result = summarise([*records[:3], record("ia3", base[:, 0])])
     assert pair_of(result, "ia3", "lora")["difference"] == pytest.approx(-100 * (luck.mean() + 0.1))

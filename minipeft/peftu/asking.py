@@ -41,13 +41,13 @@ class Asking:
 
     task:  examples whose labels are in the task's order.
     prompts: of an Asking whose task had all the examples; then this one's task may have fewer, and answers as there.
-    notes: what was cut: reason -> how many examples.
+    notes: (virtual tokens, examples in the prompt) -> what was cut: reason -> how many examples.
     """
 
     def __init__(self, base: Base, task: Task, protocol: Protocol, audit: Audit, prompts: Prompts | None = None):
         self.base, self.task, self.protocol, self.audit = base, task, protocol, audit
         self.prompts = prompts or self._prompts()
-        self.notes: dict[str, int] = {}
+        self.notes: dict[tuple[int, int], dict[str, int]] = {}
         self._asked: dict[tuple[int, int], Questions] = {}
 
     def _prompts(self) -> Prompts:
@@ -63,11 +63,19 @@ class Asking:
 
         Computed once for each number of virtual tokens and of examples.
         """
-        virtual = method.virtual(self.base)[0] if method else 0
-        shots = shots if self.prompts.instructed else 0
-        if (virtual, shots) not in self._asked:
-            self._asked[virtual, shots] = {name: self._split(name, virtual, shots) for name in SPLITS}
-        return self._asked[virtual, shots]
+        virtual, shots = way = self._way(method, shots)
+        if way not in self._asked:
+            self._cut = self.notes[way] = {}
+            self._asked[way] = {name: self._split(name, virtual, shots) for name in SPLITS}
+        return self._asked[way]
+
+    def notes_of(self, method: Method | None = None, shots: int = 0) -> dict[str, int]:
+        """What was cut of the questions that are asked in this way."""
+        self.questions(method, shots)
+        return self.notes[self._way(method, shots)]
+
+    def _way(self, method: Method | None, shots: int) -> tuple[int, int]:
+        return method.virtual(self.base)[0] if method else 0, shots if self.prompts.instructed else 0
 
     def _split(self, name: str, virtual: int, shots: int) -> dict[str, list[Question]]:
         found = {}
@@ -121,7 +129,7 @@ class Asking:
 
     def _note(self, what: str, happened: bool) -> None:
         if happened:
-            self.notes[what] = self.notes.get(what, 0) + 1
+            self._cut[what] = self._cut.get(what, 0) + 1
 
 
 def shown(shots: Sequence[Shot]) -> str:

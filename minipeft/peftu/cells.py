@@ -182,15 +182,17 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
 
 
 def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Sequence[Question]) -> float:
-    """Counted floating-point operations of a training step, forward and backward, per row of it.
+    """Counted floating-point operations of a training step, forward and backward, per row of its prompts.
 
-    By PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's,
-    which it does not see: theirs are taken as 6 per trained number and row.
+    What is read beside them, as a T5's targets, is in the count and not among the rows (`rows_trained`). By
+    PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which
+    it does not see: theirs are taken as 6 per trained number and row.
     """
     engine = Engine(base, labels, PassConfig(slots=1))
     job = Job("counted", questions, questions, TrainConfig(method))
     run = Run(job, *engine.admit(job.user, method), engine.virtual(0))
-    rows = run.minibatch(labels).num_rows
+    asked = run.minibatch(labels) and [questions[i] for i in run.order[: len(run.part.reads)]]
+    rows = sum(len(question.prompt) + sum(method.virtual(base)) for question in asked)
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])
     unseen = 6 * method.count(base) if base.device.type == "cuda" else 0
@@ -198,11 +200,12 @@ def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Seq
 
 
 def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:
-    """How far each tensor moved: |w - w0| / |w0|, or the RMS of the change where w0 is zero; median and least of users.
+    """How far each tensor moved: |w - w0| / |w0|, or the RMS of the change where w0 is zero ("from_zero": 1); median
+    and least of users.
 
     Tensors of one kind in many layers are taken together: "layers.3.attn.q.A" and "layers.5.attn.q.A" are "attn.q.A".
     """
-    cell, of = trained.cell, {}
+    cell, of, from_zero = trained.cell, {}, {}
     method = cell.config.method
     for learner in cell.learners:
         start = start_of(cell, learner, base)
@@ -216,7 +219,9 @@ def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:
             w0, w = (torch.cat([tensors[name].flatten() for name in names]).float() for tensors in (before, after))
             change, size = (w - w0).norm(), w0.norm()
             of.setdefault(kind, []).append(float(change / size if size else change / len(w) ** 0.5))
-    return {kind: {"median": float(torch.tensor(moved).median()), "min": min(moved)} for kind, moved in of.items()}
+            from_zero[kind] = float(not size)
+    return {kind: {"median": float(torch.tensor(moved).median()), "min": min(moved), "from_zero": from_zero[kind]}
+            for kind, moved in of.items()}  # fmt: skip
 
 
 def rows_trained(trained: Trained, virtual: int) -> Mapping[str, int]:

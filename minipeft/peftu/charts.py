@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from minipeft.peftu.summary import Outcome, paired
-from minipeft.stats import bootstrap_mean
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
 LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -102,16 +101,23 @@ def against_shared(personal: dict[str, Outcome], shared: Outcome) -> Figure:
 
 
 def costs(figures: dict[str, dict]) -> Figure:
-    """Accuracy against bytes per user and against seconds; the line joins what nothing cheaper beats."""
+    """Accuracy against bytes per user and against seconds; the line joins what nothing cheaper beats.
+
+    What answers only some of the test examples is drawn, but not on the line.
+    """
+    whole = max(each["num_answered"] for each in figures.values())
     figure = Figure(figsize=(WIDTH, 5.6))
-    for axes, (field, title) in zip(figure.subplots(2), (("bytes_per_user", "bytes stored per user"),
-                                                         ("train_seconds", "training of all users, seconds"))):
+    for axes, (field, title) in zip(figure.subplots(2), (
+        ("stored_per_user", "bytes stored per user, what is shared shared out"),
+        ("seconds_in_all", "training of all users, seconds"),
+    )):
         known = {name: each for name, each in figures.items() if each[field] is not None}
         for each in known.values():
             colour, marker = KINDS[each["kind"]]
             axes.errorbar(each[field], each["accuracy"], yerr=_arms(each), fmt=marker, color=colour, markersize=4,
                           linewidth=0.7)
-        front = pareto({name: (each[field], each["accuracy"]) for name, each in known.items()})
+        front = pareto({name: (each[field], each["accuracy"]) for name, each in known.items()
+                        if each["num_answered"] == whole})  # fmt: skip
         axes.step([known[name][field] for name in front], [known[name]["accuracy"] for name in front], where="post",
                   color=ORANGE, linewidth=1)
         for name in front:
@@ -134,27 +140,24 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def cold_start(names: dict[str, Outcome]) -> Figure | None:
-    """Accuracy of new users against the number of their examples, with the interval over users."""
-    figure, axes = _axes(height=3.2)
-    for name, colour, marker in _lines(names):
-        curves = [record.cold_start for record in names[name].records if record.cold_start]
-        points = {}
-        for k in sorted({k for curve in curves for k in curve}):
-            of_user = 100 * np.array([curve[k] for curve in curves if k in curve], dtype=float).T    # [users, seeds]
-            of_user = of_user[~np.isnan(of_user).any(1)]                                             # None became nan
-            if len(of_user):
-                points[k] = bootstrap_mean(of_user, draws=2000)
-        if points:
-            axes.plot(list(points), [each.mean for each in points.values()], marker=marker, color=colour, markersize=4,
-                      label=label(name))
-            axes.fill_between(list(points), [each.low for each in points.values()],
-                              [each.high for each in points.values()], color=colour, alpha=0.1, linewidth=0)
-    if not axes.lines:
+def cold_start(figures: dict[str, dict]) -> Figure | None:
+    """Accuracy of new users against the number of their examples; below each number, how many users have as many."""
+    curves = {name: each["cold_start"] for name, each in figures.items() if each["cold_start"]}
+    if not curves:
         return None
+    figure, axes = _axes(height=3.4)
+    for name, colour, marker in _lines(curves):
+        sizes, points = [int(k) for k in curves[name]], list(curves[name].values())
+        axes.plot(sizes, [each["accuracy"] for each in points], marker=marker, color=colour, markersize=4,
+                  label=label(name))
+        axes.fill_between(sizes, [each["ci"][0] for each in points], [each["ci"][1] for each in points], color=colour,
+                          alpha=0.1, linewidth=0)
+    users = {int(k): max(curve[k]["users"] for curve in curves.values() if k in curve)
+             for k in dict.fromkeys(k for curve in curves.values() for k in curve)}  # fmt: skip
     axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set(xlabel="examples of the new user", ylabel="accuracy, %; 95 % interval")
-    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xticks(list(users), [f"{k}\nof {n}" for k, n in users.items()], fontsize=7)
+    axes.minorticks_off()
+    axes.set(xlabel="examples of the new user, of how many users", ylabel="accuracy, %; 95 % interval")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 

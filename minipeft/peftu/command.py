@@ -3,12 +3,15 @@
 import argparse
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,7 @@ from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_
 from minipeft.tasks.task import KINDS
 
 METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
+LIBRARIES = {"scipy": "scipy", "sklearn": "scikit-learn", "bm25s": "bm25s", "triton": "triton"}  # module -> package
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
@@ -78,8 +82,11 @@ def run_peftu(argv: Sequence[str]) -> None:
                if (record.task, record.name) in asked_for and record.seed in plan.seeds]  # fmt: skip
     result = summarise(records) | {
         "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
-        "command": "python -m minipeft.bench peftu " + " ".join(map(str, argv)),
+        "command": shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]),
+        "options": {"epochs at most": args.epochs, "equal": args.equal or "neither parameters nor time",
+                    "top layers": args.top_layers or "all", "split": args.split, "users": args.users or "all"},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     **{name: version(name) for module, name in LIBRARIES.items() if find_spec(module)},
                      "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
         "ceilings": ceilings, "audit": audits, "left_out": left_out,
     }  # fmt: skip

@@ -114,7 +114,7 @@ PROTOCOLS = {"fixed": FIXED, "paper": PAPER}
 # ---- Equal sizes ---------------------------------------------------------------------------------------------------
 
 SIZES = {"lora": "rank", "dora": "rank", "houlsby": "reduction", "pfeiffer": "reduction", "parallel": "reduction",
-         "prompt": "tokens", "prefix": "tokens", "ptuning": "hidden"}  # the knob of each method that has one
+         "prompt": "tokens", "prefix": "tokens", "ptuning": "hidden", "vera": "rank"}  # each one's knob
 LARGEST = 1024
 
 

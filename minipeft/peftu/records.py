@@ -8,7 +8,7 @@ digest tells whether it came from the same settings. Statistics and report read 
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -34,14 +34,17 @@ class Record:
     digest:          of everything that determines the record: task, base, method, settings, seed.
     method:          the method's configuration, for people; {} for a baseline.
     trainable:       numbers trained; per user, or in all where kind is "shared".
-    bytes_per_user:  what has to be stored for each user; of the one adapter where kind is "shared".
+    bytes_per_user:  what has to be stored for each user; of the one adapter where kind is "shared". What lies under it
+                     (the shared adapter, the pooled probe) is not counted.
     train_flops_per_user:  counted; None where nobody counted.
     train_seconds:   wall time of the training of all users together.
     val_loss:        validation loss after each epoch, per user; None where it was not finite. [] where none was taken.
-    movement:        tensor -> {"median", "min"} over users of |w - w0| / |w0|, or of the RMS change where w0 is zero.
+    movement:        tensor -> {"median", "min"} over users of |w - w0| / |w0|, or of the RMS change where w0 is zero;
+                     "from_zero" is 1 there.
     chosen_lr, lr_grid:    the learning rate, and the validation loss, mean over users, of each that was tried.
     notes:           what was cut, skipped or left out: reason -> how many.
     cold_start:      number of own training examples -> accuracy of each user; None for a user who has fewer.
+    answered:        which of each user's test examples `correct` speaks of, by their places; None: of all.
     """
 
     task: str
@@ -66,6 +69,7 @@ class Record:
     lr_grid: dict[float, float]
     notes: dict[str, int]
     cold_start: dict[int, list[float | None]] | None = None
+    answered: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field: of another type, not one value per user, or not a score."""
@@ -78,6 +82,10 @@ class Record:
         if not (self.task and self.name):
             raise ValueError("task, name: needed at least one character")
         per_user = {"correct": self.correct, "num_train": self.num_train}
+        per_user |= {} if self.answered is None else {"answered": self.answered}
+        for places, values in zip(self.answered or (), self.correct):
+            if len({*places}) != len(places) or len(places) != len(values):
+                raise ValueError("answered: needed each place once, as many as there are scores")
         scores = {f"metrics.{name}": values for name, values in self.metrics.items()}
         scores |= {f"cold_start.{k}": values for k, values in (self.cold_start or {}).items()}
         scores |= {} if self.paper_accuracy is None else {"paper_accuracy": self.paper_accuracy}
@@ -110,9 +118,9 @@ def save_record(out: Path, record: Record) -> Path:
 def load_record(path: Path) -> Record:
     """Raises InputError, naming the file and the field, for one that is damaged or was not written by `save_record`."""
     content = read_object(path)
-    names = [field.name for field in fields(Record)]
-    odd = [f"no field {name!r}" for name in names if name not in content]
-    odd += [f"an unknown field {name!r}" for name in content if name not in names]
+    known = {field.name: field for field in fields(Record)}
+    odd = [f"no field {name!r}" for name, field in known.items() if field.default is MISSING and name not in content]
+    odd += [f"an unknown field {name!r}" for name in content if name not in known]
     if odd:
         raise InputError(f"{path} is damaged: {odd[0]}; delete it and run again")
     try:

@@ -26,12 +26,15 @@ from minipeft.peftu.tables import (
     RIVALS,
     Table,
     accuracy_table,
+    cold_start_table,
     comparison_table,
     cost_table,
     estimate,
     facts_table,
+    methods_table,
     metric_table,
     movement_table,
+    names_table,
     notes_table,
     number,
     p_text,
@@ -42,7 +45,7 @@ from minipeft.peftu.tables import (
 )
 
 FIELDS = {"tasks": dict, "comparisons": list, "mode": str, "seeds": list, "versions": dict, "command": str,
-          "ceilings": dict, "audit": dict, "minimum_detectable_difference": dict}  # fmt: skip
+          "ceilings": dict, "audit": dict, "minimum_detectable_difference": dict, "options": dict}  # fmt: skip
 SIGNIFICANT = 0.05
 PICTURE = re.compile(r"^!\[.*\]\(figures/(\d+-[a-z-]+\.png)\)$", re.MULTILINE)  # as `as_markdown` names one
 
@@ -137,13 +140,22 @@ def overview(result: dict) -> Section:
         f"Protocol report: {count}, mode {result['mode']}",
         lines=[
             "Accuracy is each user's share of right answers, averaged over users (and seeds), in percent. Brackets "
-            "hold the 95 % interval: users and seeds redrawn with replacement, percentiles widened as Student's t "
-            "asks (Hesterberg 2015).",
+            "hold the 95 % interval: users redrawn with replacement, percentiles widened as Student's t asks "
+            "(Hesterberg 2015); " + luck(result),
             "Two names whose intervals overlap may still differ, and the other way round: what was compared user by "
-            "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task.",
+            "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task."
+            + (" Tasks are families of their own: over several the chance of a wrong \"different\" adds up."
+               if len(tasks) > 1 else ""),
         ],
-        tables=[Table("Accuracy, %", ["method", *tasks], rows)],
+        tables=[Table("Accuracy, %", ["method", *tasks], rows), names_table(names)],
     )
+
+
+def luck(result: dict) -> str:
+    """What the intervals know of the luck of training."""
+    if len(result["seeds"]) == 1:
+        return "of one seed: the luck of training is not included."
+    return "what the seeds' means vary by is added, with as few degrees of freedom as there are seeds."
 
 
 def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
@@ -155,7 +167,8 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
               charts.accuracies(figures, ceilings)),
              ("cost", "Accuracy against cost. The line joins the methods that nothing cheaper beats; where intervals "
                       "overlap, neighbours on it may change places.", charts.costs(figures)),
-             ("cold-start", "New users: accuracy against the number of their own examples.", charts.cold_start(names)),
+             ("cold-start", "New users: accuracy against the number of their own examples, of those who have as many.",
+              charts.cold_start(figures)),
              ("loss", "Validation loss, mean over users; who stopped early keeps the last value.",
               charts.losses(names))]  # fmt: skip
     if personal and "shared" in names:
@@ -170,12 +183,14 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
         pictures=[Picture(name, caption, figure) for name, caption, figure in drawn if figure is not None],
         tables=[table for table in (
             accuracy_table(figures),
+            methods_table(names),
             comparison_table("Personal methods against what they have to beat", main, len(pairs)),
             comparison_table("All comparisons", pairs, len(pairs), folded=True),
             metric_table(figures),
             cost_table(figures),
             rate_table(names),
             movement_table(names),
+            cold_start_table(figures),
             notes_table(names, result["tasks"][task], result.get("left_out", {}).get(task, {})),
             facts_table("Audit: was any test example fitted on?", result["audit"].get(task, {})),
             users_table(names, personal),
@@ -185,7 +200,7 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
 
 def made_by(result: dict) -> Section:
     facts = {"command": result["command"], "mode": result["mode"], "model": result.get("model"),
-             "seeds": ", ".join(map(str, result["seeds"])), **result["versions"]}  # fmt: skip
+             "seeds": ", ".join(map(str, result["seeds"])), **result["options"], **result["versions"]}  # fmt: skip
     return Section("How this was made", tables=[facts_table("Command, seeds and versions", facts)])
 
 
@@ -196,7 +211,8 @@ def headline(figures: dict[str, dict], pairs: list[dict], personal: Iterable[str
         return []
     best = ranked[0]
     about = {(pair["a"], pair["b"]): pair for pair in pairs}
-    lines = [f"Highest of the personal methods: {label(best)}, {estimate(figures[best]).text}."]
+    remark = f" It was picked of {len(ranked)} after the fact, which its interval does not know." if ranked[1:] else ""
+    lines = [f"Highest of the personal methods: {label(best)}, {estimate(figures[best]).text}.{remark}"]
     for rival in RIVALS:
         if pair := about.get((best, rival)):
             told = "" if pair["p_holm"] < SIGNIFICANT else ", not told apart"

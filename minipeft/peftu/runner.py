@@ -9,6 +9,7 @@ A learning rate is chosen by the validation loss, averaged over users, of the fi
 again.
 """
 
+import math
 import resource
 import shutil
 import time
@@ -35,11 +36,12 @@ from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_ro
 from minipeft.peftu.features import features
 from minipeft.peftu.metrics import Labels, calibration_error, scores, user_metrics
 from minipeft.peftu.probes import Probed, chosen_labels, probe_scores
-from minipeft.peftu.protocol import PROTOCOLS, Protocol, answer_tokens, equal_size
+from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
 from minipeft.peftu.records import Record, file_name, load_record, record_path, save_record
-from minipeft.peftu.scoring import JOINED_BY, published_reading, published_right
+from minipeft.peftu.scoring import published_reading, published_right
 from minipeft.peftu.settings import Settings, keep_settings
 from minipeft.peftu.tidy import Tidied
+from minipeft.prompts import JOINED_BY
 from minipeft.running import for_base, pooled
 from minipeft.schedule import Adapter, PassConfig
 from minipeft.tasks.task import SPLITS, Task
@@ -48,6 +50,7 @@ from minipeft.training import EVERYONE
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
 FEW_SHOT = 4  # examples in the prompt of the few-shot baseline
+UNANSWERED = "test examples without an answer"
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,18 @@ class TaskRun:
         if carried and (missing := [name for name in (*found, SHARED, SHARED_USER) if name not in carried]):
             raise InputError(f"--lrs-from: that run has chosen no learning rate of {', '.join(missing)}; each method "
                              "needs its own, or comparisons are not fair: run them there, or leave them out")
-        if self.plan.equal == "parameters":
-            anchor = for_base(replace(self.protocol.methods()["lora"], rank=1), self.base).parts[0].count(self.base)
-            found = {name: for_base(equal_size(method.parts[0], self.base, anchor), self.base)
-                     for name, method in found.items()}  # fmt: skip
-        return found, left_out
+        return {name: self._sized(method) for name, method in found.items()}, left_out
+
+    def _sized(self, method: Method) -> Method:
+        """The method at the size that makes it equal to the others, where the plan says so."""
+        if self.plan.equal != "parameters":
+            return method
+        anchor = for_base(replace(self.protocol.methods()["lora"], rank=1), self.base).parts[0].count(self.base)
+        return for_base(equal_size(method.parts[0], self.base, anchor), self.base)
 
     @cached_property
     def shared_method(self) -> Method:
-        return for_base(self.plan.methods.get("lora", LoRA()), self.base)
+        return self._sized(for_base(self.plan.methods.get("lora", LoRA()), self.base))
 
     # ---- The whole task --------------------------------------------------------------------------------------------
 
@@ -323,11 +329,11 @@ class TaskRun:
         probabilities: dict[str, np.ndarray] | None = None, decoded: dict[str, list[str]] | None = None, **facts,
     ) -> Record:  # fmt: skip
         """The record of these answers to the test examples; those that are None are left out and counted."""
-        task, notes = self.task, self.tidied.notes | self.asking.notes
+        task, notes = self.task, self.tidied.notes | facts.pop("more_notes", {})
         known = {user: [i for i, answer in enumerate(answers[user]) if answer is not None] for user in self.users}
         users = [user for user in self.users if known[user]]
         unknown = sum(len(answers[user]) - len(known[user]) for user in self.users)
-        notes |= {"test examples without an answer": unknown} if unknown else {}
+        notes |= {UNANSWERED: unknown} if unknown else {}
         correct, metrics, paper = [], {}, []
         for user in users:
             truths = [task.test[user][i].label for i in known[user]]
@@ -346,11 +352,11 @@ class TaskRun:
                 metrics.setdefault(metric, []).append(value)
         if not users:
             raise InputError(f"task {task.name!r}: {name} has an answer to no test example")
-        notes |= facts.pop("more_notes", {})
         facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
                  "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
         return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
-                      metrics, paper, notes=notes, **facts)  # fmt: skip
+                      metrics, paper, notes=notes, answered=[known[user] for user in users] if unknown else None,
+                      **facts)  # fmt: skip
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
         """The record of trained adapters, at the best learning rate."""
@@ -362,7 +368,9 @@ class TaskRun:
         trained_for = len(self.task.users) if name == SHARED else len(own)
         given_up = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
-        more = {"learning rates given up, for somebody could not be trained at them": given_up,
+        unmatched = self.plan.equal == "parameters" and method.parts[0].name not in SIZES
+        more = {"no size to set, so not matched: numbers it trains": unmatched * method.parts[0].count(self.base),
+                "learning rates given up, for somebody could not be trained at them": given_up,
                 "steps skipped, gradient not finite": skipped,
                 "users who could not be trained, answered by the start value": len(best.failed),
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
@@ -376,7 +384,8 @@ class TaskRun:
             movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
             lr_grid={rate: loss for rate, loss in losses.items() if np.isfinite(loss)},
-            more_notes={what: number for what, number in more.items() if number},
+            more_notes=self.asking.notes_of(method, self.protocol.examples)
+            | {what: number for what, number in more.items() if number},
         )  # fmt: skip
 
     def _curves(self, name: str, best: Trained) -> list[list[float | None]]:
@@ -399,7 +408,8 @@ class TaskRun:
 
     def _baseline(self, name: str, make: Callable[[], dict]) -> None:
         digest = digest_of([name, asdict(self.protocol), self._task_digest, self._base_digest])
-        if self._existing(name, self.plan.seeds[0], digest) is None:
+        record = self._existing(name, self.plan.seeds[0], digest)
+        if record is None or (UNANSWERED in record.notes and record.answered is None):  # of before that was recorded
             made = make()
             if any(answer is not None for user in self.users for answer in made["answers"][user]):
                 self.save(self._record(name, "baseline", self.plan.seeds[0], digest, **made))
@@ -407,10 +417,15 @@ class TaskRun:
 
     def _bytes_kept(self, name: str) -> int:
         """What a baseline has to keep of a user: a label number, the labelled texts, or nothing; mean over users."""
-        if name != "retrieval":
-            return int(name == "own_majority")
-        texts = [len(example.text.encode()) + 1 for user in self.users for example in self.task.train[user]]
-        return round(sum(texts) / len(self.users))
+        return self._bytes_of_texts() if name == "retrieval" else int(name == "own_majority")
+
+    def _bytes_of_texts(self, most: float = math.inf) -> int:
+        """Of a user's labelled texts, or of so many of them of mean length; mean over users."""
+        kept = 0.0
+        for user in self.users:
+            own = self.task.train[user]
+            kept += sum(len(example.text.encode()) + 1 for example in own) * min(1, most / len(own))
+        return round(kept / len(self.users))
 
     def _untrained(self, shots: int) -> dict:
         """The base alone: a LoRA changes nothing at its start value."""
@@ -419,7 +434,8 @@ class TaskRun:
         questions = self.asking.questions(shots=shots)["test"]
         scored = self.score(adapters, questions)
         decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
-        return {"answers": self.answers(scored), "decoded": decoded,
+        return {"answers": self.answers(scored), "decoded": decoded, "bytes_per_user": self._bytes_of_texts(shots),
+                "more_notes": self.asking.notes_of(shots=shots),
                 "probabilities": {user: softmax(each) for user, each in scored.items()}}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
@@ -427,6 +443,7 @@ class TaskRun:
         answers = {user: chosen_labels(self.task.labels, own, self.task.multi_label) for user, own in scored.items()}
         return {"answers": answers, "probabilities": {user: softmax(own) for user, own in scored.items()},
                 "trainable": probed.trainable, "bytes_per_user": 4 * probed.trainable,
+                "more_notes": self.asking.notes_of(),
                 "train_seconds": self._features[1] + probed.seconds}  # fmt: skip
 
     @cached_property

@@ -1,17 +1,15 @@
-"""Which label did the model mean? As the published code reads decoded text, and as we do.
+"""Which label did the model mean? As the published code reads decoded text.
 
-    published   a decoded text is split at commas; of each piece one ending is dropped, and it stands for the first
-                label that contains it. Right if any of them is among the true labels.
-    exact       a piece has to be a label.
+A decoded text is split at commas; of each piece some endings are dropped, and it stands for the first label that
+contains it. Right if any of them is among the true labels.
 
-Neither is used to choose an answer where labels can be scored: `fixed` takes the label of the highest log-likelihood
-(labels.py). The published reading is then applied to that label's name, so that every run has both accuracies.
+It chooses no answer where labels can be scored: `fixed` takes the label of the highest log-likelihood (labels.py). The
+published reading is then applied to that label's name, so that every run has both accuracies.
 """
 
 from collections.abc import Sequence
 
 from minipeft.peftu.metrics import Labels
-from minipeft.prompts import JOINED_BY
 
 ENDINGS = (".", "'", "ing", "ed", '"', ")")  # dropped in this order, each at most once
 
@@ -35,15 +33,3 @@ def _lenient(piece: str, labels: Sequence[str]) -> str | None:
 def published_right(decoded: str, truth: Labels, labels: Sequence[str]) -> bool:
     """Whether the published code counts this text as right: any label heard is among the true ones."""
     return bool({*published_reading(decoded, labels)} & {*truth})
-
-
-def exact_reading(decoded: str, labels: Sequence[str]) -> Labels:
-    """The labels a decoded text names in full, in the task's order; whatever else it says counts for nothing."""
-    said = {piece.strip() for piece in decoded.split(",")}
-    return tuple(label for label in labels if label in said)
-
-
-def paper_accuracy(answers: Sequence[Labels], truths: Sequence[Labels], labels: Sequence[str]) -> float:
-    """The published accuracy of one user, of answers that are labels: their names stand for what would be decoded."""
-    right = [published_right(JOINED_BY.join(answer), truth, labels) for answer, truth in zip(answers, truths)]
-    return sum(right) / len(right)

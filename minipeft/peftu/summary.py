@@ -12,15 +12,10 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.peftu.records import BASELINES, Record
-from minipeft.stats import (
-    bootstrap_mean,
-    holm,
-    interval,
-    minimum_detectable_difference,
-    p_value,
-    redrawn_means,
-    worst_decile,
-)
+from minipeft.stats import Estimate, bootstrap_mean, estimates, holm, share_luck, worst_decile
+
+EXACT = 1e-9  # points; differences below are of rounding
+STANDS_ON = {"shared_user": "shared", "probe_pooled_user": "probe_pooled"}  # of which there is one for all users
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,25 @@ class Outcome:
         """[users, seeds] accuracy in percent."""
         return np.stack(list(self.by_seed.values()), axis=1)
 
+    @cached_property
+    def answered(self) -> dict[str, frozenset[int]]:
+        """User -> the places of the test examples that are scored; those of the first seed, for all are the same."""
+        places = self.first.answered or [range(len(scores)) for scores in self.first.correct]
+        return {user: frozenset(own) for user, own in zip(self.users, places)}
+
+    def on(self, examples: dict[str, frozenset[int]]) -> dict[int, np.ndarray]:
+        """Seed -> [users] accuracy in percent, of these users on these of their test examples."""
+        if all(self.answered[user] == own for user, own in examples.items()):
+            place = {user: i for i, user in enumerate(self.users)}
+            return {seed: values[[place[user] for user in examples]] for seed, values in self.by_seed.items()}
+        found = {}
+        for record in self.records:
+            places = record.answered or [range(len(scores)) for scores in record.correct]
+            scores = {user: dict(zip(*each)) for user, *each in zip(record.users, places, record.correct)}
+            found[record.seed] = np.array([100 * np.mean([scores[user][i] for i in sorted(own)])
+                                           for user, own in examples.items()])  # fmt: skip
+        return found
+
     @property
     def accuracy(self) -> dict[str, float]:
         """User -> accuracy in percent, mean over seeds."""
@@ -88,9 +102,9 @@ def outcomes(records: Sequence[Record]) -> dict[str, dict[str, Outcome]]:
 def summarise(records: Sequence[Record]) -> dict:
     """`tasks`, `comparisons` and `minimum_detectable_difference` of result.json; a baseline that was not made is null.
 
-    Comparisons are a minus b over the users both have, for every pair of names of a task; `p_holm` is adjusted over all
-    pairs of the task. Where one of the two has a single seed, that one stands against all seeds of the other. A task's
-    `minimum_detectable_difference` is the median over its pairs.
+    Comparisons are a minus b over the users and test examples both have, for every pair of names of a task; `p_holm` is
+    adjusted over all pairs of the task, not over tasks. Where one of the two has a single seed, that one stands against
+    all seeds of the other. A task's `minimum_detectable_difference` is the median over its pairs.
     """
     tasks: dict[str, dict[str, dict | None]] = {}
     comparisons, detectable = [], {}
@@ -106,8 +120,14 @@ def summarise(records: Sequence[Record]) -> dict:
 
 
 def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
-    """One name's entry of `tasks.<task>`."""
+    """One name's entry of `tasks.<task>`.
+
+    bytes_per_user is what has to be stored for each user; of `shared` and `probe_pooled` that is one for all.
+    stored_per_user shares these out and adds them to what stands on them; seconds_in_all adds the training of
+    the shared adapter; a probe's seconds hold it already.
+    """
     mean = bootstrap_mean(outcome.values)
+    under, trained = names.get(STANDS_ON.get(outcome.first.name, "")), outcome.first.kind != "baseline"
     record = outcome.first
     paper = [values for each in outcome.records if (values := each.paper_accuracy) is not None]
     scores = [score for each in outcome.records for user in each.correct for score in user]
@@ -121,22 +141,44 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "harmed_vs_shared": harmed(outcome, names.get("shared")),
         "harmed_vs_own_majority": harmed(outcome, names.get("own_majority")),
         "num_users": len(outcome.users),
+        "num_answered": sum(map(len, outcome.answered.values())),
         "seeds": [each.seed for each in outcome.records],
         "metrics": {name: outcome.metric(name) for name in record.metrics},
         "trainable": record.trainable,
         "bytes_per_user": record.bytes_per_user,
+        "stored_per_user": stored_per_user(outcome) + (stored_per_user(under) if under else 0),
         "train_flops_per_user": outcome.mean("train_flops_per_user"),
         "train_seconds": outcome.mean("train_seconds"),
+        "seconds_in_all": outcome.mean("train_seconds") + (under.mean("train_seconds") if under and trained else 0),
         "peak_memory_mb": outcome.mean("peak_memory_mb"),
         "chosen_lr": record.chosen_lr,
+        "cold_start": cold_start(outcome),
     }
+
+
+def stored_per_user(outcome: Outcome) -> float:
+    """Bytes; what is one for all is shared out among the users."""
+    return outcome.first.bytes_per_user / (len(outcome.users) if outcome.first.name in STANDS_ON.values() else 1)
+
+
+def cold_start(outcome: Outcome) -> dict[str, dict] | None:
+    """Number of own examples -> accuracy of the new users who have as many, its interval, and their number."""
+    curves = [record.cold_start for record in outcome.records if record.cold_start]
+    found = {}
+    for k in sorted({k for curve in curves for k in curve}):
+        of_user = 100 * np.array([curve[k] for curve in curves if k in curve], dtype=float).T       # [users, seeds]
+        of_user = of_user[~np.isnan(of_user).any(1)]                                                # None became nan
+        if len(of_user):
+            mean = bootstrap_mean(of_user, draws=2000)
+            found[str(k)] = {"accuracy": mean.mean, "ci": [mean.low, mean.high], "users": len(of_user)}
+    return found or None
 
 
 def harmed(outcome: Outcome, other: Outcome | None) -> int | None:
     """How many users are worse off than under the other; None where there is no other."""
     if other is None or other is outcome:
         return None
-    return int((paired(outcome, other)[1].mean(1) < -1e-9).sum())
+    return int((paired(outcome, other)[1].mean(1) < -EXACT).sum())
 
 
 def compare(task: str, names: dict[str, Outcome]) -> list[dict]:
@@ -144,38 +186,37 @@ def compare(task: str, names: dict[str, Outcome]) -> list[dict]:
     result, groups = [], {}
     for a, b in combinations(names, 2):
         users, differences = paired(names[a], names[b])
-        if not users:
-            continue
-        by_user = differences.mean(1)
-        groups.setdefault((tuple(users), differences.shape), []).append((len(result), differences))
-        result.append({
-            "task": task, "a": a, "b": b, "difference": float(by_user.mean()), "ci": None, "p": None, "p_holm": None,
-            "wins": int((by_user > 1e-9).sum()), "ties": int((abs(by_user) <= 1e-9).sum()),
-            "losses": int((by_user < -1e-9).sum()),
-            "minimum_detectable_difference": minimum_detectable_difference(by_user),
-        })  # fmt: skip
-    for (users, _), members in groups.items():  # pairs of the same users share their redraws
-        means = redrawn_means(np.stack([differences for _, differences in members]))
-        for column, (place, _) in enumerate(members):
-            pair = result[place]
-            pair["ci"] = list(interval(means[:, column], len(users)))
-            pair["p"] = p_value(means[:, column], pair["difference"], len(users))
+        if users:
+            groups.setdefault((tuple(users), differences.shape), []).append((len(result), differences))
+            result.append({"task": task, "a": a, "b": b})
+    found: dict[int, Estimate] = {}
+    for members in groups.values():  # pairs of the same users share their redraws
+        found |= zip([place for place, _ in members], estimates(np.stack([values for _, values in members])))
+    family = share_luck([found[place] for place in range(len(result))], sum(len(o.records) > 1 for o in names.values()))
+    by_user = {place: values.mean(1) for members in groups.values() for place, values in members}
+    for place, (pair, estimate) in enumerate(zip(result, family)):
+        gain = by_user[place]
+        pair |= {
+            "difference": estimate.mean, "ci": list(estimate.interval()), "p": estimate.p_value(), "p_holm": None,
+            "wins": int((gain > EXACT).sum()), "ties": int((abs(gain) <= EXACT).sum()),
+            "losses": int((gain < -EXACT).sum()),
+            "minimum_detectable_difference": estimate.minimum_detectable_difference(),
+        }  # fmt: skip
     for pair, adjusted in zip(result, holm([pair["p"] for pair in result])):
         pair["p_holm"] = float(adjusted)
     return result
 
 
 def paired(a: Outcome, b: Outcome) -> tuple[list[str], np.ndarray]:
-    """The users both have, and a minus b for them: [users, seeds], in points."""
-    theirs = set(b.users)
-    users = [user for user in a.users if user in theirs]
+    """The users both have, and a minus b on the test examples both answered: [users, seeds], in points."""
+    common = {user: a.answered[user] & b.answered[user] for user in a.users if user in b.answered}
+    common = {user: both for user, both in common.items() if both}
     sides = []
     for side, other in ((a, b), (b, a)):
-        place = {user: i for i, user in enumerate(side.users)}
         seeds = [seed for seed in side.by_seed if seed in other.by_seed or 1 in (len(a.records), len(b.records))]
         if not seeds:
             raise InputError(f"records of {a.first.task!r}: {a.first.name!r} and {b.first.name!r} have no seed in "
                              "common; run both with the same --seeds")  # fmt: skip
-        chosen = np.array([place[user] for user in users], dtype=int)
-        sides.append(np.stack([side.by_seed[seed][chosen] for seed in seeds], axis=1))
-    return users, sides[0] - sides[1]
+        accuracies = side.on(common)
+        sides.append(np.stack([accuracies[seed] for seed in seeds], axis=1))
+    return list(common), sides[0] - sides[1]

@@ -1,5 +1,6 @@
 """The report's tables: from figures and records to rows of cells, whatever they are written as afterwards."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from minipeft.peftu.charts import label
@@ -7,7 +8,19 @@ from minipeft.peftu.summary import Outcome
 
 RIVALS = ("own_majority", "probe_pooled_user", "shared")  # what a personal method has to beat to have earned its cost
 MOST_USERS = 300  # rows of the table of users
-STILL, HARDLY = 0.0, 0.01  # a typical relative change of a weight: none at all, too little to have learnt from
+STILL = 0.0  # a change of a weight: none at all
+HARDLY, HARDLY_FROM_ZERO = 0.01, 1e-4  # too little to have learnt from: of its size, or in itself where it was zero
+NAMES = {  # what answers; methods by name are each user's own adapter
+    "global_majority": "the commonest label of everybody's training examples",
+    "own_majority": "the commonest label of the user's training examples",
+    "others_vote": "most other users' training labels of the same text. It answers only test texts that others have in "
+                   "training, so it is compared with each other name on these alone, and not on the line of costs",
+    "zero_shot": "the language model alone", "few_shot": "the same with some of the user's own examples in the prompt",
+    "retrieval": "the labels of the user's nearest training texts (BM25)",
+    "probe_pooled": "one logistic regression on frozen features for all users", "probe_user": "one per user",
+    "probe_pooled_user": "one per user that also sees what the pooled one says",
+    "shared": "one adapter for all users", "shared_user": "each user's own adapter on top of the shared one",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,12 @@ def accuracy_table(figures: dict[str, dict]) -> Table:
          number(each["worst_decile"], ".1f"), number(each["pooled_accuracy"], ".1f"),
          number(each["paper_accuracy"], ".1f"), number(each["harmed_vs_shared"], "d"),
          number(each["harmed_vs_own_majority"], "d"), number(each["num_users"], "d"),
-         number(len(each["seeds"]), "d")]
+         number(each["num_answered"], ",d"), number(len(each["seeds"]), "d")]
         for name, each in by_accuracy(figures)
     ]  # fmt: skip
     return Table("Accuracy", ["method", "kind", "accuracy, %", "95 % interval", "worst tenth, %", "pooled, %",
                               "published scoring, %", "users below shared", "users below own majority", "users",
-                              "seeds"],
+                              "test examples", "seeds"],
                  rows, note="Worst tenth: mean over the tenth of the users who are worst off. Pooled: over all test "
                  "examples at once.")  # fmt: skip
 
@@ -56,8 +69,9 @@ def comparison_table(title: str, pairs: list[dict], family: int, folded: bool = 
     ]  # fmt: skip
     return Table(title, ["a", "b", "difference, points", "95 % interval", "p (Holm)", "a wins", "ties", "a loses",
                          "detectable, points"], rows, folded,
-                 f"a minus b, paired over users. p is adjusted over all {family} pairs of the task, the interval is "
-                 "not. Detectable: the true difference that so many users would show with 80 % power at alpha 0.05.",
+                 f"a minus b, paired over users, on the test examples that both answer. p is adjusted over all "
+                 f"{family} pairs of the task, the interval is not. Detectable: the true difference that so many users "
+                 "would show with 80 % power at alpha 0.05.",
                  )  # fmt: skip
 
 
@@ -72,21 +86,69 @@ def metric_table(figures: dict[str, dict]) -> Table:
 def cost_table(figures: dict[str, dict]) -> Table:
     rows = [
         [words(label(name)), number(each["trainable"], ",d"), number(each["bytes_per_user"], ",d"),
-         number(giga(each["train_flops_per_user"]), ",.1f"), number(each["train_seconds"], ",.1f"),
+         number(each["stored_per_user"], ",.0f"), number(giga(each["train_flops_per_user"]), ",.1f"),
+         number(each["train_seconds"], ",.1f"), number(each["seconds_in_all"], ",.1f"),
          number(each["peak_memory_mb"], ",.0f"), number(each["chosen_lr"], "g")]
         for name, each in by_accuracy(figures)
     ]  # fmt: skip
-    return Table("Cost", ["method", "numbers trained", "bytes per user", "training GFLOP per user (counted)",
-                          "training of all users, s", "peak memory, MB", "learning rate"], rows)  # fmt: skip
+    return Table("Cost", ["method", "numbers trained", "bytes per user", "with shares of what is shared",
+                          "training GFLOP per user (counted)", "training of all users, s", "with what lies under it",
+                          "peak memory, MB", "learning rate"], rows,
+                 note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor "
+                 "evaluation is in them. Memory is the whole process's peak so far: of everything that shares its "
+                 "passes.")  # fmt: skip
 
 
 def rate_table(names: dict[str, Outcome]) -> Table:
     tried = sorted({rate for outcome in names.values() for rate in outcome.first.lr_grid})
-    rows = [[words(label(name)), number(outcome.first.chosen_lr, "g"),
+    rows = [[words(label(name)), number(outcome.first.chosen_lr, "g"), words(at_edge(outcome.first.lr_grid)),
              *(number(outcome.first.lr_grid.get(rate), ".4f") for rate in tried)]
             for name, outcome in names.items() if outcome.first.lr_grid]  # fmt: skip
-    return Table("Learning rates that were tried", ["method", "chosen", *(f"loss at {rate:g}" for rate in tried)], rows,
-                 note="Validation loss of each, mean over users; first seed.")
+    return Table("Learning rates that were tried", ["method", "chosen", "best at an end of the grid",
+                                                    *(f"loss at {rate:g}" for rate in tried)], rows,
+                 note="Validation loss of each, mean over users; first seed. A rate at which one user cannot be "
+                 "trained is given up for all. Where the best lies at an end, a better one may lie beyond.")
+
+
+def at_edge(grid: dict[float, float]) -> str:
+    best = min(grid, key=grid.get)
+    return "" if len(grid) < 2 else "lowest" if best == min(grid) else "highest" if best == max(grid) else ""
+
+
+def names_table(names: Iterable[str]) -> Table:
+    return Table("Names", ["name", "what answers"],
+                 [[words(label(name)), words(NAMES.get(name, "each user's own adapter, by this method"))]
+                  for name in names])  # fmt: skip
+
+
+def methods_table(names: dict[str, Outcome]) -> Table:
+    """How each was trained: configuration, and the epochs that users went through on average."""
+    rows = []
+    for name, outcome in names.items():
+        record = outcome.first
+        if not record.method:
+            continue
+        epochs = [len(curve) for each in outcome.records for curve in each.val_loss]
+        rows.append([words(label(name)), words(configuration(record.method)),
+                     number(sum(epochs) / len(epochs) if epochs else None, ".1f")])  # fmt: skip
+    return Table("Methods as they were trained", ["method", "configuration", "epochs, mean over users"], rows)
+
+
+def configuration(method: dict) -> str:
+    """Method.described() for people."""
+    if "members" in method:
+        return " + ".join(map(configuration, method["members"]))
+    values = ", ".join(f"{name} {value}" for name, value in method.items() if name != "name")
+    return f"{method['name']} ({values})" if values else method["name"]
+
+
+def cold_start_table(figures: dict[str, dict]) -> Table:
+    rows = [[words(label(name)), number(int(k), "d"), number(point["accuracy"], ".1f"), span(point),
+             number(point["users"], "d")]
+            for name, each in figures.items() for k, point in (each["cold_start"] or {}).items()]  # fmt: skip
+    return Table("Cold start: new users", ["method", "own examples", "accuracy, %", "95 % interval", "users"], rows,
+                 folded=True, note="Users with fewer examples drop out as the number grows: points of different "
+                 "numbers of users are not of the same users.")  # fmt: skip
 
 
 def movement_table(names: dict[str, Outcome]) -> Table:
@@ -95,17 +157,27 @@ def movement_table(names: dict[str, Outcome]) -> Table:
         moved = outcome.first.movement
         if not moved:
             continue
-        least = min(moved, key=lambda tensor: moved[tensor]["median"])
-        typical = sorted(each["median"] for each in moved.values())[len(moved) // 2]
-        stuck = sum(each["min"] <= STILL for each in moved.values())
-        flag = "DID NOT TRAIN" if typical <= STILL else "HARDLY MOVED" if typical < HARDLY else "trained"
-        rows.append([words(label(name)), words(flag), number(typical, ".2g"), number(moved[least]["median"], ".2g"),
-                     words(least), number(stuck, "d"), number(len(moved), "d")])  # fmt: skip
+        own = {kind: each for kind, each in moved.items() if not kind.startswith("head.")} or moved
+        least = min(own, key=lambda kind: own[kind]["median"])
+        stuck = sum(each["min"] <= STILL for each in own.values())
+        rows.append([words(label(name)), words(verdict(own.values())), number(own[least]["median"], ".2g"),
+                     words(least), number(max(each["median"] for each in own.values()), ".2g"), number(stuck, "d"),
+                     number(len(own), "d")])  # fmt: skip
     return Table("Movement audit: did the weights train?",
-                 ["method", "verdict", "typical tensor", "least moved tensor", "which", "tensors still for some user",
-                  "tensors"], rows,
+                 ["method", "verdict", "least moved tensor", "which", "most moved tensor",
+                  "tensors still for some user", "tensors"], rows,
                  note="Length of a weight's change over its start's, or the RMS of the change where the start is 0; "
-                 f"the median over users, first seed. Hardly moved: below {HARDLY:g}.")  # fmt: skip
+                 "the median over users, first seed, of a method's own tensors without the head beside it. Hardly "
+                 f"moved: none by {HARDLY:g}, or {HARDLY_FROM_ZERO:g} from 0.")  # fmt: skip
+
+
+def verdict(own: Collection[dict[str, float]]) -> str:
+    """Of how far each kind of a method's own tensors moved."""
+    still = sum(each["median"] <= STILL for each in own)
+    if still:
+        return "DID NOT TRAIN" if still == len(own) else "PARTS DID NOT TRAIN"
+    moved = any(each["median"] >= (HARDLY_FROM_ZERO if each.get("from_zero") else HARDLY) for each in own)
+    return "trained" if moved else "HARDLY MOVED"
 
 
 def notes_table(names: dict[str, Outcome], entries: dict[str, dict | None], left_out: dict[str, str]) -> Table:
