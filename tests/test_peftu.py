@@ -651,3 +651,11 @@ def test_who_makes_no_sense_stops_the_run(task, bases, tmp_path):
     cell = run.cell("lora", 1e-2, 0)
     with pytest.raises(InputError, match="no validation example"):
         run.train([replace(cell, learners=(*cell.learners[:1], replace(cell.learners[1], val=[])))])
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(command, "MINUTE", 0.0)
+    with command.progress({"a": 100, "b": 50}) as (_, update):
+        for done in (10, 20):
+            update("a", done, 100)
+    assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["a: 10 %", "a: 20 %"]

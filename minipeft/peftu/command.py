@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minipeft.console import OneLineParser, check_device
+from minipeft.console import MINUTE, OneLineParser, check_device
 from minipeft.default_base import default_base
 from minipeft.errors import InputError
 from minipeft.files import write_file
@@ -214,21 +214,27 @@ def check_out(out: Path) -> None:
 
 @contextmanager
 def progress(planned: dict[str, int]) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
-    """A bar over the training examples that are planned of each task, cold start included.
+    """A bar over the training examples that are planned of each task, cold start included; or a line a minute where
+    there is no terminal.
 
     Yields what shows a line, with the time that all tasks have left, and what is told (task, worked off, planned). The
     time left takes it that an example costs what it did so far, and that as many stop early; what an earlier run did
     counts for nothing.
     """
-    began, planned, done = time.perf_counter(), dict(planned), dict.fromkeys(planned, 0)
+    began = shown = time.perf_counter()
+    planned, done = dict(planned), dict.fromkeys(planned, 0)
     with tqdm(disable=None, leave=False) as bar:
 
         def update(task: str, now: int, of: int) -> None:
             done[task], planned[task] = now, of
             bar.total = sum(planned.values())
             bar.update(sum(done.values()) - bar.n)
+            if bar.disable and time.perf_counter() - shown > MINUTE:
+                show(f"{task}: {100 * now / max(1, of):.0f} %")
 
         def show(line: str) -> None:
+            nonlocal shown
+            shown = time.perf_counter()
             spent, worked = time.perf_counter() - began, sum(done.values())
             left = spent * (sum(planned.values()) / worked - 1) / 60 if worked else None
             left = "" if left is None else f", about {left:.0f} min left"

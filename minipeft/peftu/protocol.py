@@ -22,7 +22,7 @@ from minipeft.schedule import TrainConfig
 
 GRID = (1 / 3, 1, 3)  # times a method's own learning rate: what is tried of every method
 RATES = {  # where each method's grid lies; others: OTHER_RATE
-    "lora": 2e-3, "dora": 2e-3, "houlsby": 2e-3, "pfeiffer": 2e-3, "parallel": 1e-3, "ia3": 1e-2, "vera": 1e-2,
+    "lora": 7e-4, "dora": 7e-4, "houlsby": 7e-4, "pfeiffer": 7e-4, "parallel": 7e-4, "ia3": 5e-3, "vera": 1e-2,
     "bitfit": 3e-3, "layernorm": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "head": 1e-2,
 }  # fmt: skip
 OTHER_RATE = 2e-3
