@@ -45,6 +45,7 @@ class Peft:
         except ImportError as error:
             raise InputError(f"{error.name} is not installed: pip install 'minipeft[test]'") from None
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         parts = method.parts
         lora = parts[0]
         if not (isinstance(lora, LoRA) and all(isinstance(part, Head) for part in parts[1:])):
