@@ -138,7 +138,8 @@ class Work:
             job = jobs[user]
             place = engine.admit(user, job.config.method, row)
             scores = np.concatenate([piece for _, piece in engine.score([(*place, job.train)])])
-            found[user] = float(self.labels.nats(scores, np.array([q.label for q in job.train])).mean())
+            nats = self.labels.nats(scores, np.array([q.label for q in job.train]))
+            found[user] = float(nats.mean(dtype=np.float64))
             engine.evict(*place)
         return found
 
