@@ -107,9 +107,12 @@ class Work:
                 self.train([job], replace(self.passes, slots=1)).items()}  # fmt: skip
 
     def peft(self, steps: int | None = None, kind: type[Peft] = Peft) -> dict[str, Tensor]:
+        return {job.user: self._peer(kind).train(job, steps or self.steps) for job in self.few}
+
+    def _peer(self, kind: type[Peft]) -> Peft:
         if kind.__name__ not in self._peers:
             self._peers[kind.__name__] = kind(self.base, self.labels, self.jobs[0].config.method)
-        return {job.user: self._peers[kind.__name__].train(job, steps or self.steps) for job in self.few}
+        return self._peers[kind.__name__]
 
     def published(self) -> dict[str, Tensor]:
         return self.peft(PUBLISHED_STEPS, Published)
@@ -203,7 +206,7 @@ def measured(work: Work, contenders: Sequence[str]) -> dict:
     return entry | found | {
         "tokens_per_s": entry["fused_users_per_s"] * tokens,
         "updates_per_s": entry["fused_users_per_s"] * work.steps,
-        "fused_peak_mb": None, "peft_peak_mb": None, "resident_mb": None,
+        "fused_peak_mb": None, "peft_peak_mb": None, "fused_grown_mb": None, "peft_grown_mb": None, "resident_mb": None,
     }  # fmt: skip
 
 
@@ -263,25 +266,30 @@ def curve_works(work: Work, full: bool) -> Iterator[Work]:
 # ---- Memory --------------------------------------------------------------------------------------------------------
 
 
-def peak_of(contender: str, argv: Sequence[str]) -> float:
-    """MB by which a contender's memory grows at its peak, its base included: in a process of its own."""
+def memory_of(contender: str, argv: Sequence[str]) -> dict[str, float]:
+    """A contender's memory in a process of its own, that imports what it needs.
+
+    Returns:
+        peak_mb: of the process. grown_mb: by how much training alone, and the base, make it grow.
+    """
     command = [sys.executable, "-m", "minipeft.bench", "train", *argv, "--memory-of", contender]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise InputError(f"measuring the memory of {contender} failed: {run.stderr.strip().splitlines()[-1]}")
-    return json.loads(run.stdout.splitlines()[-1])["peak_mb"]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def print_memory(contender: str, args: argparse.Namespace) -> None:
-    import peft  # noqa: F401  # code is no contender's memory
-    import transformers  # noqa: F401
-
     work = replace(main_work(args), steps=1)
-    own_base = sum(weight.nbytes for weight in work.base.parameters()) if contender != "peft" else 0
+    if contender == "peft":  # which has a base of its own, and nothing of ours
+        work._peer(Peft)
+        work.base.to("meta")
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     getattr(work, contender)()
-    print(json.dumps({"peak_mb": (_status("VmHWM") - before + own_base) / 2**20}))
+    peak = _status("VmHWM")
+    base = sum(weight.nbytes for weight in work.base.parameters())
+    print(json.dumps({"peak_mb": peak / 2**20, "grown_mb": (peak - before + base) / 2**20}))
 
 
 def _status(field: str) -> int:
@@ -325,10 +333,11 @@ def run_train(argv: Sequence[str]) -> dict:
         result["seconds"] = time.perf_counter() - began
         write_file(args.out / "result.json", json.dumps(result, indent=1).encode() + b"\n")
 
-    print(HEADING)
+    print(HEADING, flush=True)
     entry = measured(work, ["fused", "one_by_one", *peers])
     if peers and work.base.device.type == "cpu":
-        entry |= {f"{name}_peak_mb": peak_of(name, argv) for name in ("fused", "peft")}
+        for name in ("fused", "peft"):
+            entry |= {f"{name}_{what}": value for what, value in memory_of(name, argv).items()}
         entry["resident_mb"] = resident_mb(work)
     note(entry)
     if not args.no_curves:
@@ -406,8 +415,9 @@ def line(entry: dict) -> str:
     text = (f"{name:<22}{entry['users']:>6}{entry['tokens_per_user_step']:>8.0f}{entry['fused_users_per_s']:>10.2f}"
             f"{entry['tokens_per_s']:>10,.0f}{ratios}{entry['max_relative_difference']:>9.0e}")
     if entry["fused_peak_mb"] is not None:
-        text += (f"\n  peak memory: fused {entry['fused_peak_mb']:.0f} MB, {entry['resident_mb']:.0f} of them resident "
-                 f"users' rows; peft {entry['peft_peak_mb']:.0f} MB")
+        peak, grown = ((entry[f"fused_{what}_mb"], entry[f"peft_{what}_mb"]) for what in ("peak", "grown"))
+        text += (f"\n  peak memory: fused {peak[0]:.0f} MB, peft {peak[1]:.0f} MB; without code: fused {grown[0]:.0f} MB, "
+                 f"{entry['resident_mb']:.0f} of them resident users' rows, peft {grown[1]:.0f} MB")
     return text
 
 

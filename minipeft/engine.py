@@ -189,12 +189,11 @@ class Engine:
         self._begin(batch.groups, steps is not None)
         hooks = self._hooks(batch.groups, steps)
         if batch.inputs is None:
-            hidden = self.model.hidden(batch.rows, hooks)  # [T, width]
+            read = self.model.read(batch.rows, batch.head_rows, hooks)  # [M', width]
         else:
             reading = self._hooks(batch.inputs.groups, steps)
             keys = self.model.cross_keys(self.model.encode_rows(batch.inputs.rows, reading), reading)
-            hidden = self.model.decode_rows(batch.rows, keys, batch.cross, hooks)
-        read = hidden.index_select(0, batch.head_rows)  # [M', width]
+            read = self.model.decode_rows(batch.rows, keys, batch.cross, hooks).index_select(0, batch.head_rows)
         acting = [table[group.bank] for group in batch.groups for table in (self._banks, self._under)]
         at_head = any(residents is not None and residents.at_head for residents in acting)
         head_groups = batch.head_groups() if at_head else ()

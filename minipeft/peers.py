@@ -52,7 +52,7 @@ class Peft:
             raise InputError(f"peers train LoRA, and a head beside it; not {method.title}")
         if lora.dropout or lora.ranks or lora.alphas or not isinstance(base, (Decoder, Classifier)):
             raise InputError("peers train a plain LoRA of a Llama's or BERT's kin")
-        self.base, self.labels, self.method = base, labels, method
+        self.base, self.labels, self.method, self.device = base, labels, method, base.device
         self.encodes = isinstance(base, Classifier)
         modules = modules_of(base)
         paths = {site: modules[site].path for site in lora.chosen(base)}
@@ -61,7 +61,7 @@ class Peft:
             self.model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False)
         else:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        self.model.to(base.device).eval().requires_grad_(False)
+        self.model.to(self.device).eval().requires_grad_(False)
         config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.scaling == "rslora",
                                  target_modules=list(paths.values()))  # fmt: skip
         self.adapted = peft.get_peft_model(self.model, config)
@@ -74,7 +74,7 @@ class Peft:
         if self.encodes:
             K, C = base.head_size
             for name, shape in (("head.weight", (C, K - 1)), ("head.bias", (C,))):
-                self.own[name] = torch.zeros(shape, device=base.device, requires_grad=True)
+                self.own[name] = torch.zeros(shape, device=self.device, requires_grad=True)
 
     def train(self, job: Job, num_steps: int) -> Tensor:
         """The user's row [P] after so many steps of the job's plan."""
@@ -121,7 +121,7 @@ class Peft:
         fill = self.model.config.pad_token_id or 0
         ids = [[*text, *[fill] * (width - len(text))] for text in texts]
         mask = [[1] * len(text) + [0] * (width - len(text)) for text in texts]
-        return torch.tensor(ids, device=self.base.device), torch.tensor(mask, device=self.base.device)
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
 
 class Published(Peft):
@@ -130,7 +130,7 @@ class Published(Peft):
     def loss(self, reads: Sequence[Read]) -> Tensor:
         width = min(PUBLISHED_LENGTH, self.base.config.max_positions or PUBLISHED_LENGTH)
         if self.encodes:
-            classes = torch.tensor([read.targets[0] for read in reads], device=self.base.device)
+            classes = torch.tensor([read.targets[0] for read in reads], device=self.device)
             return F.cross_entropy(self._classes(*self._padded([read.tokens for read in reads], width)), classes)
         texts = [(*read.tokens, read.targets[-1])[:width] for read in reads]
         ids, mask = self._padded(texts, width)

@@ -14,6 +14,8 @@ from minipeft.methods.ia3 import IA3
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import save_task
 
+MEMORY_OF = bench_train.memory_of
+
 
 @pytest.fixture(autouse=True)
 def small_and_quick(tmp_path, monkeypatch):
@@ -26,7 +28,7 @@ def small_and_quick(tmp_path, monkeypatch):
         monkeypatch.setattr(where, "SHAPE", default_base.SHAPE | small)
     monkeypatch.setattr(bench_train, "STEPS", 3)
     monkeypatch.setattr(bench_train, "TURNS", 2)
-    monkeypatch.setattr(bench_train, "peak_of", lambda contender, argv: 1.0)
+    monkeypatch.setattr(bench_train, "memory_of", lambda contender, argv: {"peak_mb": 2.0, "grown_mb": 1.0})
     monkeypatch.setattr(bench_train, "CURVE_TOKENS", {False: (16, 128)})
     monkeypatch.setattr(bench_train, "CURVE_USERS", {False: (1, 3)})
     monkeypatch.setattr(bench_train, "CURVE_AT", (3, 16))
@@ -88,12 +90,11 @@ def test_padding_to_512_changes_no_gradient(folders):
         torch.testing.assert_close(published[user], row, rtol=1e-4, atol=1e-6)
 
 
-def test_memory_is_measured_in_a_process_of_its_own(monkeypatch, capsys, tmp_path):
-    monkeypatch.undo()
-    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(default_base, "STEPS", 1)
-    assert bench.main(["train", "--users", "2", "--memory-of", "fused"]) == 0
-    assert 1 < json.loads(capsys.readouterr().out.splitlines()[-1])["peak_mb"] < 2000
+@pytest.mark.parametrize("who", ["fused", "peft"])
+def test_a_process_of_its_own_says_what_memory_a_contender_takes(folders, who):
+    task, model = folders
+    found = MEMORY_OF(who, ["--task", str(task), "--model", str(model)])
+    assert 0 < found["grown_mb"] < 200 < found["peak_mb"] < 3000
 
 
 def test_without_peers_ours_is_measured_and_it_is_said(tmp_path, monkeypatch, capsys):

@@ -82,7 +82,7 @@ class Packed:
     """Who sees whom in a batch. A padding place repeats its sequence's last row, which is finite and never seen.
 
     q_index: [M] int64. Padded layout -> row: buckets one after another, each [num, q_width] flattened.
-    q_places: [T] int64. Row -> its place in the padded layout.
+    q_places: [T] int64. Row -> its place in the padded layout. q_pads: [M - T] int64, the places that are no row's.
     k_index, k_places: the same of the rows that are seen. k_places is None where a row may be seen by several members.
     square:  each sequence sees itself and nothing else.
     stretches: None where a sequence sees a prefix too, or sequences see others than in their order.
@@ -90,6 +90,7 @@ class Packed:
 
     q_index: Tensor
     q_places: Tensor
+    q_pads: Tensor
     k_index: Tensor
     k_places: Tensor | None
     buckets: tuple[Bucket, ...]
@@ -149,9 +150,12 @@ class Packed:
                 k_filled += k_rows.size
             buckets.append(Bucket(len(members), q_width, k_width, on(before), None if seen.all() else on(seen)))
         q_index, k_index = np.concatenate(q_index), np.concatenate(k_index)
-        q_index, q_places, k_index, k_places = map(on, (q_index, q_places, k_index, k_places))
-        return Packed(q_index, q_places, k_index, k_places if all_once else None, tuple(buckets), causal, square,
-                      stretches)  # fmt: skip
+        is_pad = np.ones(len(q_index), dtype=bool)
+        is_pad[q_places] = False
+        arrays = q_index, q_places, np.flatnonzero(is_pad), k_index, k_places
+        q_index, q_places, q_pads, k_index, k_places = map(on, arrays)
+        return Packed(q_index, q_places, q_pads, k_index, k_places if all_once else None, tuple(buckets), causal,
+                      square, stretches)  # fmt: skip
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
@@ -221,7 +225,8 @@ class Packed:
                 y = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask, is_causal=is_causal,
                                                    scale=scale, enable_gqa=grouped)  # fmt: skip
             outputs.append(y.transpose(1, 2).reshape(q_end - q_start, -1, v.shape[-1]))
-        return _Ungroup.apply(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.q_places)
+        return _Ungroup.apply(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.q_places, self.q_index,
+                              self.q_pads)  # fmt: skip
 
     def _mask(self, bucket: Bucket, window: int | None, always: bool = False) -> Tensor | None:
         """[n or 1, 1, q_width, k_width] bool, what is seen; None where the causal kernel or no mask says the same."""
@@ -301,17 +306,14 @@ class _Regroup(torch.autograd.Function):
 
 
 class _Ungroup(torch.autograd.Function):
-    """x[inverse], whose gradient is zero at the padding places."""
+    """x[places], whose gradient is another gather, and zero at the padding places `pads`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.places = x.shape[0]
-        return x.index_select(0, inverse)
+    def forward(ctx, x: Tensor, places: Tensor, index: Tensor, pads: Tensor) -> Tensor:
+        ctx.save_for_backward(index, pads)
+        return x.index_select(0, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (inverse,) = ctx.saved_tensors
-        grad_x = grad.new_zeros(ctx.places, *grad.shape[1:])
-        grad_x.index_copy_(0, inverse, grad)
-        return grad_x, None
+        index, pads = ctx.saved_tensors
+        return grad.index_select(0, index).index_fill_(0, pads, 0.0), None, None, None

@@ -33,6 +33,10 @@ class Causal(Sites, nn.Module):
         """
         raise NotImplementedError
 
+    def read(self, rows: Rows, wanted: Tensor, hooks: Hooks = BASE) -> Tensor:
+        """`hidden` of some rows: wanted [n] int64 -> [n, width]."""
+        return self.hidden(rows, hooks).index_select(0, wanted)
+
     def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         """Hidden states of chosen rows [rows, width] -> logits [rows, vocab_size]."""
         return self.head_linear(h, hooks)

@@ -72,12 +72,17 @@ class Classifier(Sites, nn.Module):
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """Every row's text in one vector: [T, width + 1], its last hidden states pooled, and 1."""
+        return self.read(rows, torch.arange(len(rows.tokens), device=self.device), hooks)
+
+    def read(self, rows: Rows, wanted: Tensor, hooks: Hooks = BASE) -> Tensor:
+        """`hidden` of some rows, [len(wanted), width + 1]: a text is read once or twice, not at all of its rows."""
         how = "first" if self.pooling == "pooler" else "mean"
         pooled = self.encoder.pool(self.last_hidden(rows, hooks), rows, how)  # [sequences, width]
         text_of_row = torch.from_numpy(np.repeat(np.arange(len(rows.lengths)), rows.lengths)).to(pooled.device)
-        pooled = pooled.index_select(0, text_of_row)  # [T, width]
         if self.pooling == "pooler":  # hooks know packed rows alone
-            pooled = self.encoder.pooled(pooled, hooks)
+            pooled = self.encoder.pooled(pooled.index_select(0, text_of_row), hooks).index_select(0, wanted)
+        else:
+            pooled = pooled.index_select(0, text_of_row.index_select(0, wanted))
         return F.pad(pooled, (0, 1), value=1.0)
 
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
