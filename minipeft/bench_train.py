@@ -416,8 +416,8 @@ def line(entry: dict) -> str:
             f"{entry['tokens_per_s']:>10,.0f}{ratios}{entry['max_relative_difference']:>9.0e}")
     if entry["fused_peak_mb"] is not None:
         peak, grown = ((entry[f"fused_{what}_mb"], entry[f"peft_{what}_mb"]) for what in ("peak", "grown"))
-        text += (f"\n  peak memory: fused {peak[0]:.0f} MB, peft {peak[1]:.0f} MB; without code: fused {grown[0]:.0f} MB, "
-                 f"{entry['resident_mb']:.0f} of them resident users' rows, peft {grown[1]:.0f} MB")
+        text += (f"\n  peak memory: fused {peak[0]:.0f} MB, peft {peak[1]:.0f} MB; without code: fused {grown[0]:.0f} "
+                 f"MB, {entry['resident_mb']:.0f} of them resident users' rows, peft {grown[1]:.0f} MB")
     return text
 
 
