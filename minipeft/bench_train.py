@@ -442,6 +442,8 @@ def plot(path: Path, runs: Sequence[dict]) -> None:
                           label=f"{base} against {than.replace('_', ' ')}")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel=title)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylabel("fused is so many times as fast")
     figure.axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=150)

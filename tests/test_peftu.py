@@ -281,12 +281,17 @@ def test_new_users_prompts_hold_no_more_than_is_known_of_them(task, bases, tmp_p
 
 
 def test_time_left_is_that_of_all_tasks(monkeypatch, capsys):
-    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=iter([0.0, 60.0, 600.0, 1200.0]).__next__))
+    now = 0.0
+    monkeypatch.setattr(command, "MINUTE", float("inf"))
+    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: now))
     with command.progress({"a": 10, "b": 30}) as (show, update):
+        now = 60.0
         show("nothing yet")
         update("a", 5, 10)
+        now = 600.0
         show("some")
         update("a", 8, 8)  # some stopped early
+        now = 1200.0
         show("a task")
     assert capsys.readouterr().out.splitlines() == [
         "nothing yet (1.0 min)", "some (10.0 min, about 70 min left)", "a task (20.0 min, about 75 min left)"]

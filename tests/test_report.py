@@ -199,7 +199,8 @@ const problems = [];
 addEventListener("error", event => problems.push(event.message), true);
 addEventListener("securitypolicyviolation", event => problems.push(event.violatedDirective));
 addEventListener("load", () => {
-  const table = document.querySelectorAll("table")[1], headers = [...table.tHead.rows[0].cells];
+  const table = [...document.querySelectorAll("table")].find(each => each.tHead.textContent.includes("worst tenth"));
+  const headers = [...table.tHead.rows[0].cells];
   const column = name => headers.findIndex(header => header.textContent.trim().startsWith(name));
   const read = i => [...table.tBodies[0].rows].map(row => row.cells[i].textContent.trim());
   const click = name => { headers[column(name)].querySelector("button").click(); return read(column(name)); };
