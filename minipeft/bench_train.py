@@ -233,7 +233,7 @@ def main_work(args: argparse.Namespace) -> Work:
     jobs = [Job(user, encoded.train[user], encoded.train[user][:1], config) for user in task.users]
     jobs.sort(key=lambda job: -sum(len(question.prompt) for question in job.train) / len(job.train))
     name = args.model.name if args.model else "default"
-    return Work(name, base, encoded.labels, jobs, STEPS, trunk_seconds=seconds)
+    return Work(name, base, encoded.labels, jobs, STEPS, args.passes, seconds)
 
 
 def curve_work(name: str, base: Decoder, users: int, tokens: int) -> Work:
@@ -371,6 +371,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="where LoRA of rank 8 acts (default: q,v)")
     parser.add_argument("--top-layers", type=int, metavar="N",
                         help="act in the last N layers only; an encoder's lower ones run once per distinct text")
+    parser.add_argument("--token-budget", type=int, default=PASSES.token_budget, metavar="N",
+                        help=f"rows of a fused pass at most (default: {PASSES.token_budget}); fewer take less memory")
     parser.add_argument("--full", action="store_true", help="every point of the curves, larger bases too: an hour")
     parser.add_argument("--no-curves", action="store_true", help="the users alone, no curves")
     parser.add_argument("--profile", action="store_true", help="also write trace.json and a table of kernels")
@@ -382,6 +384,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.users is not None and args.users < 1:
         parser.error(f"--users must be at least 1, got {args.users}")
     args.method = replace(METHOD, sites=args.sites)
+    args.passes = replace(PASSES, token_budget=args.token_budget)
+    args.passes.check()
     return args
 
 

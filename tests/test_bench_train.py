@@ -118,6 +118,7 @@ def test_peers_refuse_what_they_cannot_train(folders, method):
 
 @pytest.mark.parametrize("argv, message", [
     (["--users", "0"], "--users must be at least 1, got 0"),
+    (["--token-budget", "0"], "token_budget must be at least 1, got 0"),
     (["--users", "3", "--sites", "nowhere"], "nowhere"),
     (["--users", "3", "--top-layers", "9"], "this base has 2 layers"),
     (["--device", "warp"], "--device warp"),
