@@ -60,6 +60,10 @@ NUM_ALONE = 2  # users whose whole training is repeated alone
 PASSES = PassConfig()
 ALONE = PassConfig(slots=1)
 PROFILED = 8  # with --profile, every so-many-th user of the speed trial trains once more
+OWN_OPTIONS = {  # suites that parse their own -> what runs them, and what is left of one that was interrupted
+    "peftu": (run_peftu, "The same command with the same --out continues"),
+    "train": (run_train, "What was measured is in result.json"),
+}
 ACTIVE = 100  # training examples from which a user counts as active in the table
 
 
@@ -68,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finished: list[str] = []
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] in (["peftu"], ["train"]):
-            {"peftu": run_peftu, "train": run_train}[argv[0]](argv[1:])
+        if argv and argv[0] in OWN_OPTIONS:
+            OWN_OPTIONS[argv[0]][0](argv[1:])
             return 0
         args = parse(argv)
         check_device(args.device)
@@ -80,11 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minipeft.bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if argv[:1] == ["peftu"]:
-            print("\nminipeft.bench: interrupted. The same command with the same --out continues", file=sys.stderr)
-            return 130
-        if argv[:1] == ["train"]:
-            print("\nminipeft.bench: interrupted. What was measured is in result.json", file=sys.stderr)
+        if argv and argv[0] in OWN_OPTIONS:
+            print(f"\nminipeft.bench: interrupted. {OWN_OPTIONS[argv[0]][1]}", file=sys.stderr)
             return 130
         done, where = {"quick": ("users had finished; their adapters are in", "adapters"),
                        "kernels": ("batches were measured; their figures are in", "result.json")}[args.suite]

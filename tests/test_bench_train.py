@@ -8,7 +8,8 @@ import torch
 from small_bases import MAKERS
 
 from minipeft import bench, bench_train, default_base, peers
-from minipeft.bench_train import Apart, compared, main_work, parse
+from minipeft.bench_train import main_work, parse
+from minipeft.contenders import SAME_LOSS, Apart, compared
 from minipeft.errors import InputError
 from minipeft.methods.ia3 import IA3
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
@@ -53,7 +54,7 @@ def test_the_default_run_measures_every_contender_and_the_curves(tmp_path, capsy
             "frozen_trunk"} <= set(first)  # fmt: skip
     assert first["base"] == "default" and first["users"] == 3 and first["resident_mb"] > 0
     assert all(first[f"{name}_users_per_s"] > 0 for name in bench_train.CONTENDERS)
-    assert len(first["fused_seconds"]) == 2 and first["max_loss_difference"] <= bench_train.SAME_LOSS
+    assert len(first["fused_seconds"]) == 2 and first["max_loss_difference"] <= SAME_LOSS
     assert [(run["users"], run["tokens_per_user_step"]) for run in curve] == [(3, 16), (3, 128), (1, 16)]
     assert {run["published_users_per_s"] for run in curve} == {None}
     assert (tmp_path / "out" / "train.png").stat().st_size and (tmp_path / "out" / "kernels.txt").stat().st_size

@@ -175,26 +175,31 @@ def test_digests_stay_what_they_were():
         "f88ff99245f477bf6b3fcd07d8a88d4b")
 
 
-def test_a_killed_run_continues_with_the_same_result(finished, folder, bases, tmp_path, monkeypatch):
-    """Killed in the middle of the first fused training: whoever was done is not trained again, nobody differs."""
-    kept, again, add = [], [], Store.add
+ADD = Store.add
 
-    def killed(store, adapter, base):
-        if len(kept) == 7:
+
+def kept_adapters(monkeypatch, killed_after=None) -> list:
+    """From now on: (store, user) of each adapter that is kept. killed_after: Ctrl-C in place of one more."""
+    kept = []
+
+    def add(store, adapter, base):
+        if len(kept) == killed_after:
             raise KeyboardInterrupt
-        add(store, adapter, base)
+        ADD(store, adapter, base)
         kept.append((store.folder, adapter.user))
 
-    def noted(store, adapter, base):
-        add(store, adapter, base)
-        again.append((store.folder, adapter.user))
+    monkeypatch.setattr(Store, "add", add)
+    return kept
 
-    monkeypatch.setattr(Store, "add", killed)
+
+def test_a_killed_run_continues_with_the_same_result(finished, folder, bases, tmp_path, monkeypatch):
+    """Killed in the middle of the first fused training: whoever was done is not trained again, nobody differs."""
+    kept = kept_adapters(monkeypatch, killed_after=7)
     argv = ("--tasks", folder, "--model", bases["bert"], "--seeds", 1, "--out", tmp_path, *few())
     assert run(*argv) == 130
     stores = {index.parent for index in (tmp_path / "adapters").glob("*/*/index.sqlite")}
     assert {(store, user) for store in stores for user in Store(store).users()} == set(kept)
-    monkeypatch.setattr(Store, "add", noted)
+    again = kept_adapters(monkeypatch)
     assert run(*argv) == 0
     assert not {*kept} & {*again} and len(kept) + len(again) == 3 * 2 * 5 + 2  # methods, rates, users; shared ones
     whole, continued = records_of(finished), records_of(tmp_path)
@@ -222,22 +227,10 @@ def test_a_killed_cold_start_continues(finished, folder, bases, tmp_path, monkey
     out = shutil.copytree(finished, tmp_path / "out")
     for record in load_records(out):
         save_record(out, replace(record, cold_start=None))
-    kept, again, add = [], [], Store.add
-
-    def killed(store, adapter, base):
-        if len(kept) == 3:
-            raise KeyboardInterrupt
-        add(store, adapter, base)
-        kept.append((store.folder, adapter.user))
-
-    def noted(store, adapter, base):
-        add(store, adapter, base)
-        again.append((store.folder, adapter.user))
-
     argv = ("--tasks", folder, "--model", bases["bert"], "--out", out, "--cold-start", *few())
-    monkeypatch.setattr(Store, "add", killed)
+    kept = kept_adapters(monkeypatch, killed_after=3)
     assert run(*argv) == 130
-    monkeypatch.setattr(Store, "add", noted)
+    again = kept_adapters(monkeypatch)
     assert run(*argv) == 0
     assert again and not {*kept} & {*again} and not any((out / "adapters").iterdir())
     assert records_of(out)["head", 0].cold_start == records_of(finished)["head", 0].cold_start
