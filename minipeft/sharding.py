@@ -71,11 +71,10 @@ class Lockstep:
     """The ranks' agreement on passes. stopping: whether this rank is to stop."""
 
     def __init__(self, base: Causal):
-        self.base, self.stopping = base, lambda: False
+        self.base = base
+        self.stopping: Callable[[], bool] = lambda: False
         self._group = dist.new_group(backend="gloo", timeout=FOREVER)
         self._last = IDLE
-
-    stopping: Callable[[], bool]
 
     def before(self, training: bool) -> None:
         """Returns when the next pass is of this kind at every rank. Raises Stopped."""
