@@ -203,8 +203,7 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
     if vectors.stride(1) != 1 and vectors.shape[1] > 1:
         raise ValueError(f"{op}: the numbers of a vector must lie side by side, but stride(1) of vectors is "
                          f"{vectors.stride(1)}; only slots may be apart.")
-    if len(segments.slots) and segments.slots.max() >= len(vectors):
-        raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {len(vectors)} slots.")
+    segments.check_bank(op, len(vectors))
     if (segments.plan is None) != (backend(x.device) == "torch"):
         raise ValueError(f"{op}: the segments were built for another device than {x.device}, where x is; "
                          f"pass device={str(x.device)!r} to Segments.build.")

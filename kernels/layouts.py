@@ -19,6 +19,6 @@ def check_table(op: str, name: str, table: Tensor, shape: tuple[int, ...], *dtyp
 
 def check_slots(op: str, name: str, matrices: Tensor, shape: Size) -> None:
     """Raises ValueError unless matrices [U, ...] have this shape and each slot's numbers lie side by side."""
-    if matrices.shape != shape or (len(matrices) and not matrices[0].is_contiguous()):
+    if matrices.shape != shape or not (matrices.is_contiguous() or matrices[0].is_contiguous()):
         raise ValueError(f"{op}: {name} is {tuple(matrices.shape)} with strides {matrices.stride()}; needed is "
                          f"{tuple(shape)}, contiguous within a slot: only slots may be apart. Call .contiguous().")

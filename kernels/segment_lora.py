@@ -25,11 +25,11 @@ from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.layouts import check_slots, check_table
-from minipeft_kernels.segments import Segments, take
+from minipeft_kernels.segments import RowGroups, Segments, take
 from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
 
-LONG = 128  # rows per segment on average from which a CPU multiplies segment by segment
+LONG = 160  # rows per segment on average from which a CPU multiplies segment by segment
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,11 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
+def _grouped_mm(x: Tensor, matrices: Tensor, groups: RowGroups) -> Tensor:
+    """[T, n] = each row of x [T, k] times its segment's matrix of [S', k, n]; one segment is a plain product."""
+    return x @ matrices[0] if len(matrices) == 1 else F.grouped_mm(x, matrices, offs=groups.ends)
+
+
 class _GroupedLora(torch.autograd.Function):
     """The same sums by torch.nn.functional.grouped_mm: one product after another on the rows where they lie.
 
@@ -196,24 +201,25 @@ class _GroupedLora(torch.autograd.Function):
         own_A, own_Bt = (cpu.tile_matrices(M, groups.slots, ranks) for M in (A, Bt))  # [S', R, K], [S', R, N]
         if A.shape[1] * A.itemsize % 16:  # rows of v must be whole 16 bytes
             own_A, own_Bt = (F.pad(M, (0, 0, 0, -A.shape[1] % 8)) for M in (own_A, own_Bt))
-        own_scale = scale.index_select(0, groups.slot_of_row).to(x.dtype)[:, None]  # [T, 1]
-        v = F.grouped_mm(x, own_A.transpose(1, 2), offs=groups.ends).mul_(own_scale)  # [T, padded R]
+        slots = groups.slots if len(groups.slots) == 1 else groups.slot_of_row
+        own_scale = scale.index_select(0, slots).to(x.dtype)[:, None]  # [T, 1], or [1, 1] of one user
+        v = _grouped_mm(x, own_A.transpose(1, 2), groups).mul_(own_scale)  # [T, padded R]
         ctx.save_for_backward(x, own_A, own_Bt, own_scale, v)
         ctx.groups, ctx.R, ctx.U = groups, A.shape[1], A.shape[0]
-        return F.grouped_mm(v, own_Bt, offs=groups.ends)
+        return _grouped_mm(v, own_Bt, groups)
 
     @staticmethod
     def backward(ctx, grad_y):
         (x, own_A, own_Bt, own_scale, v), groups, grads = ctx.saved_tensors, ctx.groups, []
         grad_y = _aligned(grad_y)
-        w = F.grouped_mm(grad_y, own_Bt.transpose(1, 2), offs=groups.ends).mul_(own_scale)
+        w = _grouped_mm(grad_y, own_Bt.transpose(1, 2), groups).mul_(own_scale)
         for ranks, rows in ((w, x), (v, grad_y)):  # grad_A = sum w x^T, grad_Bt = sum v grad_y^T
             own = F.grouped_mm(ranks.t(), rows, offs=groups.ends)[:, : ctx.R]  # [S', R, K or N]
             whole = own.new_empty(ctx.U, *own.shape[1:])  # [U, R, K or N]
             if len(own) < ctx.U:
                 whole.zero_()
             grads.append(whole.index_copy_(0, groups.slots, own))
-        return F.grouped_mm(w, own_A, offs=groups.ends), *grads, None, None, None
+        return _grouped_mm(w, own_A, groups), *grads, None, None, None
 
 
 # ---- The op --------------------------------------------------------------------------------------------------------
@@ -261,14 +267,14 @@ def check(op: str, x: Tensor, lora: Lora) -> None:
                              f"{tuple(Bt.shape)}.")
         if not x.dtype == A.dtype == Bt.dtype:
             raise ValueError(f"{op}: x, A and Bt must share a dtype; got {x.dtype}, {A.dtype}, {Bt.dtype}.")
-    if len(segments.slots) and segments.slots.max() >= A.shape[0]:
-        raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {A.shape[0]} slots.")
+    segments.check_bank(op, len(A))
     if (backend(x.device) == "triton") != (segments.plan is not None):
         raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
                          "pass device=x.device to Segments.build.")
-    for name, matrices, like in (("A", A, A), ("grad_A", lora.grad_A, A), *(("Bt", Bt, Bt) for Bt in Bts),
-                                 *(("grad_Bt", grad, Bt) for grad, Bt in zip(lora.grad_Bts, Bts))):  # fmt: skip
-        check_slots(op, name, matrices, like.shape)
+    for name, matrices, grad in (("A", A, lora.grad_A), *(("Bt", Bt, grad) for Bt, grad in zip(Bts, lora.grad_Bts))):
+        check_slots(op, name, matrices, matrices.shape)
+        if grad is not matrices:
+            check_slots(op, f"grad_{name}", grad, matrices.shape)
     check_table(op, "scale (one per slot)", lora.scale, (len(A),), torch.float32)
     for name, table in (("ranks", lora.ranks), ("accumulate", lora.accumulate)):
         if table is not None:

@@ -86,8 +86,7 @@ def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
         raise ValueError(f"{op}: x and W must share a dtype; got {x.dtype} and {W.dtype}.")
     check_slots(op, "W", W, W.shape)
     check_slots(op, "grad_W", grad_W, W.shape)
-    if len(segments.slots) and segments.slots.max() >= len(W):
-        raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {len(W)} slots.")
+    segments.check_bank(op, len(W))
     if (backend(x.device) == "triton") != (segments.plan is not None):
         raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
                          "pass device=x.device to Segments.build.")

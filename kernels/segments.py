@@ -173,6 +173,16 @@ class Segments:
         return int(self.starts[-1])
 
     @cached_property
+    def largest_slot(self) -> int:
+        """-1 where there is no segment."""
+        return int(self.slots.max(initial=-1))
+
+    def check_bank(self, op: str, num_slots: int) -> None:
+        """Raises ValueError if a segment's slot is not among a bank's."""
+        if self.largest_slot >= num_slots:
+            raise ValueError(f"{op}: segment of slot {self.largest_slot} but the bank has {num_slots} slots.")
+
+    @cached_property
     def slot_of_row(self) -> Tensor:
         """[T] int64 on the device: what plain PyTorch gathers by."""
         if self.tiles is not None:

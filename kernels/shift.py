@@ -96,8 +96,7 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
         raise ValueError(f"{op}: x is {x.dtype}; the kernels take {', '.join(str(dtype) for dtype in DTYPES)}.")
     if vectors.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{op}: vectors are {vectors.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
-    if len(segments.slots) and segments.slots.max() >= len(vectors):
-        raise ValueError(f"{op}: segment of slot {segments.slots.max()} but the bank has {len(vectors)} slots.")
+    segments.check_bank(op, len(vectors))
     if (backend(x.device) == "triton") != (segments.plan is not None):
         raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
                          "pass device=x.device to Segments.build.")
