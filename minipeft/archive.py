@@ -35,7 +35,7 @@ from minipeft.models.fields import shown
 from minipeft.shards import KINDS, MAX_BYTES, Shard, check_folder, remove_others, shard_path, write_shard
 
 MAX_WAITING = 4 << 20  # bytes of a configuration's rows that wait for a shard
-MAX_MAPPED = 64  # shards that a reader keeps open
+MAX_MAPPED = 1024  # shards that a reader keeps open: addresses, no memory
 FAULT = 64 << 10  # bytes of a file that become memory of the process when one of them is read
 MAX_TOUCHED = 16 << 20  # bytes that do so before they are given back
 Read = TypeVar("Read")  # what is made of an entry
@@ -245,8 +245,8 @@ class Archive:
             self.index.write(MOVE, [(*place, key) for place, (key, _) in zip(places, waiting)])
             self.index.write("DELETE FROM waiting WHERE configuration = ?", [(configuration,)])
             places = places[len(waiting) :]
-        self.index.write(PUT, [(item.key, configuration, *place, self._checksum(configuration, item, item.data),
-                                item.form, item.numbers) for item, place in zip(items, places)])  # fmt: skip
+        self.index.write(PUT, ((item.key, configuration, *place, self._checksum(configuration, item, item.data),
+                                item.form, item.numbers) for item, place in zip(items, places)))  # fmt: skip
 
     def _write_shards(
         self, configuration: int, num_rows: int, rows: Iterable[bytes | np.ndarray]

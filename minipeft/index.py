@@ -21,7 +21,7 @@ import socket
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ CREATE TABLE configurations (number INTEGER PRIMARY KEY AUTOINCREMENT, method TE
 CREATE TABLE forms (number INTEGER PRIMARY KEY AUTOINCREMENT, skeleton TEXT, codes TEXT, UNIQUE (skeleton, codes));
 CREATE TABLE shards (number INTEGER PRIMARY KEY AUTOINCREMENT, configuration INTEGER, n INTEGER);
 CREATE TABLE adapters (id BLOB PRIMARY KEY, configuration INTEGER, shard INTEGER, row INTEGER, checksum INTEGER,
-    version INTEGER, form INTEGER, numbers BLOB) WITHOUT ROWID;
+    version INTEGER, form INTEGER, numbers BLOB);
 CREATE TABLE waiting (id BLOB PRIMARY KEY, configuration INTEGER, row BLOB);
 CREATE INDEX waiting_of ON waiting (configuration);
 """
@@ -262,7 +262,7 @@ class Index:
         with self._errors():
             return self._current().execute(sql, values).fetchall()
 
-    def write(self, sql: str, values: list[tuple]) -> None:
+    def write(self, sql: str, values: Iterable[tuple]) -> None:
         """Within a transaction: one statement for each of these."""
         with self._errors():
             self._db.executemany(sql, values)

@@ -5,8 +5,8 @@ import math
 import re
 import struct
 from dataclasses import dataclass
-from functools import cached_property
-from json.encoder import encode_basestring_ascii as text
+from functools import cached_property, lru_cache
+from json.encoder import encode_basestring_ascii
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from minipeft.methods.method import Method
 from minipeft.models.fields import shown
 from minipeft.models.hooks import Sites
 
+KINDS = (bool, float, int, str, dict, list, tuple)  # what JSON can hold, beside None; a bool is an int too
 INTEGERS = (("b", 1 << 7), ("h", 1 << 15), ("i", 1 << 31), ("q", 1 << 63))  # struct's code, the first too large for it
 
 
@@ -87,6 +88,8 @@ class Packing:
 
 # ---- Metrics -------------------------------------------------------------------------------------------------------
 
+_quoted = lru_cache(encode_basestring_ascii)  # metrics' names recur, user after user
+
 
 def take_apart(metrics: dict) -> tuple[str, str, bytes]:
     """Metrics -> a skeleton that many users share, as JSON with 0 for each number; the numbers' codes; the numbers.
@@ -95,25 +98,31 @@ def take_apart(metrics: dict) -> tuple[str, str, bytes]:
         InputError: something that JSON has not, or a whole number of more than 64 bits.
     """
     numbers: list[int | float] = []
-
-    def skeleton(value: object) -> str:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            numbers.append(value)
-            return "0"
-        if isinstance(value, list | tuple):
-            return f"[{', '.join(map(skeleton, value))}]"
-        if isinstance(value, dict):
-            return f"{{{', '.join([f'{text(name)}: {skeleton(part)}' for name, part in value.items()])}}}"
-        return json.dumps(value)
-
     try:
         if not isinstance(metrics, dict):
             raise TypeError(f"{shown(metrics)} is no dict")
-        whole = skeleton(metrics)
-        codes = "<" + "".join(map(_code, numbers))
-        return whole, codes, struct.pack(codes, *numbers)
+        skeleton = _skeleton(metrics, numbers)
+        codes = "<" + "".join([_code(number) for number in numbers])
+        return skeleton, codes, struct.pack(codes, *numbers)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"metrics must be what JSON can hold: {error}") from None
+
+
+def _skeleton(value: object, numbers: list[int | float]) -> str:
+    """JSON of value, 0 for each number; these are added to numbers."""
+    kind = type(value)
+    if kind not in KINDS:  # of a kind's own: numpy's floats are floats
+        kind = next((known for known in KINDS if isinstance(value, known)), kind)
+    if kind is float or kind is int:
+        numbers.append(value)
+        return "0"
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is dict:
+        return "{" + ", ".join([_quoted(name) + ": " + _skeleton(part, numbers) for name, part in value.items()]) + "}"
+    if kind is list or kind is tuple:
+        return "[" + ", ".join([_skeleton(part, numbers) for part in value]) + "]"
+    return json.dumps(value)
 
 
 def _code(number: int | float) -> str:

@@ -92,8 +92,7 @@ def write_shard(path: Path, n: int, width: int, kind: str, rows: Iterable[bytes 
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(_header(n, width, kind))
-        for row in rows:
-            file.write(row)
+        file.writelines(rows)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
