@@ -7,6 +7,9 @@
     adapters         id -> configuration, shard, row, checksum, version, form and numbers of the metrics
     waiting          rows that are not yet in a shard: single ones, until there are enough for one
 
+Adapters lie as they came, their ids in an index apart (SQLite makes it for the primary key): it has a quarter of the
+pages, so a batch of users from all over changes that much fewer than if whole entries lay in the order of ids.
+
 Readers see the index as it was before or after a write, and neither wait for the writer nor hold it up. Commits wait
 for the disk (synchronous=FULL).
 

@@ -644,7 +644,8 @@ def test_a_store_that_does_not_say_whose_it_is_is_an_error(name, value, store):
         Store(store.folder)
 
 
-def test_pages_that_go_round_in_circles_come_to_an_end(store, base):
+@pytest.mark.parametrize("tree, kind", [("adapters", 5), ("sqlite_autoindex_adapters_1", 2)])
+def test_pages_that_go_round_in_circles_come_to_an_end(tree, kind, store, base):
     """An enemy's tree in which every branch is the first leaf again: its entries never end."""
     one = make_adapter(method=LoRA(1, sites=("k",)))
     store.add_many([replace(one, user=f"user {i:04d}") for i in range(600)], base)
@@ -652,11 +653,11 @@ def test_pages_that_go_round_in_circles_come_to_an_end(store, base):
     path = store.folder / "index.sqlite"
     with sqlite3.connect(path) as index:
         page_size = index.execute("PRAGMA page_size").fetchone()[0]
-        (root,) = index.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'adapters'").fetchone()
+        (root,) = index.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (tree,)).fetchone()
     index.close()
     content = bytearray(path.read_bytes())
     page = (root - 1) * page_size
-    assert content[page] == 2, "an inner page of an index"
+    assert content[page] == kind, "an inner page"
     cells = int.from_bytes(content[page + 3 : page + 5], "big")
     places = [page + int.from_bytes(content[page + 12 + 2 * i : page + 14 + 2 * i], "big") for i in range(cells)]
     first = content[places[0] : places[0] + 4]
