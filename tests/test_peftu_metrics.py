@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from minipeft.peftu.metrics import (
+    Scored,
     any_hit,
     calibration_error,
     exact_set,
     f1_scores,
+    label_metrics,
     rouge_l,
     scores,
     token_f1,
-    user_metrics,
 )
 
 LABELS = ("a", "b", "c", "d")
@@ -34,7 +35,7 @@ def test_multi_label_metrics_are_scikit_learns(seed):
     sklearn = pytest.importorskip("sklearn.metrics")
     answers, truths = random_sets(seed)
     said, true = indicator(answers), indicator(truths)
-    found = user_metrics(answers, truths, multi_label=True)
+    found = label_metrics(answers, truths, multi_label=True)
     present = [0, 1, 2]  # "d" occurs nowhere: our macro leaves it out
     assert found["micro_f1"] == pytest.approx(sklearn.f1_score(true, said, average="micro"))
     assert found["macro_f1"] == pytest.approx(sklearn.f1_score(true, said, average="macro", labels=present))
@@ -46,7 +47,7 @@ def test_single_label_f1_is_scikit_learns():
     sklearn = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     said, true = rng.choice(LABELS, 50), rng.choice(LABELS[:3], 50)
-    found = user_metrics([(x,) for x in said], [(x,) for x in true], multi_label=False)
+    found = label_metrics([(x,) for x in said], [(x,) for x in true], multi_label=False)
     assert found == {"macro_f1": pytest.approx(sklearn.f1_score(true, said, average="macro"))}
 
 
@@ -61,17 +62,29 @@ def test_by_hand():
 
 
 def test_calibration_error_by_hand():
-    # Bin (0.8, 0.9]: confidences 0.9, 0.9, one right. Bin (0.5, 0.6]: 0.6, right.
-    probabilities = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4]])
-    assert calibration_error(probabilities, np.array([0, 0, 0])) == pytest.approx((abs(1.8 - 1) + abs(0.6 - 1)) / 3)
-    assert calibration_error(np.eye(2), np.array([0, 1])) == 0
+    """Bin (0.8, 0.9]: 0.9 and 0.9, one right. Bin (0.5, 0.6]: 0.6, right."""
+    error = calibration_error(np.array([0.9, 0.9, 0.6]), np.array([True, False, True]))
+    assert error == pytest.approx((abs(1.8 - 1) + abs(0.6 - 1)) / 3)
+    assert calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0
 
 
 def test_a_calibrated_model_has_a_small_error():
     rng = np.random.default_rng(0)
-    first = rng.random(20_000)
-    right = (rng.random(20_000) > first).astype(int)
-    assert calibration_error(np.stack([first, 1 - first], 1), right) < 0.02
+    confidence = rng.uniform(0.5, 1, 20_000)
+    assert calibration_error(confidence, rng.random(20_000) < confidence) < 0.02
+
+
+def test_calibration_of_scored_answers_and_of_independent_labels():
+    """Two users, the second's first example left out. Both answers are 80 % sure of "a"; that is right of ann alone."""
+    log_p, places = np.log([[0.8, 0.2]]), {"ann": [0], "bob": [1]}
+    one_of_two = Scored({"ann": log_p, "bob": np.concatenate([-log_p, log_p])}, [("a",), ("b",)], False)
+    assert one_of_two.calibration_error(places, [("a",), ("b",)]) == pytest.approx(abs(1.6 - 1) / 2)
+    assert one_of_two.calibration_error(places, [("a",), ("a", "b")]) == pytest.approx(abs(1.6 - 1) / 2)
+
+    odds = np.log([[0.8 / 0.2, 0.3 / 0.7]])  # "a" is there, 0.8; "b" is not, 0.7
+    each = Scored({"ann": odds}, [("a",), ("b",)], True)
+    assert each.calibration_error({"ann": [0]}, [("a",)]) == pytest.approx((0.2 + 0.3) / 2)
+    assert each.calibration_error({"ann": [0]}, [("a", "b")]) == pytest.approx((0.2 + 0.7) / 2)
 
 
 def test_texts():

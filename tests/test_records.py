@@ -10,7 +10,8 @@ from minipeft.peftu.records import Record, load_record, load_records, record_pat
 
 RECORD = Record(
     task="sarcasm", name="lora", kind="personal", seed=3, digest="ab12", users=["ann", "bob"],
-    correct=[[1, 0, 1], [0.5]], num_train=[12, 4], metrics={"macro_f1": [0.6, None]}, paper_accuracy=[0.5, 1.0],
+    correct=[[1, 0, 1], [0.5]], num_train=[12, 4], metrics={"macro_f1": [0.6, None]},
+    pooled={"macro_f1": 0.6, "ece": 0.1}, paper_accuracy=[0.5, 1.0],
     method={"name": "lora", "rank": 8}, trainable=1024, bytes_per_user=4096, train_flops_per_user=1e9,
     train_seconds=2.5, peak_memory_mb=None, val_loss=[[0.7, 0.6], [0.9, None]],
     movement={"layers.0.attn.q": {"median": 0.2, "min": 0.0}}, chosen_lr=1e-3, lr_grid={1e-3: 0.7, 1e-2: 0.6},

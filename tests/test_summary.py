@@ -15,7 +15,7 @@ from minipeft.peftu.summary import summarise
 def record(name, scores, kind="personal", seed=0, **changes):
     """A record whose users a, b, c, ... have these scores, one test example each."""
     users = [chr(ord("a") + i) for i in range(len(scores))]
-    fields = dict(metrics={}, paper_accuracy=None, val_loss=[], cold_start=None, num_train=[4] * len(scores),
+    fields = dict(metrics={}, pooled={}, paper_accuracy=None, val_loss=[], cold_start=None, num_train=[4] * len(scores),
                   correct=[[score] for score in scores], users=users, task="t") | changes  # fmt: skip
     return replace(RECORD, name=name, kind=kind, seed=seed, **fields)
 
@@ -119,3 +119,18 @@ def test_records_that_do_not_belong_together_are_an_error():
         summarise([record("lora", [1, 1]), record("lora", [1, 1, 0], seed=1)])
     with pytest.raises(InputError, match="have no seed in common"):
         summarise([record("lora", [1, 0], seed=s) for s in (0, 1)] + [record("ia3", [1, 0], seed=s) for s in (2, 3)])
+
+
+def test_no_interval_of_an_accuracy_leaves_what_an_accuracy_can_be():
+    rng = np.random.default_rng(0)
+    scores = [[1.0] * 20 for _ in range(18)] + [[0.0] * 10 + [1.0] * 10] * 2
+    records = [record("lora", [0] * 20, seed=seed, correct=[list(rng.permutation(own)) for own in scores],
+                      cold_start={4: [1.0] * 19 + [0.5]}) for seed in range(3)]  # fmt: skip
+    entry = summarise(records)["tasks"]["t"]["lora"]
+    for interval in (entry["ci"], entry["cold_start"]["4"]["ci"]):
+        assert interval[0] < interval[1] == 100
+
+
+def test_pooled_metrics_are_means_over_seeds():
+    records = [record("lora", [1, 0], seed=seed, pooled={"ece": 0.1 * seed}) for seed in range(3)]
+    assert summarise(records)["tasks"]["t"]["lora"]["pooled_metrics"] == {"ece": pytest.approx(0.1)}

@@ -8,6 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,19 +50,48 @@ def f1_scores(answers: Sequence[Labels], truths: Sequence[Labels]) -> tuple[floa
             _mean(f1(right[label], wrong[label] + missed[label]) for label in occurring))  # fmt: skip
 
 
-def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Scored:
+    """What a user's test examples were scored.
+
+    of_user:     user -> [n, C]: log p of each answer, or the log-odds of independent ones.
+    answers:     C, what each column stands for.
+    independent: a column is a label that may be right beside others, a question of its own; else one answer is.
+    """
+
+    of_user: dict[str, np.ndarray]
+    answers: Sequence[Labels]
+    independent: bool
+
+    def calibration_error(self, places: dict[str, list[int]], truths: Sequence[Labels]) -> float:
+        """Of these examples of these users, whose truths follow one another, together."""
+        asked = np.concatenate([self.of_user[user][own] for user, own in places.items()])
+        right = np.array([[{*answer} <= {*truth} if self.independent else {*answer} == {*truth}
+                           for answer in self.answers] for truth in truths])  # fmt: skip
+        if self.independent:
+            p = 1 / (1 + np.exp(-asked))
+            p, right = (np.stack(both, -1).reshape(-1, 2) for both in ((1 - p, p), (~right, right)))
+        else:
+            exp = np.exp(asked - asked.max(1, keepdims=True))
+            p = exp / exp.sum(1, keepdims=True)
+        said = np.arange(len(p)), p.argmax(1)
+        return calibration_error(p[said], right[said])
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error: weighted mean |confidence - accuracy| of BINS equal bins (arXiv:1706.04599, eq. 3).
 
+    Of many examples: of few, chance alone makes it large, 0.24 of 7 whose confidence is right.
+
     Args:
-        probabilities: [n, C], of each example's labels. right: [n] int, the number of the true one.
+        confidence: [n], the probability of the answer. right: [n], whether it is.
     """
-    confidence, hit = probabilities.max(1), probabilities.argmax(1) == right
     bins = np.ceil(confidence * BINS).astype(int)  # (0, 0.1] is bin 1
-    return float(sum(abs(confidence[bins == each].sum() - hit[bins == each].sum()) for each in np.unique(bins))
+    return float(sum(abs(confidence[bins == each].sum() - right[bins == each].sum()) for each in np.unique(bins))
                  / len(right))
 
 
-def user_metrics(answers: Sequence[Labels], truths: Sequence[Labels], multi_label: bool) -> dict[str, float]:
+def label_metrics(answers: Sequence[Labels], truths: Sequence[Labels], multi_label: bool) -> dict[str, float]:
     """Everything that labels alone tell: macro_f1, and for a multi-label task any_hit, jaccard, micro_f1, exact."""
     micro, macro = f1_scores(answers, truths)
     if not multi_label:

@@ -28,7 +28,8 @@ class Record:
 
     users:           who has at least one scored test example; the others are counted in `notes`.
     correct:         one score per test example of each user: 0 or 1, or graded. Their means are the user's accuracy.
-    metrics:         other scores, one per user: macro_f1, ece, jaccard, ...; None where one is not defined.
+    metrics:         other scores, one per user: macro_f1, jaccard, ...; None where one is not defined.
+    pooled:          the same of all users' test examples at once, and "ece" where labels are scored.
     paper_accuracy:  accuracy under the published scoring, per user; None where that scoring cannot be applied.
     num_train:       training examples of each user.
     digest:          of everything that determines the record: task, base, method, settings, seed.
@@ -56,6 +57,7 @@ class Record:
     correct: list[list[float]]
     num_train: list[int]
     metrics: dict[str, list[float | None]]
+    pooled: dict[str, float]
     paper_accuracy: list[float] | None
     method: dict[str, Any]
     trainable: int
@@ -88,6 +90,8 @@ class Record:
                 raise ValueError("answered: needed each place once, as many as there are scores")
         scores = {f"metrics.{name}": values for name, values in self.metrics.items()}
         scores |= {f"cold_start.{k}": values for k, values in (self.cold_start or {}).items()}
+        if any(not 0 <= value <= 1 for value in self.pooled.values()):
+            raise ValueError("pooled: needed scores from 0 to 1")
         scores |= {} if self.paper_accuracy is None else {"paper_accuracy": self.paper_accuracy}
         for name, values in (per_user | scores | ({"val_loss": self.val_loss} if self.val_loss else {})).items():
             if len(values) != len(self.users):

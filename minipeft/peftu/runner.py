@@ -34,7 +34,7 @@ from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import BASELINES, Answers
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
 from minipeft.peftu.features import features
-from minipeft.peftu.metrics import Labels, calibration_error, scores, user_metrics
+from minipeft.peftu.metrics import Labels, Scored, label_metrics, scores
 from minipeft.peftu.probes import Probed, chosen_labels, probe_scores
 from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
 from minipeft.peftu.records import Record, file_name, load_record, record_path, save_record
@@ -301,6 +301,10 @@ class TaskRun:
         asked = {user: questions[user] for user in self.users if user in adapters}
         return label_scores(self.base, self.asking.prompts.labels, adapters, asked, self.plan.passes)
 
+    def _scored(self, scored: dict[str, np.ndarray]) -> Scored:
+        prompts, independent = self.asking.prompts, isinstance(self.asking.prompts.labels, Tags)
+        return Scored(scored, [(label,) for label in self.task.labels] if independent else prompts.sets, independent)
+
     def answers(self, scored: dict[str, np.ndarray]) -> dict[str, list[Labels]]:
         """The answer of the highest likelihood; of tags those more likely than not."""
         prompts = self.asking.prompts
@@ -326,7 +330,7 @@ class TaskRun:
 
     def _record(
         self, name: str, kind: str, seed: int, digest: str, answers: Answers, *,
-        probabilities: dict[str, np.ndarray] | None = None, decoded: dict[str, list[str]] | None = None, **facts,
+        scored: Scored | None = None, decoded: dict[str, list[str]] | None = None, **facts,
     ) -> Record:  # fmt: skip
         """The record of these answers to the test examples; those that are None are left out and counted."""
         task, notes = self.task, self.tidied.notes | facts.pop("more_notes", {})
@@ -334,7 +338,7 @@ class TaskRun:
         users = [user for user in self.users if known[user]]
         unknown = sum(len(answers[user]) - len(known[user]) for user in self.users)
         notes |= {UNANSWERED: unknown} if unknown else {}
-        correct, metrics, paper = [], {}, []
+        correct, metrics, paper, all_said, all_truths = [], {}, [], [], []
         for user in users:
             truths = [task.test[user][i].label for i in known[user]]
             said = [answers[user][i] for i in known[user]]
@@ -344,19 +348,20 @@ class TaskRun:
             if self.protocol.decoded and decoded is not None:
                 said = [published_reading(text, task.labels) for text in texts]
             correct.append(right if self.protocol.any_hit else scores(said, truths))
-            own = user_metrics(said, truths, task.multi_label)
-            if probabilities is not None and not task.multi_label:
-                numbers = np.array([task.labels.index(truth[0]) for truth in truths])
-                own["ece"] = calibration_error(probabilities[user], numbers)
-            for metric, value in own.items():
+            for metric, value in label_metrics(said, truths, task.multi_label).items():
                 metrics.setdefault(metric, []).append(value)
+            all_said += said
+            all_truths += truths
         if not users:
             raise InputError(f"task {task.name!r}: {name} has an answer to no test example")
+        pooled = label_metrics(all_said, all_truths, task.multi_label)
+        if scored is not None:
+            pooled["ece"] = scored.calibration_error({user: known[user] for user in users}, all_truths)
         facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
                  "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
         return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
-                      metrics, paper, notes=notes, answered=[known[user] for user in users] if unknown else None,
-                      **facts)  # fmt: skip
+                      metrics, pooled, paper, notes=notes,
+                      answered=[known[user] for user in users] if unknown else None, **facts)  # fmt: skip
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
         """The record of trained adapters, at the best learning rate."""
@@ -376,7 +381,7 @@ class TaskRun:
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
         return self._record(
             name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
-            probabilities={user: softmax(each) for user, each in scored.items()},
+            scored=self._scored(scored),
             decoded=self.decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
             train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=best.seconds,
@@ -436,12 +441,13 @@ class TaskRun:
         decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
         return {"answers": self.answers(scored), "decoded": decoded, "bytes_per_user": self._bytes_of_texts(shots),
                 "more_notes": self.asking.notes_of(shots=shots),
-                "probabilities": {user: softmax(each) for user, each in scored.items()}}  # fmt: skip
+                "scored": self._scored(scored)}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
         probed, scored = self._probes[name], self._probes[name].scores
         answers = {user: chosen_labels(self.task.labels, own, self.task.multi_label) for user, own in scored.items()}
-        return {"answers": answers, "probabilities": {user: softmax(own) for user, own in scored.items()},
+        labels = [(label,) for label in self.task.labels]
+        return {"answers": answers, "scored": Scored(scored, labels, self.task.multi_label),
                 "trainable": probed.trainable, "bytes_per_user": 4 * probed.trainable,
                 "more_notes": self.asking.notes_of(),
                 "train_seconds": self._features[1] + probed.seconds}  # fmt: skip
@@ -501,12 +507,6 @@ class TaskRun:
         if record.digest != digest:
             raise InputError(f"{path} was made by other settings, data or another base; name another folder with --out")
         return record
-
-
-def softmax(scored: np.ndarray) -> np.ndarray:
-    """Scores [n, C] -> probabilities among the labels."""
-    exp = np.exp(scored - scored.max(1, keepdims=True))
-    return exp / exp.sum(1, keepdims=True)
 
 
 def peak_memory_mb(base: Base) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.peftu.records import BASELINES, Record
-from minipeft.stats import Estimate, bootstrap_mean, estimates, holm, share_luck, worst_decile
+from minipeft.stats import Estimate, Interval, bootstrap_mean, estimates, holm, share_luck, worst_decile
 
 EXACT = 1e-9  # points; differences below are of rounding
 STANDS_ON = {"shared_user": "shared", "probe_pooled_user": "probe_pooled"}  # of which there is one for all users
@@ -134,7 +134,7 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
     return {
         "kind": record.kind,
         "accuracy": mean.mean,
-        "ci": [mean.low, mean.high],
+        "ci": within_percent(mean),
         "worst_decile": worst_decile(outcome.values.mean(1)),
         "pooled_accuracy": 100 * float(np.mean(scores)),
         "paper_accuracy": 100 * float(np.mean(paper)) if paper else None,
@@ -144,6 +144,8 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "num_answered": sum(map(len, outcome.answered.values())),
         "seeds": [each.seed for each in outcome.records],
         "metrics": {name: outcome.metric(name) for name in record.metrics},
+        "pooled_metrics": {name: float(np.mean([each.pooled[name] for each in outcome.records]))
+                           for name in record.pooled},
         "trainable": record.trainable,
         "bytes_per_user": record.bytes_per_user,
         "stored_per_user": stored_per_user(outcome) + (stored_per_user(under) if under else 0),
@@ -154,6 +156,11 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "chosen_lr": record.chosen_lr,
         "cold_start": cold_start(outcome),
     }
+
+
+def within_percent(interval: Interval) -> list[float]:
+    """An interval of an accuracy. One that is symmetric may reach past what an accuracy can be."""
+    return [max(0.0, interval.low), min(100.0, interval.high)]
 
 
 def stored_per_user(outcome: Outcome) -> float:
@@ -170,7 +177,7 @@ def cold_start(outcome: Outcome) -> dict[str, dict] | None:
         of_user = of_user[~np.isnan(of_user).any(1)]                                                # None became nan
         if len(of_user):
             mean = bootstrap_mean(of_user, draws=2000)
-            found[str(k)] = {"accuracy": mean.mean, "ci": [mean.low, mean.high], "users": len(of_user)}
+            found[str(k)] = {"accuracy": mean.mean, "ci": within_percent(mean), "users": len(of_user)}
     return found or None
 
 

@@ -76,11 +76,14 @@ def comparison_table(title: str, pairs: list[dict], family: int, folded: bool = 
 
 
 def metric_table(figures: dict[str, dict]) -> Table:
-    metrics = list(dict.fromkeys(metric for each in figures.values() for metric in each["metrics"]))
-    rows = [[words(label(name)), *(number(each["metrics"].get(metric), ".3f") for metric in metrics)]
+    columns = {key: list(dict.fromkeys(metric for each in figures.values() for metric in each[key]))
+               for key in ("metrics", "pooled_metrics")}  # fmt: skip
+    rows = [[words(label(name)), *(number(each[key].get(metric), ".3f") for key in columns for metric in columns[key])]
             for name, each in by_accuracy(figures)]  # fmt: skip
-    return Table("Other metrics", ["method", *map(label, metrics)], rows if metrics else [],
-                 note="From 0 to 1, mean over users and seeds.")
+    heads = [*map(label, columns["metrics"]), *(f"{label(metric)}, pooled" for metric in columns["pooled_metrics"])]
+    return Table("Other metrics", ["method", *heads], rows if heads else [],
+                 note="From 0 to 1, mean over users and seeds; pooled: of all users' test examples at once. Rows go by "
+                 "accuracy, whose intervals stand in the first table.")  # fmt: skip
 
 
 def cost_table(figures: dict[str, dict]) -> Table:
