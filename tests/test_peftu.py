@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from minipeft.running import for_base, open_base
 from minipeft.schedule import Adapter, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
-from minipeft.tasks.task import save_task
+from minipeft.tasks.task import Example, Task, save_task
 from minipeft.training import EVERYONE
 
 CONFIG = SyntheticConfig(users=5, max_examples=24, test_examples=5, texts=60, max_words=14)
@@ -496,13 +497,42 @@ def test_a_test_label_is_in_no_question(task, bases):
 def test_users_without_validation_give_a_tenth_of_their_training_examples(task):
     user, other = task.users[:2]
     given = tidied(replace(task, val=task.val | {user: []}))
-    own = task.train[user]
-    borrowed = max(1, round(0.1 * len(own)))
-    assert given.task.train[user] == own[:-borrowed] and given.task.val[user] == own[-borrowed:]
+    own, kept, borrowed = task.train[user], given.task.train[user], given.task.val[user]
+    assert len(borrowed) == max(1, round(0.1 * len(own)))
+    assert kept == [e for e in own if e in kept] and borrowed == [e for e in own if e not in kept]
     assert given.task.val[other] == task.val[other]
     assert list(given.notes.values()) == [1] and "without validation" in next(iter(given.notes))
     alone = tidied(replace(task, val={user: [] for user in task.users}, train=task.train | {user: own[:1]})).task
     assert alone.train[user] == alone.val[user] == own[:1]
+
+
+def borrowing(*labels, users=("u",)):
+    """Tidied: users who gave these labels to as many texts, in this order, and have no validation example."""
+    names = tuple(sorted({name for label in labels for name in label}))
+    train = {user: [Example(user, str(i), "x", label) for i, label in enumerate(labels)] for user in users}
+    test = {user: [Example(user, "test", "x", labels[0])] for user in users}
+    multi = any(len(label) > 1 for label in labels)
+    return tidied(Task("t", "?", names, multi, train, {user: [] for user in users}, test)).task
+
+
+def test_borrowed_validation_is_of_every_label_in_proportion():
+    """Whatever the order of the file, which is label by label in the published split."""
+    users = [f"u{i}" for i in range(40)]
+    given = borrowing(*[("a",)] * 60, *[("b",)] * 39, ("c",), users=users)
+    drawn = {user: Counter(example.label[0] for example in given.val[user]) for user in users}
+    assert {(count["a"], count["b"], count["c"]) for count in drawn.values()} <= {(5, 5, 0), (6, 4, 0), (7, 3, 0)}
+    assert len({tuple(example.id for example in given.val[user]) for user in users}) == len(users), "each their own"
+    alone = borrowing(*[("a",)] * 60, *[("b",)] * 39, ("c",), users=users[3:4])
+    assert alone.val[users[3]] == given.val[users[3]], "whoever else there is"
+
+
+def test_no_labels_only_example_is_borrowed():
+    for own in ([("a",)] * 2 + [("b",)], [("a", "b"), ("b",), ("b",)], [("a", "b"), ("a",), ("b",)]):
+        given = borrowing(*own)
+        assert len(given.val["u"]) == 1 and given.val["u"][0] not in given.train["u"]
+        assert {name for e in given.train["u"] for name in e.label} == {"a", "b"}
+    once = borrowing(("a",), ("b",))
+    assert once.val["u"] == once.train["u"], "nothing can be spared"
 
 
 def test_a_task_without_validation_a_user_with_one_label_and_an_unseen_class(task, bases, tmp_path):
