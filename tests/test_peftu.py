@@ -331,8 +331,19 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
         assert right == [float(truth == ("no", "yes")[i % 2]) for i, truth in enumerate(truths)]  # "" is "no"
     assert record.chosen_lr == 2e-5 and record.method["alpha"] == 32 and records["prefix", 42].method["hf_compat"]
     prompt = run.asking.prompts.tokenizer.decode(run.questions("lora")["test"][record.users[0]][0].prompt)
-    assert prompt.count("Text:") == 4 and prompt.count("Label: no.") == 3  # the first label's examples only
+    assert [prompt.count(part) for part in ("Text:", "Label: no.", "Label: yes.")] == [3, 1, 1]
     assert {"zero_shot", "few_shot"} <= {name for name, _ in records}
+
+
+def test_paper_mode_asks_untrained_bases_as_published_and_with_four_examples_of_ours(task, bases, tmp_path):
+    plan = Plan(PAPER, {"lora": PAPER.methods()["lora"]}, (42,))
+    run = TaskRun(plan, tidied(task.subset(task.users[:2])), open_base(bases["t5"], 2), tmp_path, print, print)
+    heard = []
+    run.decoded = lambda adapters, asked: heard.append(asked) or {user: [""] * len(own) for user, own in asked.items()}
+    run._baselines()
+    said = [run.asking.prompts.tokenizer.decode(asked[run.users[0]][0].prompt) for asked in heard]
+    counts = [[text.count(f"Label: {label}.") for label in ("no", "yes")] for text in said]
+    assert counts == [[1, 1], [2, 2]], "zero-shot, few-shot"
 
 
 def test_a_t5_is_heard_through_each_users_own_adapter(task, bases, tmp_path):

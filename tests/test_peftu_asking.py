@@ -24,13 +24,15 @@ ASKED = [Example("u", "9", "t9", ("b",)), Example("u", "10", "t10", ("a",))]
 
 
 def test_published_examples_are_those_of_the_published_code():
-    """What load_dataset_with_prompts of the published code drew for these examples: always the first label's."""
-    said = lambda shots: " ".join(text for text, label in shots if label == "a")  # noqa: E731
-    assert [said(shots) for shots in published_examples(KNOWN, KNOWN, 3, True)] == [
-        "t6 t0 t3", "t0 t6 t3", "t0 t6 t3", "t0 t3 t6", "t0 t3 t6", "t3 t0 t6", "t3 t6 t0", "t0 t3 t6"]  # fmt: skip
-    assert [said(shots) for shots in published_examples(KNOWN, ASKED, 3, True)] == ["t6 t0 t3", "t0 t6 t3"]
-    several = [replace(KNOWN[0], label=("a", "b")), *KNOWN[1:]]
-    assert [said(shots) for shots in published_examples(several, ASKED, 2, True)] == ["t6 t0", "t0 t6"]
+    """What load_dataset_with_prompts of the published code, by its defaults, drew for these examples."""
+    told = lambda known, asked: [" ".join(text + label for text, label in shots)  # noqa: E731
+                                 for shots in published_examples(known, asked, 3, True)]  # fmt: skip
+    assert told(KNOWN, KNOWN) == [
+        "t6a t1b", "t0a t4b", "t0a t2b", "t0a t1b", "t6a t7b", "t0a t7b", "t3a t1b", "t0a t1b"]  # fmt: skip
+    assert told(KNOWN, ASKED) == ["t6a t1b", "t0a t4b"]
+    assert told([replace(KNOWN[0], label=("a", "b")), *KNOWN[1:]], ASKED) == ["t6a t0b", "t0a t7b"]
+    five = [Example("u", str(i), f"t{i}", ("abcde"[i % 5],)) for i in range(10)]
+    assert told(five, five[:4]) == ["t0a t1b t7c", "t0a t1b t2c", "t0a t1b t2c", "t0a t6b t2c"], "the first labels only"
 
 
 def test_a_training_example_stands_in_its_own_prompt_only_as_published():
@@ -44,6 +46,8 @@ def test_a_training_example_stands_in_its_own_prompt_only_as_published():
 def test_balanced_examples_take_labels_in_turn():
     labels = [label for _, label in balanced_examples("u", KNOWN, None, 6)]
     assert sorted(labels[:2]) == sorted(labels[2:4]) == sorted(labels[4:6]) == ["a", "b"]
+    orders = {tuple(label for _, label in balanced_examples(f"u{i}", KNOWN, None, 4)) for i in range(40)}
+    assert len(orders) == 4, "each round in an order of its own"
     assert len(balanced_examples("u", KNOWN, None, 99)) == 8
     assert balanced_examples("u", KNOWN, None, 4) == balanced_examples("u", KNOWN, None, 4)
     assert balanced_examples("u", KNOWN, None, 4) != balanced_examples("v", KNOWN, None, 4)

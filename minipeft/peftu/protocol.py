@@ -40,7 +40,8 @@ class Protocol:
                           else the label of the highest likelihood. Both accuracies are always reported.
     any_hit:              of several labels one right one is enough; else Jaccard.
     own_example:          a training example may stand in its own prompt, with its label.
-    first_labels_only:    examples are drawn per label in alphabetical order, then cut to `examples`; else balanced.
+    first_labels_only:    one example of each label is drawn, in alphabetical order, then cut to `examples`; else
+                          balanced.
     cut_query:            a prompt that is too long loses its end, which is the query; else examples go first, then the
                           text is shortened.
     hf_prefix:            prefix tuning reaches a T5's decoder self-attention only.
