@@ -15,6 +15,8 @@ from minipeft.models.t5 import T5, T5Config
 from minipeft.peftu.asking import Asking, balanced_examples, published_examples
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.protocol import FIXED, PAPER, Protocol, equal_size
+from minipeft.peftu.runner import Plan, TaskRun
+from minipeft.peftu.tidy import tidied
 from minipeft.running import open_base
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import Example
@@ -103,6 +105,17 @@ def test_paper_differs_from_fixed_in_every_switch():
     assert FIXED.rates("ia3") == [0.0017, 0.005, 0.015] and PAPER.rates("ia3") == [2e-5]
     config = PAPER.config(PAPER.methods()["ia3"], 2e-5, 42, 8)
     assert (config.warmup, config.patience, config.batch_size, config.weight_decay) == (0.01, 8, 8, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_published_warm_ups_hold_with_a_head_beside_the_method(kind, asked, tmp_path):
+    task, bases = asked
+    shares = {"houlsby": 0.01, "ia3": 0.01, "lora": 0.1}
+    for protocol in (PAPER, FIXED):
+        methods = {name: protocol.methods()[name] for name in shares}
+        run = TaskRun(Plan(protocol, methods), tidied(task), bases[kind], tmp_path, print, print)
+        warmups = {name: run.cell(name, 2e-5, 42).config.warmup for name in shares}
+        assert warmups == (shares if protocol is PAPER else dict.fromkeys(shares, 0.1))
 
 
 @pytest.mark.parametrize(("method", "count"), [

@@ -78,7 +78,7 @@ class Protocol:
 
     def config(self, method: Method, rate: float, seed: int, epochs: int) -> TrainConfig:
         """How a user trains by this method; the rest is TrainConfig's own."""
-        warmup = 0.01 if self.one_rate and method.name in ("houlsby", "ia3") else TrainConfig.warmup
+        warmup = 0.01 if self.one_rate and method.parts[0].name in ("houlsby", "ia3") else TrainConfig.warmup
         patience = epochs if self.epochs_in_full else TrainConfig.patience
         return TrainConfig(method, rate, warmup=warmup, epochs=epochs, patience=patience, seed=seed,
                            max_grad_norm=self.max_grad_norm, bf16_weights=self.bf16_weights)  # fmt: skip
