@@ -261,14 +261,38 @@ def test_new_users_prompts_hold_no_more_than_is_known_of_them(task, bases, tmp_p
     run.train, run.score = train, score
     cold_start._curves(run, ("lora", "shared"), new)
     (user,) = new
+    own = cold_start.in_turn(run.tidied, new)[user]
     said = lambda question: run.asking.prompts.tokenizer.decode(question.prompt)  # noqa: E731
     assert [said(question).count("Text:") for question in asked[0][user]] == [1] * len(task.test[user])
     for cell, questions in zip(cells_seen[1:], asked[1:]):
         (learner,) = cell.learners
-        later = [example.text for example in task.train[user][len(learner.train) :]]
+        k = len(learner.train)
+        later = [example.text for example in own[k:]]
+        shots = len({example.label for example in own[:k]})  # one of each label
         for question in (*learner.train, *questions[user]):
-            assert said(question).count("Text:") == 1 + min(3, len(learner.train))
+            assert said(question).count("Text:") == 1 + shots
             assert not any(f"Text: {text} Label: " in said(question) for text in later)
+
+
+def test_the_first_examples_are_drawn_unless_the_split_says_which_they_are(task, bases, tmp_path):
+    """The published split lists a user's examples label by label: its first ones would teach one label."""
+    train = {user: sorted(own, key=lambda example: example.label) for user, own in task.train.items()}
+    by_label = replace(task, train=train)
+    run = TaskRun(Plan(FIXED, {"head": FIXED.methods()["head"]}), tidied(by_label), open_base(bases["bert"], 2),
+                  tmp_path, print, print)  # fmt: skip
+    own = cold_start.in_turn(run.tidied, task.users)
+    known = {k: cold_start._knowing(run, own, k).task.train for k in (0, 1, 2, 4, 8)}
+    for user in task.users:
+        assert len({example.label for example in known[8][user]}) == 2
+        assert all(known[k][user] == known[8][user][:k] for k in known)
+    run.chosen = {"shared": 1e-2}
+    new = [user for user in task.users if known[1][user][0].label == ("yes",)][:2]  # in the file the first ones are no
+    voted = cold_start._curves(run, ("own_majority",), new)["own_majority"][1]
+    assert voted == {user: np.mean([example.label == ("yes",) for example in task.test[user]]) for user in new} != {}
+    assert cold_start.in_turn(tidied(by_label.subset(task.users[1:])), task.users[1:2])[task.users[1]] == own[
+        task.users[1]], "whoever else there is"  # fmt: skip
+    named = tidied(by_label, task.users[:1])
+    assert cold_start.in_turn(named, named.new_users) == {task.users[0]: named.task.train[task.users[0]]}
 
 
 # ---- How long it takes ---------------------------------------------------------------------------------------------
