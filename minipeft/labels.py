@@ -32,6 +32,12 @@ class Question:
     label: int
 
 
+def begun(labels: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The numbers (i, j) of labels of which i's tokens begin j's."""
+    return [(i, j) for i, label in enumerate(labels) for j, other in enumerate(labels)
+            if i != j and other[: len(label)] == label]  # fmt: skip
+
+
 class LabelSet:
     """The labels of a task as tokens.
 
@@ -43,13 +49,11 @@ class LabelSet:
 
     def __init__(self, labels: Sequence[Sequence[int]], start: int | None = None):
         self.labels, self.start = [tuple(label) for label in labels], start
-        for i, label in enumerate(self.labels):
-            for j, other in enumerate(self.labels):
-                if i != j and other[: len(label)] == label:
-                    raise InputError(
-                        f"labels {i} and {j} of the task cannot be told apart: the tokens of one begin the other's; "
-                        "end each label with an end-of-text token or rename one"
-                    )
+        for i, j in begun(self.labels):
+            raise InputError(
+                f"labels {i} and {j} of the task cannot be told apart: the tokens of one begin the other's; "
+                "end each label with an end-of-text token or rename one"
+            )
         # What must be read after the prompt: label[:-1], once for labels that share it.
         stems = sorted({label[:-1] for label in self.labels if len(label) > 1}, key=len, reverse=True)
         self.stems: list[tuple[int, ...]] = []

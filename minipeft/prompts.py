@@ -14,7 +14,8 @@ reads the text alone, between its own special tokens, and its head knows the cla
 
 Where an example has several labels an encoder's head says of each whether it applies, and a language model writes them
 as PEFT-U's targets do, "anger, fear": its answers are the label sets it is given, each scored as one text. A decoder's
-end with a full stop, as labels do in a prompt's examples, so that no set begins another.
+end with a full stop, as labels do in a prompt's examples, so that no set begins another; single
+labels do too where one of them begins another.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from functools import lru_cache
 from tokenizers import Tokenizer
 
 from minipeft.errors import InputError
-from minipeft.labels import Answerable, Classes, LabelSet, Question, Tags
+from minipeft.labels import Answerable, Classes, LabelSet, Question, Tags, begun
 from minipeft.tasks.task import SPLITS, Example, Header, Task
 
 ANSWER = "<|answer|>"
@@ -95,8 +96,10 @@ class Prompts:
             self.after = token_ids(tokenizer, " Label:")
             texts = [JOINED_BY.join(labels) for labels in self.sets]
             if start is None:  # what closes a text would end the prompt
-                end = "." if task.multi_label else ""
-                self.labels = LabelSet([token_ids(tokenizer, f" {text}{end}") for text in texts])
+                spoken = [token_ids(tokenizer, f" {text}") for text in texts]
+                if task.multi_label or begun(spoken):
+                    spoken = [token_ids(tokenizer, f" {text}.") for text in texts]
+                self.labels = LabelSet(spoken)
             else:
                 self.after = [*self.after, *closing]
                 self.labels = LabelSet([[*token_ids(tokenizer, text), *closing] for text in texts], start)

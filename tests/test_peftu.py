@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from minipeft.running import for_base, open_base
 from minipeft.schedule import Adapter, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
-from minipeft.tasks.task import save_task
+from minipeft.tasks.task import Example, Task, save_task
 from minipeft.training import EVERYONE
 
 CONFIG = SyntheticConfig(users=5, max_examples=24, test_examples=5, texts=60, max_words=14)
@@ -260,14 +261,38 @@ def test_new_users_prompts_hold_no_more_than_is_known_of_them(task, bases, tmp_p
     run.train, run.score = train, score
     cold_start._curves(run, ("lora", "shared"), new)
     (user,) = new
+    own = cold_start.in_turn(run.tidied, new)[user]
     said = lambda question: run.asking.prompts.tokenizer.decode(question.prompt)  # noqa: E731
     assert [said(question).count("Text:") for question in asked[0][user]] == [1] * len(task.test[user])
     for cell, questions in zip(cells_seen[1:], asked[1:]):
         (learner,) = cell.learners
-        later = [example.text for example in task.train[user][len(learner.train) :]]
+        k = len(learner.train)
+        later = [example.text for example in own[k:]]
+        shots = len({example.label for example in own[:k]})  # one of each label
         for question in (*learner.train, *questions[user]):
-            assert said(question).count("Text:") == 1 + min(3, len(learner.train))
+            assert said(question).count("Text:") == 1 + shots
             assert not any(f"Text: {text} Label: " in said(question) for text in later)
+
+
+def test_the_first_examples_are_drawn_unless_the_split_says_which_they_are(task, bases, tmp_path):
+    """The published split lists a user's examples label by label: its first ones would teach one label."""
+    train = {user: sorted(own, key=lambda example: example.label) for user, own in task.train.items()}
+    by_label = replace(task, train=train)
+    run = TaskRun(Plan(FIXED, {"head": FIXED.methods()["head"]}), tidied(by_label), open_base(bases["bert"], 2),
+                  tmp_path, print, print)  # fmt: skip
+    own = cold_start.in_turn(run.tidied, task.users)
+    known = {k: cold_start._knowing(run, own, k).task.train for k in (0, 1, 2, 4, 8)}
+    for user in task.users:
+        assert len({example.label for example in known[8][user]}) == 2
+        assert all(known[k][user] == known[8][user][:k] for k in known)
+    run.chosen = {"shared": 1e-2}
+    new = [user for user in task.users if known[1][user][0].label == ("yes",)][:2]  # in the file the first ones are no
+    voted = cold_start._curves(run, ("own_majority",), new)["own_majority"][1]
+    assert voted == {user: np.mean([example.label == ("yes",) for example in task.test[user]]) for user in new} != {}
+    assert cold_start.in_turn(tidied(by_label.subset(task.users[1:])), task.users[1:2])[task.users[1]] == own[
+        task.users[1]], "whoever else there is"  # fmt: skip
+    named = tidied(by_label, task.users[:1])
+    assert cold_start.in_turn(named, named.new_users) == {task.users[0]: named.task.train[task.users[0]]}
 
 
 # ---- How long it takes ---------------------------------------------------------------------------------------------
@@ -330,8 +355,19 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
         assert right == [float(truth == ("no", "yes")[i % 2]) for i, truth in enumerate(truths)]  # "" is "no"
     assert record.chosen_lr == 2e-5 and record.method["alpha"] == 32 and records["prefix", 42].method["hf_compat"]
     prompt = run.asking.prompts.tokenizer.decode(run.questions("lora")["test"][record.users[0]][0].prompt)
-    assert prompt.count("Text:") == 4 and prompt.count("Label: no.") == 3  # the first label's examples only
+    assert [prompt.count(part) for part in ("Text:", "Label: no.", "Label: yes.")] == [3, 1, 1]
     assert {"zero_shot", "few_shot"} <= {name for name, _ in records}
+
+
+def test_paper_mode_asks_untrained_bases_as_published_and_with_four_examples_of_ours(task, bases, tmp_path):
+    plan = Plan(PAPER, {"lora": PAPER.methods()["lora"]}, (42,))
+    run = TaskRun(plan, tidied(task.subset(task.users[:2])), open_base(bases["t5"], 2), tmp_path, print, print)
+    heard = []
+    run.decoded = lambda adapters, asked: heard.append(asked) or {user: [""] * len(own) for user, own in asked.items()}
+    run._baselines()
+    said = [run.asking.prompts.tokenizer.decode(asked[run.users[0]][0].prompt) for asked in heard]
+    counts = [[text.count(f"Label: {label}.") for label in ("no", "yes")] for text in said]
+    assert counts == [[1, 1], [2, 2]], "zero-shot, few-shot"
 
 
 def test_a_t5_is_heard_through_each_users_own_adapter(task, bases, tmp_path):
@@ -435,13 +471,18 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
 
 
 def test_the_order_that_was_put_in_is_found(bases, tmp_path, capsys):
-    """Synthetic users who differ: own adapters beat the shared one, that beats the majority, none beats its ceiling."""
+    """Synthetic users who differ: own adapters beat the shared one, that beats the majority, none beats its ceiling.
+
+    Beyond what chance does: 95 % intervals over users, of the two names' difference or of both apart.
+    """
     argv = ("--methods", "lora", "--lrs", "1e-2", "--epochs", 6, "--users", 24, "--out", tmp_path)
     assert run(*argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     figures, ceilings = result["tasks"]["synthetic"], result["ceilings"]["synthetic"]
-    best = max(figures[name]["accuracy"] for name in ("lora", "shared_user"))
-    assert best > figures["shared"]["accuracy"] and best > figures["global_majority"]["accuracy"]
+    (pair,) = (pair for pair in result["comparisons"] if (pair["a"], pair["b"]) == ("lora", "shared"))
+    assert pair["ci"][0] > 0
+    for majority in ("global_majority", "own_majority"):
+        assert figures["shared"]["ci"][0] > figures[majority]["ci"][1]
     assert ceilings["personal"] > ceilings["shared"]
     for name, ceiling in (("lora", "personal"), ("shared_user", "personal"), ("shared", "shared")):
         assert figures[name]["ci"][0] < ceilings[ceiling]
@@ -496,13 +537,42 @@ def test_a_test_label_is_in_no_question(task, bases):
 def test_users_without_validation_give_a_tenth_of_their_training_examples(task):
     user, other = task.users[:2]
     given = tidied(replace(task, val=task.val | {user: []}))
-    own = task.train[user]
-    borrowed = max(1, round(0.1 * len(own)))
-    assert given.task.train[user] == own[:-borrowed] and given.task.val[user] == own[-borrowed:]
+    own, kept, borrowed = task.train[user], given.task.train[user], given.task.val[user]
+    assert len(borrowed) == max(1, round(0.1 * len(own)))
+    assert kept == [e for e in own if e in kept] and borrowed == [e for e in own if e not in kept]
     assert given.task.val[other] == task.val[other]
     assert list(given.notes.values()) == [1] and "without validation" in next(iter(given.notes))
     alone = tidied(replace(task, val={user: [] for user in task.users}, train=task.train | {user: own[:1]})).task
     assert alone.train[user] == alone.val[user] == own[:1]
+
+
+def borrowing(*labels, users=("u",)):
+    """Tidied: users who gave these labels to as many texts, in this order, and have no validation example."""
+    names = tuple(sorted({name for label in labels for name in label}))
+    train = {user: [Example(user, str(i), "x", label) for i, label in enumerate(labels)] for user in users}
+    test = {user: [Example(user, "test", "x", labels[0])] for user in users}
+    multi = any(len(label) > 1 for label in labels)
+    return tidied(Task("t", "?", names, multi, train, {user: [] for user in users}, test)).task
+
+
+def test_borrowed_validation_is_of_every_label_in_proportion():
+    """Whatever the order of the file, which is label by label in the published split."""
+    users = [f"u{i}" for i in range(40)]
+    given = borrowing(*[("a",)] * 60, *[("b",)] * 39, ("c",), users=users)
+    drawn = {user: Counter(example.label[0] for example in given.val[user]) for user in users}
+    assert {(count["a"], count["b"], count["c"]) for count in drawn.values()} <= {(5, 5, 0), (6, 4, 0), (7, 3, 0)}
+    assert len({tuple(example.id for example in given.val[user]) for user in users}) == len(users), "each their own"
+    alone = borrowing(*[("a",)] * 60, *[("b",)] * 39, ("c",), users=users[3:4])
+    assert alone.val[users[3]] == given.val[users[3]], "whoever else there is"
+
+
+def test_no_labels_only_example_is_borrowed():
+    for own in ([("a",)] * 2 + [("b",)], [("a", "b"), ("b",), ("b",)], [("a", "b"), ("a",), ("b",)]):
+        given = borrowing(*own)
+        assert len(given.val["u"]) == 1 and given.val["u"][0] not in given.train["u"]
+        assert {name for e in given.train["u"] for name in e.label} == {"a", "b"}
+    once = borrowing(("a",), ("b",))
+    assert once.val["u"] == once.train["u"], "nothing can be spared"
 
 
 def test_a_task_without_validation_a_user_with_one_label_and_an_unseen_class(task, bases, tmp_path):

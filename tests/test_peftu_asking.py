@@ -15,6 +15,8 @@ from minipeft.models.t5 import T5, T5Config
 from minipeft.peftu.asking import Asking, balanced_examples, published_examples
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.protocol import FIXED, PAPER, Protocol, equal_size
+from minipeft.peftu.runner import Plan, TaskRun
+from minipeft.peftu.tidy import tidied
 from minipeft.running import open_base
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import Example
@@ -24,13 +26,15 @@ ASKED = [Example("u", "9", "t9", ("b",)), Example("u", "10", "t10", ("a",))]
 
 
 def test_published_examples_are_those_of_the_published_code():
-    """What load_dataset_with_prompts of the published code drew for these examples: always the first label's."""
-    said = lambda shots: " ".join(text for text, label in shots if label == "a")  # noqa: E731
-    assert [said(shots) for shots in published_examples(KNOWN, KNOWN, 3, True)] == [
-        "t6 t0 t3", "t0 t6 t3", "t0 t6 t3", "t0 t3 t6", "t0 t3 t6", "t3 t0 t6", "t3 t6 t0", "t0 t3 t6"]  # fmt: skip
-    assert [said(shots) for shots in published_examples(KNOWN, ASKED, 3, True)] == ["t6 t0 t3", "t0 t6 t3"]
-    several = [replace(KNOWN[0], label=("a", "b")), *KNOWN[1:]]
-    assert [said(shots) for shots in published_examples(several, ASKED, 2, True)] == ["t6 t0", "t0 t6"]
+    """What load_dataset_with_prompts of the published code, by its defaults, drew for these examples."""
+    told = lambda known, asked: [" ".join(text + label for text, label in shots)  # noqa: E731
+                                 for shots in published_examples(known, asked, 3, True)]  # fmt: skip
+    assert told(KNOWN, KNOWN) == [
+        "t6a t1b", "t0a t4b", "t0a t2b", "t0a t1b", "t6a t7b", "t0a t7b", "t3a t1b", "t0a t1b"]  # fmt: skip
+    assert told(KNOWN, ASKED) == ["t6a t1b", "t0a t4b"]
+    assert told([replace(KNOWN[0], label=("a", "b")), *KNOWN[1:]], ASKED) == ["t6a t0b", "t0a t7b"]
+    five = [Example("u", str(i), f"t{i}", ("abcde"[i % 5],)) for i in range(10)]
+    assert told(five, five[:4]) == ["t0a t1b t7c", "t0a t1b t2c", "t0a t1b t2c", "t0a t6b t2c"], "the first labels only"
 
 
 def test_a_training_example_stands_in_its_own_prompt_only_as_published():
@@ -44,6 +48,8 @@ def test_a_training_example_stands_in_its_own_prompt_only_as_published():
 def test_balanced_examples_take_labels_in_turn():
     labels = [label for _, label in balanced_examples("u", KNOWN, None, 6)]
     assert sorted(labels[:2]) == sorted(labels[2:4]) == sorted(labels[4:6]) == ["a", "b"]
+    orders = {tuple(label for _, label in balanced_examples(f"u{i}", KNOWN, None, 4)) for i in range(40)}
+    assert len(orders) == 4, "each round in an order of its own"
     assert len(balanced_examples("u", KNOWN, None, 99)) == 8
     assert balanced_examples("u", KNOWN, None, 4) == balanced_examples("u", KNOWN, None, 4)
     assert balanced_examples("u", KNOWN, None, 4) != balanced_examples("v", KNOWN, None, 4)
@@ -99,6 +105,17 @@ def test_paper_differs_from_fixed_in_every_switch():
     assert FIXED.rates("ia3") == [0.0017, 0.005, 0.015] and PAPER.rates("ia3") == [2e-5]
     config = PAPER.config(PAPER.methods()["ia3"], 2e-5, 42, 8)
     assert (config.warmup, config.patience, config.batch_size, config.weight_decay) == (0.01, 8, 8, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_published_warm_ups_hold_with_a_head_beside_the_method(kind, asked, tmp_path):
+    task, bases = asked
+    shares = {"houlsby": 0.01, "ia3": 0.01, "lora": 0.1}
+    for protocol in (PAPER, FIXED):
+        methods = {name: protocol.methods()[name] for name in shares}
+        run = TaskRun(Plan(protocol, methods), tidied(task), bases[kind], tmp_path, print, print)
+        warmups = {name: run.cell(name, 2e-5, 42).config.warmup for name in shares}
+        assert warmups == (shares if protocol is PAPER else dict.fromkeys(shares, 0.1))
 
 
 @pytest.mark.parametrize(("method", "count"), [

@@ -112,7 +112,14 @@ def test_what_cannot_be_asked_is_refused():
     with pytest.raises(InputError, match="instruction of task 'moods' leaves no room for text in 12 positions"):
         encode_task(make_task(), foreign_tokenizer(), 12)
     with pytest.raises(InputError, match="cannot be told apart"):
-        encode_task(make_task(("yes", "no", "no no")), foreign_tokenizer(), 512)
+        encode_task(make_task(("yes", "no", "no.")), foreign_tokenizer(), 512)
+
+
+def test_a_decoders_labels_are_closed_where_one_begins_another():
+    """As "answer" and "answer_overans-sway" of a task of PEFT-U's do."""
+    task, tokenizer = make_task(("yes", "no", "no no")), foreign_tokenizer()
+    encoded = encode_task(task, tokenizer, 512)
+    assert [tokenizer.decode(label) for label in encoded.labels.labels] == [" yes.", " no.", " no no."]
 
 
 def test_a_users_text_cannot_speak_in_special_tokens():

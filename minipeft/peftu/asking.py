@@ -139,7 +139,8 @@ def shown(shots: Sequence[Shot]) -> str:
 def balanced_examples(user: str, known: Sequence[Example], asked: Example | None, shots: int) -> list[Shot]:
     """As many of each label set as of any other, in rounds over the sets, each round in an order of its own.
 
-    A function of the user and the training examples alone, but for the example that is asked about: it is never shown.
+    A fixed order would say which label comes next. A function of the user and the training examples alone, but for the
+    example that is asked about: it is never shown.
     """
     draw, by_label = generator(0, user, "examples in prompts"), {}
     for i in draw.permutation(len(known)):
@@ -147,15 +148,16 @@ def balanced_examples(user: str, known: Sequence[Example], asked: Example | None
             by_label.setdefault(known[i].label, []).append((known[i].text, JOINED_BY.join(known[i].label)))
     rounds = [[own[i] for own in by_label.values() if i < len(own)]
               for i in range(max(map(len, by_label.values()), default=0))]  # fmt: skip
-    return [shot for each in rounds for shot in each][:shots]
+    return [each[i] for each in rounds for i in draw.permutation(len(each))][:shots]
 
 
 def published_examples(
     known: Sequence[Example], asked: Sequence[Example], shots: int, own_example: bool
 ) -> list[list[Shot]]:
-    """As preprocess/load_dataset.py draws them: `shots` of every label in alphabetical order, of which the first stay.
+    """As preprocess/load_dataset.py draws them: one of every label in alphabetical order, of which `shots` stay.
 
-    There a training example may be drawn for its own prompt, because a list is compared with a string.
+    So it did when the paper came out; its last commit, of December 2024, draws `shots` of every label instead. A
+    training example may be drawn for its own prompt there, because a list is compared with a string.
     """
     draw, labels = random.Random(PUBLISHED_SEED), sorted({label for example in known for label in example.label})
     found = []
@@ -163,6 +165,6 @@ def published_examples(
         own: list[Shot] = []
         for label in labels:
             having = [e.text for e in known if label in e.label and (own_example or e.id != query.id)]
-            own += [(text, label) for text in draw.sample(having, min(shots, len(having)))]
+            own += [(text, label) for text in draw.sample(having, min(1, len(having)))]
         found.append(own[:shots])
     return found

@@ -52,7 +52,8 @@ class Audit:
     def report(self) -> dict[str, int]:
         """For result.json: how many (user, text) pairs each call fitted on, and texts of them that test somebody.
 
-        Of an earlier run and this one the larger number: both fit on the same examples.
+        `test_examples_fitted` is 0 in every result there is, for `fitting` stops a run at the first: it says that a
+        watch was kept. Of an earlier run and this one the larger number: both fit on the same examples.
         """
         everything = set(chain.from_iterable(self._seen.values()))
         found = {

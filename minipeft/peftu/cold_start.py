@@ -3,7 +3,8 @@
     k = 0        `shared` and `shared_user`: a shared adapter trained on the other users; `own_majority`: the others'
     k = 1, 2, 4...   every method trains on the user's first k training examples, all methods and k in one fused pass
 
-New users are those whom the task's split `new_users` names, or a fifth of the users, drawn. The k examples are all that
+New users are those whom the task's split `new_users` names, or a fifth of the users, drawn. Which examples come first
+that split says too; else it is drawn, for most files have a user's examples label by label. The k examples are all that
 is known of a user, in prompts too, so nothing is left to stop early by: everybody trains for all epochs. Learning rates
 are the run's own: new users' validation examples were among those that chose them, and the records say so.
 """
@@ -24,7 +25,7 @@ from minipeft.peftu.tidy import Tidied
 from minipeft.randomness import generator
 from minipeft.running import pooled
 from minipeft.schedule import Adapter
-from minipeft.tasks.task import Task
+from minipeft.tasks.task import Example, Task
 from minipeft.training import EVERYONE
 
 NEW_USERS_SHARE = 0.2  # drawn where the task does not say who is new
@@ -32,6 +33,7 @@ MAJORITY = "own_majority"
 CHOSEN_WITH = "cold start: new users whose validation examples were among those that chose the learning rate"
 
 Curve = dict[int, dict[str, float]]  # number of own examples -> user -> accuracy, 0 .. 1
+Own = dict[str, list[Example]]  # new user -> training examples, in the order in which they become known
 
 
 def new_users(given: Tidied) -> list[str]:
@@ -73,9 +75,18 @@ def drawn_users(task: Task) -> list[str]:
     return [task.users[i] for i in sorted(order[: max(1, round(NEW_USERS_SHARE * len(order)))])]
 
 
+def in_turn(given: Tidied, new: Sequence[str]) -> Own:
+    """In the order of the split `new_users`, which is drawn and says so; else drawn by (0, user)."""
+    train = given.task.train
+    if given.new_users:
+        return {user: train[user] for user in new}
+    drawn = {user: generator(0, user, "known first").permutation(len(train[user])) for user in new}
+    return {user: [train[user][i] for i in order] for user, order in drawn.items()}
+
+
 def _curves(run: TaskRun, names: Sequence[str], new: Sequence[str]) -> dict[str, Curve]:
-    sizes = _sizes(run.task, new)
-    known = {k: _knowing(run, new, k) for k in (0, *sizes)}
+    sizes, own = _sizes(run.task, new), in_turn(run.tidied, new)
+    known = {k: _knowing(run, own, k) for k in (0, *sizes)}
     shared = _shared_by_others(run, new)
     tried = [(name, k) for name in names if name not in (SHARED, MAJORITY) for k in sizes]
     found: dict[str, Curve] = {name: {} for name in names}
@@ -86,7 +97,7 @@ def _curves(run: TaskRun, names: Sequence[str], new: Sequence[str]) -> dict[str,
     for (name, k), each in zip(tried, trained):
         found[name][k] = _accuracy(run, name, each.adapters, known[k])
     if MAJORITY in names:
-        found[MAJORITY] = {k: _majority(run, new, k) for k in (0, *sizes)}
+        found[MAJORITY] = {k: _majority(run, own, k) for k in (0, *sizes)}
     return found
 
 
@@ -94,10 +105,10 @@ def _sizes(task: Task, new: Sequence[str]) -> list[int]:
     return [2**i for i in range(max(len(task.train[user]) for user in new).bit_length())]
 
 
-def _knowing(run: TaskRun, new: Sequence[str], k: int) -> Asking:
+def _knowing(run: TaskRun, own: Own, k: int) -> Asking:
     """How the new users who have as many are asked while only their first k examples are known."""
-    task = run.task.subset(user for user in new if len(run.task.train[user]) >= k)
-    first = {user: own[:k] for user, own in task.train.items()}
+    task = run.task.subset(user for user in own if len(own[user]) >= k)
+    first = {user: own[user][:k] for user in task.users}
     few = replace(task, train=first, val={user: [] for user in task.users})
     return Asking(run.asking.base, few, run.protocol, run.audit, run.asking.prompts)
 
@@ -125,10 +136,10 @@ def _mean_score(run: TaskRun, user: str, answers: Sequence[Labels]) -> float:
     return any_hit(answers, truths) if run.protocol.any_hit else float(np.mean(scores(answers, truths)))
 
 
-def _majority(run: TaskRun, new: Sequence[str], k: int) -> dict[str, float]:
+def _majority(run: TaskRun, own: Own, k: int) -> dict[str, float]:
     """Of a user's first k examples; for k = 0 of everybody who is not new."""
     task = run.task
-    others = [example for user in task.users if user not in new for example in task.train[user]]
-    known = {user: task.train[user][:k] if k else others for user in new if len(task.train[user]) >= k}
+    others = [example for user in task.users if user not in own for example in task.train[user]]
+    known = {user: own[user][:k] if k else others for user in own if len(own[user]) >= k}
     few = replace(task.subset(known), train=known)
-    return {user: _mean_score(run, user, own) for user, own in own_majority(few, run.audit).items()}
+    return {user: _mean_score(run, user, answers) for user, answers in own_majority(few, run.audit).items()}

@@ -40,7 +40,8 @@ class Protocol:
                           else the label of the highest likelihood. Both accuracies are always reported.
     any_hit:              of several labels one right one is enough; else Jaccard.
     own_example:          a training example may stand in its own prompt, with its label.
-    first_labels_only:    examples are drawn per label in alphabetical order, then cut to `examples`; else balanced.
+    first_labels_only:    one example of each label is drawn, in alphabetical order, then cut to `examples`; else
+                          balanced.
     cut_query:            a prompt that is too long loses its end, which is the query; else examples go first, then the
                           text is shortened.
     hf_prefix:            prefix tuning reaches a T5's decoder self-attention only.
@@ -77,7 +78,7 @@ class Protocol:
 
     def config(self, method: Method, rate: float, seed: int, epochs: int) -> TrainConfig:
         """How a user trains by this method; the rest is TrainConfig's own."""
-        warmup = 0.01 if self.one_rate and method.name in ("houlsby", "ia3") else TrainConfig.warmup
+        warmup = 0.01 if self.one_rate and method.parts[0].name in ("houlsby", "ia3") else TrainConfig.warmup
         patience = epochs if self.epochs_in_full else TrainConfig.patience
         return TrainConfig(method, rate, warmup=warmup, epochs=epochs, patience=patience, seed=seed,
                            max_grad_norm=self.max_grad_norm, bf16_weights=self.bf16_weights)  # fmt: skip

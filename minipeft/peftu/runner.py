@@ -405,9 +405,11 @@ class TaskRun:
                 "answers": baseline(self.task, self.audit), "bytes_per_user": self._bytes_kept(name)})  # fmt: skip
         if self.asking.prompts.instructed or isinstance(self.asking.prompts.labels, LabelSet):
             zero = self.protocol.examples if self.protocol.zero_shot_examples else 0
-            self._baseline("zero_shot", lambda: self._untrained(zero))
-        if self.asking.prompts.instructed:
-            self._baseline("few_shot", lambda: self._untrained(FEW_SHOT))
+            self._baseline("zero_shot", lambda: self._untrained(self.asking, zero))
+        if self.asking.prompts.instructed:  # ours, in either mode: of what was published it would repeat `zero_shot`
+            balanced = replace(self.protocol, first_labels_only=False)
+            asking = Asking(self.asking.base, self.task, balanced, self.audit, self.asking.prompts)
+            self._baseline("few_shot", lambda: self._untrained(asking, FEW_SHOT))
         for name in ("probe_pooled", "probe_user", "probe_pooled_user"):
             self._baseline(name, lambda name=name: self._probed(name))
 
@@ -432,15 +434,15 @@ class TaskRun:
             kept += sum(len(example.text.encode()) + 1 for example in own) * min(1, most / len(own))
         return round(kept / len(self.users))
 
-    def _untrained(self, shots: int) -> dict:
+    def _untrained(self, asking: Asking, shots: int) -> dict:
         """The base alone: a LoRA changes nothing at its start value."""
         silent = for_base(LoRA(rank=1), self.base)
         adapters = {user: Adapter(user, silent, silent.initial_row(self.base, 0, user)) for user in self.users}
-        questions = self.asking.questions(shots=shots)["test"]
+        questions = asking.questions(shots=shots)["test"]
         scored = self.score(adapters, questions)
         decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
         return {"answers": self.answers(scored), "decoded": decoded, "bytes_per_user": self._bytes_of_texts(shots),
-                "more_notes": self.asking.notes_of(shots=shots),
+                "more_notes": asking.notes_of(shots=shots),
                 "scored": self._scored(scored)}  # fmt: skip
 
     def _probed(self, name: str) -> dict:

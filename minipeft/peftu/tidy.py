@@ -1,19 +1,21 @@
 """A task as the protocol trains it: what is odd about it is handled in one place, and said.
 
-    no validation examples     a tenth of the user's training examples, the last ones, are taken for it (their only one
-                               serves as both)
+    no validation examples     a tenth of the user's training examples, drawn, is taken for it, of every label in
+                               proportion, but never a label's only example (who has no label twice validates by all)
     no test examples           the user is not scored, but what they labelled is still common knowledge
     one label in training      the user trains like others: the answer is easy
     a label unseen in training nobody can learn it; its test examples count like others
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from minipeft.errors import InputError
+from minipeft.randomness import generator
 from minipeft.running import first_users
-from minipeft.tasks.task import Task, load_new_users, load_task
+from minipeft.tasks.task import Example, Task, load_new_users, load_task
 
 VALIDATION_SHARE = 0.1
 
@@ -48,10 +50,9 @@ def tidied(task: Task, new_users: Sequence[str] = ()) -> Tidied:
                       for user, examples in task.split(name).items()}
                for name in ("train", "val", "test")}  # fmt: skip
     task = replace(task, **ordered)
-    without = [user for user in task.users if not task.val[user]]
-    borrowed = {user: max(1, round(VALIDATION_SHARE * len(task.train[user]))) for user in without}
-    train = {user: own[: -borrowed[user]] or own if user in borrowed else own for user, own in task.train.items()}
-    val = {user: task.train[user][-borrowed[user] :] if user in borrowed else own for user, own in task.val.items()}
+    without = {user: _lent(user, task.train[user]) for user in task.users if not task.val[user]}
+    train = task.train | {user: kept for user, (kept, _) in without.items()}
+    val = task.val | {user: given or kept for user, (kept, given) in without.items()}
     seen = {label for examples in train.values() for example in examples for label in example.label}
     notes = {
         "users without validation examples: a tenth of their training examples taken": len(without),
@@ -60,3 +61,21 @@ def tidied(task: Task, new_users: Sequence[str] = ()) -> Tidied:
         "labels unseen in training": len(set(task.labels) - seen),
     }
     return Tidied(replace(task, train=train, val=val), {what: n for what, n in notes.items() if n}, tuple(new_users))
+
+
+def _lent(user: str, own: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """A user's training examples: those that still are, and those given for validation, perhaps none.
+
+    Stratified: the j-th drawn of s examples with the same labels lies at a random place between j / s and (j + 1) / s,
+    and the first of all are taken, but none that is the last one left of any of its labels.
+    """
+    number, draw, alike = max(1, round(VALIDATION_SHARE * len(own))), generator(0, user, "validation"), {}
+    for i in draw.permutation(len(own)):
+        alike.setdefault(own[i].label, []).append(int(i))
+    places = {i: (j + draw.random()) / len(same) for same in alike.values() for j, i in enumerate(same)}
+    left, taken = Counter(label for example in own for label in example.label), set()
+    for i in sorted(places, key=places.__getitem__):
+        if len(taken) < number and all(left[label] > 1 for label in own[i].label):
+            left.subtract(own[i].label)
+            taken.add(i)
+    return [e for i, e in enumerate(own) if i not in taken], [e for i, e in enumerate(own) if i in taken]
