@@ -12,12 +12,14 @@ three seeds are too few to redraw: that would find (S - 1) / S of their variance
 vary by is added to the variance, and t has degrees of freedom between the users' and the seeds', weighted by what
 either adds: the harmonic mean, for Satterthwaite's are too many where luck weighs more than users (91 %). In a family
 of comparisons the least of many luck estimates is too low by chance alone: a pair takes the family's mean where that is
-larger (`share_luck`).
+larger, with the degrees of freedom of that mean: many names of luck alike say much of it, one name that alone has luck
+says no more than its own seeds (`share_luck`).
 
 Simulated with users of sd 6, luck of sd 0 to 6, 3 seeds and 20, 68 or 253 users, 93.5 to 98.5 % of intervals hold the
-truth. Whole families of 15 pairs say "different" wrongly in 5 % at most where all names have luck alike, in 7 % where
-one has luck as large as what users differ by and the others none. With 2 seeds 90 % hold the truth. One seed tells
-nothing of its luck: it is not in the interval.
+truth. In families of six names with 3 seeds and four with one, where one, two or four names have luck of sd 2 to 17 and
+the others none, 92 to 99 % of intervals hold the truth where a name has luck, 96 to 99.5 % where none has, and 3 % of
+families say "different" wrongly. With 2 seeds 90 % hold the truth, and up to 8 % of such families are wrong. One seed
+tells nothing of its luck: it is not in the interval.
 """
 
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ class Estimate:
     num_users: int
     of_users: float
     of_luck: float = 0.0
-    luck_freedom: int = 0
+    luck_freedom: float = 0
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """In this share of repetitions of the whole experiment it holds the true mean.
@@ -156,14 +158,21 @@ def estimates(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> list[Est
 def share_luck(family: Sequence[Estimate], num_names: int) -> list[Estimate]:
     """A family of comparisons of so many names, each with its own luck or the mean of all, whichever is larger.
 
-    What is known of luck comes from all names then, and so many are its degrees of freedom. Those of one seed stay as
-    they are.
+    What is known of luck comes from those names then that have it:
+
+        N' = N mean(l)^2 / mean(l^2)        of N names whose pairs have luck l: N where all have it alike, less than 2
+                                            where one has all of it (Satterthwaite 1946, for a mean)
+
+    and N' - 1 times the seeds' are its degrees of freedom, never fewer than the seeds'. Pairs of one seed stay as they
+    are and do not count.
     """
     several = [each for each in family if each.luck_freedom]
     if not several:
         return list(family)
-    mean = float(np.mean([each.of_luck for each in several]))
-    freedom = max(1, num_names - 1) * several[0].luck_freedom
+    luck = np.array([each.of_luck for each in several])
+    mean = float(luck.mean())
+    lucky = num_names * mean**2 / float((luck**2).mean()) if mean else num_names
+    freedom = max(1.0, lucky - 1) * several[0].luck_freedom
     return [replace(each, of_luck=max(mean, each.of_luck), luck_freedom=freedom) if each.luck_freedom else each
             for each in family]  # fmt: skip
 

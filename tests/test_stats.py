@@ -1,5 +1,6 @@
 """Does a bootstrap interval hold the true mean as often as it says, and is "different" said wrongly as seldom?"""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -71,6 +72,43 @@ def test_under_no_difference_a_whole_comparison_says_different_in_at_most_5_perc
     assert 0 < wrong / trials <= 0.05
 
 
+def uneven_family(rng, users, seeds, luck, trained=4, baselines=3):
+    """Names of which the first alone has luck; then others of as many seeds, then some of one. Their pairs' estimates,
+    as a task's comparisons make them, and which of the pairs are the first name's."""
+    values = simulated_users(rng, trained + baselines, users, seeds)
+    values[trained:] = values[trained:, :, :1]
+    values[0] += rng.normal(0, luck, seeds)
+    a, b = np.array(list(combinations(range(trained + baselines), 2))).T
+    of_seeds = a < trained
+    family = [*estimates((values[a] - values[b])[of_seeds], draws=300),
+              *estimates((values[a] - values[b])[~of_seeds, :, :1], draws=300)]  # fmt: skip
+    return share_luck(family, trained), np.concatenate([a[of_seeds], a[~of_seeds]]) == 0
+
+
+@pytest.mark.parametrize("luck", [0.06, 0.17])
+@pytest.mark.parametrize("users", [20, 68])
+def test_where_one_side_alone_has_luck_intervals_hold_and_false_differences_are_few(users, luck):
+    """As a shared adapter has, one training for all, and a baseline, which no seed changes, has not."""
+    rng, trials, held, wrong = np.random.default_rng(10), 200, [], 0
+    for _ in range(trials):
+        family, lucky = uneven_family(rng, users, 3, luck)
+        bounds = np.array([each.interval() for each in family])
+        held.append(((bounds[:, 0] <= 0) & (0 <= bounds[:, 1]))[lucky].mean())
+        wrong += holm([each.p_value() for each in family]).min() < 0.05
+    slack = 0.01  # a trial's intervals have the one name's luck in common
+    assert 0.92 - slack <= np.mean(held) <= 0.98 + slack
+    assert wrong / trials <= 0.05
+
+
+def test_of_one_seed_luck_cannot_be_known():
+    """What the report has to say of a run of one seed: such intervals are too short."""
+    rng = np.random.default_rng(11)
+    family, lucky = zip(*(uneven_family(rng, 68, 1, 0.06) for _ in range(100)))
+    bounds = np.array([[each.interval() for each in one] for one in family])
+    held = (bounds[..., 0] <= 0) & (0 <= bounds[..., 1])
+    assert held[:, lucky[0]].mean() < 0.8 and held[:, ~lucky[0]].mean() > 0.92
+
+
 @pytest.mark.parametrize("users", [6, 20, 68])
 def test_the_interval_leaves_out_zero_exactly_when_p_is_below_5_percent(users):
     rng = np.random.default_rng(3)
@@ -137,7 +175,10 @@ def test_a_pair_of_less_luck_than_the_family_takes_the_familys():
     shared = share_luck(family, 4)
     mean = np.mean([each.of_luck for each in family[:3]])
     assert [each.of_luck for each in shared] == pytest.approx([mean, mean, family[2].of_luck, 0])
-    assert [each.luck_freedom for each in shared] == [6, 6, 6, 0]
+    alike = 4 * mean**2 / np.mean([each.of_luck**2 for each in family[:3]])  # names that have luck
+    assert [each.luck_freedom for each in shared] == pytest.approx([2 * max(1, alike - 1)] * 3 + [0])
+    even = share_luck([replace(each, of_luck=2.0) for each in family], 4)
+    assert [each.luck_freedom for each in even] == [6, 6, 6, 0]
     assert share_luck(family[3:], 2) == family[3:]
 
 
