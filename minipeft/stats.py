@@ -12,12 +12,14 @@ three seeds are too few to redraw: that would find (S - 1) / S of their variance
 vary by is added to the variance, and t has degrees of freedom between the users' and the seeds', weighted by what
 either adds: the harmonic mean, for Satterthwaite's are too many where luck weighs more than users (91 %). In a family
 of comparisons the least of many luck estimates is too low by chance alone: a pair takes the family's mean where that is
-larger (`share_luck`).
+larger, with the degrees of freedom of that mean: many names of luck alike say much of it, one that alone has luck says
+no more than its own seeds do (`share_luck`).
 
 Simulated with users of sd 6, luck of sd 0 to 6, 3 seeds and 20, 68 or 253 users, 93.5 to 98.5 % of intervals hold the
-truth. Whole families of 15 pairs say "different" wrongly in 5 % at most where all names have luck alike, in 7 % where
-one has luck as large as what users differ by and the others none. With 2 seeds 90 % hold the truth. One seed tells
-nothing of its luck: it is not in the interval.
+truth. In families of six names with 3 seeds and four with one, where one, two or four names have luck of sd 2 to 17 and
+the others none, 92 to 98 % of intervals hold the truth where a name has luck, 96 to 99.5 % where none has, and 4 % of
+families say "different" wrongly. With 2 seeds 90 % hold the truth, and up to 8 % of such families are wrong. One seed
+tells nothing of its luck: it is not in the interval.
 """
 
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ class Estimate:
     num_users: int
     of_users: float
     of_luck: float = 0.0
-    luck_freedom: int = 0
+    luck_freedom: float = 0
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """In this share of repetitions of the whole experiment it holds the true mean.
@@ -153,17 +155,31 @@ def estimates(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> list[Est
             for mean, means, of_users, of_luck in zip(*parts)]  # fmt: skip
 
 
-def share_luck(family: Sequence[Estimate], num_names: int) -> list[Estimate]:
-    """A family of comparisons of so many names, each with its own luck or the mean of all, whichever is larger.
+def luck_of(values: np.ndarray) -> float:
+    """The variance of a name's mean that comes from its seeds' luck. values: [users, seeds]."""
+    return float(_error_variance(values.mean(0)))
 
-    What is known of luck comes from all names then, and so many are its degrees of freedom. Those of one seed stay as
-    they are.
+
+def share_luck(family: Sequence[Estimate], of_names: Sequence[float]) -> list[Estimate]:
+    """A family of comparisons, each with its own luck or the mean of all, whichever is larger.
+
+    What is known of luck comes from all names then that have it. Of N names with luck v (`luck_of`) and f degrees of
+    freedom each, the mean has
+
+        (f + 2) (sum of v)^2 / (sum of v^2) - 2 - f         from f, where one name has all of it, to (N - 1) f
+
+    : Satterthwaite 1946, where the square of an estimated v is too large by (f + 2) / f, less the f of one name, for
+    comparisons are differences. Those of one seed stay as they are.
+
+    Args:
+        of_names: the luck of each name that has several seeds.
     """
     several = [each for each in family if each.luck_freedom]
     if not several:
         return list(family)
-    mean = float(np.mean([each.of_luck for each in several]))
-    freedom = max(1, num_names - 1) * several[0].luck_freedom
+    mean, f, v = float(np.mean([each.of_luck for each in several])), several[0].luck_freedom, np.array(of_names)
+    most = max(1, len(v) - 1) * f
+    freedom = float(np.clip((f + 2) * v.sum() ** 2 / (v**2).sum() - 2 - f, f, most)) if v.any() else most
     return [replace(each, of_luck=max(mean, each.of_luck), luck_freedom=freedom) if each.luck_freedom else each
             for each in family]  # fmt: skip
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from small_bases import MAKERS
 
-from minipeft import bench
+from minipeft import bench, default_base
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.methods.lora import LoRA
 from minipeft.methods.prompt import PromptTuning
 from minipeft.models.loading import load_model
+from minipeft.models.trunk import Trunk
 from minipeft.peftu import cells, cold_start, command, runner
 from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit, LeakError
@@ -295,6 +296,101 @@ def test_the_first_examples_are_drawn_unless_the_split_says_which_they_are(task,
     assert cold_start.in_turn(named, named.new_users) == {task.users[0]: named.task.train[task.users[0]]}
 
 
+# ---- The default base ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_default_base(monkeypatch, tmp_path):
+    """One that takes a second, in a cache of its own. The tasks that one was asked for."""
+    tiny = dict(width=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_width=48, max_positions=64)
+    monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
+    for name, value in dict(SHAPE=tiny, STEPS=4, TOKENS_PER_STEP=256, VOCAB_SIZE=300).items():
+        monkeypatch.setattr(default_base, name, value)
+    made_of = []
+    make = default_base.default_base
+    monkeypatch.setattr(command, "default_base", lambda task, seed: made_of.append(task) or make(task, seed))
+    return made_of
+
+
+def test_the_default_base_is_in_the_audit_and_knows_no_new_user(folder, task, tiny_default_base, tmp_path, capsys):
+    out, new = tmp_path / "out", drawn_users(task)
+    argv = ("--tasks", folder, "--epochs", 1, "--methods", "lora", "--lrs", "1e-2", "--out", out, "--cold-start")
+    assert run(*argv) == 0
+    (known,) = tiny_default_base
+    assert set(known.users) == {*task.users} - {*new} and new
+    examples = len(known.pooled("train"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["audit"]["synthetic"]["fitted_base"] == examples
+    assert {name for (name, _), record in records_of(out).items() if runner.MADE_FROM in record.notes} == {"zero_shot"}
+    assert records_of(out)["zero_shot", 0].notes[runner.MADE_FROM] == examples
+
+
+def test_a_test_example_in_the_default_base_is_noticed(task, tiny_default_base, tmp_path):
+    user = task.users[0]
+    leaky = replace(task, train=task.train | {user: [*task.train[user], task.test[user][0]]})
+    args = SimpleNamespace(model=None, out=tmp_path, device="cpu")
+    with pytest.raises(LeakError, match=r"base: example .* is a test example"):
+        command.bases_of(args, [leaky], {})
+    assert not tiny_default_base, "before it was made"
+
+
+def test_a_named_base_was_not_made_from_the_task(task, bases, tmp_path):
+    run_of(task.subset(task.users[:2]), open_base(bases["gpt2"], 2), tmp_path)
+    assert runner.MADE_FROM not in records_of(tmp_path)["zero_shot", 0].notes
+
+
+# ---- Several tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(task, tmp_path):
+    """The folder of a second task."""
+    save_task(replace(task, name="other"), tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_what_is_wrong_with_a_later_task_is_said_before_the_first_is_trained(
+    finished, folder, other, bases, tmp_path, capsys, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(cells.Timed, "train_step", lambda *args: pytest.fail("trained"))
+    out = shutil.copytree(finished, tmp_path / "out")
+    argv = ("--tasks", other, folder, "--model", bases["bert"], "--out", out, *few())
+    assert run(*argv, "--epochs", 2) == 2
+    assert "the records of task 'synthetic' were made by other settings" in capsys.readouterr().err
+    assert "other" not in load_settings(out) and not (out / "records" / "other").exists()
+
+
+def test_a_multi_label_task_needs_a_named_base_and_says_so_at_once(
+    folder, task, tiny_default_base, tmp_path, capsys
+):  # fmt: skip
+    save_task(replace(with_several_labels(task), name="several"), tmp_path / "several")
+    assert run("--tasks", folder, tmp_path / "several", "--out", tmp_path / "out", *few()) == 2
+    assert "'several' is multi-label" in capsys.readouterr().err
+    assert not tiny_default_base and not (tmp_path / "out").exists()
+
+
+def test_after_each_task_there_are_result_and_report(folder, other, bases, tmp_path, monkeypatch, capsys):
+    whole = TaskRun.run
+
+    def killed_later(run, later=0):
+        if run.task.name == "other":
+            raise KeyboardInterrupt
+        whole(run, later)
+
+    out = tmp_path / "out"
+    argv = ("--tasks", folder, other, "--model", bases["bert"], "--out", out, "--users", 2, "--top-layers", 1)
+    argv = (*argv, "--epochs", 1, "--methods", "head", "--lrs", "1e-2")
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRun, "run", killed_later)
+        assert run(*argv, report=True) == 130
+    result = json.loads((out / "result.json").read_text())
+    assert set(result["tasks"]) == set(result["audit"]) == {"synthetic"} and result["to_come"] == ["other"]
+    assert "still to come: other" in (out / "report.html").read_text()
+    assert run(*argv) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert set(result["tasks"]) == {"synthetic", "other"} and result["to_come"] == []
+    assert len({entries["head"]["accuracy"] for entries in result["tasks"].values()}) == 1, "the same examples"
+
+
 # ---- How long it takes ---------------------------------------------------------------------------------------------
 
 
@@ -402,6 +498,30 @@ def test_top_layers_of_an_encoder_start_from_kept_states(task, bases, tmp_path, 
     assert "virtual tokens" in run.left_out["prompt"] and set(run.methods) == {"lora"}
     assert {name for name, _ in records_of(tmp_path)} >= {"lora", "shared", "shared_user", "probe_user"}
     assert all(site.startswith("layers.1.") for site in run.base.sites)
+
+
+def test_lower_layers_are_in_the_seconds_of_each_who_starts_above_them(task, bases, tmp_path, monkeypatch):
+    """As each alone would have to run them: 1000 s here, of which the training texts' share counts."""
+    now = 0.0
+
+    def slow(*args):
+        nonlocal now
+        now += 1000.0
+        return Trunk(*args)
+
+    monkeypatch.setattr(runner, "Trunk", slow)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: now))
+    run = run_of(task, open_base(bases["bert"], 2), tmp_path, top_layers=1)
+    rows = {split: sum(map(len, {question.prompt for own in of_users.values() for question in own}))
+            for split, of_users in run.asking.questions().items()}  # fmt: skip
+    distinct = {question.prompt for of_users in run.asking.questions().values() for own in of_users.values()
+                for question in own}  # fmt: skip
+    assert run.lower_seconds == pytest.approx(1000 * rows["train"] / sum(map(len, distinct)))
+    assert 0 < run.lower_seconds < 1000
+    pays = {name: record.train_seconds >= run.lower_seconds for (name, _), record in records_of(tmp_path).items()}
+    assert {name for name, paid in pays.items() if paid} == {"lora", "shared", "probe_pooled", "probe_user",
+                                                             "probe_pooled_user"}  # fmt: skip
+    assert 0 < records_of(tmp_path)["shared_user", 0].train_seconds, "shared lies under it, and has paid"
 
 
 def with_several_labels(task):
@@ -629,6 +749,28 @@ def test_learning_rates_are_tried_or_carried_over(finished, folder, bases, tmp_p
     for name in ("head", "shared", "shared_user"):
         (said,) = [note for note in records_of(tmp_path)[name, 0].notes if "carried over" in note]
         assert f"from {finished}: task synthetic, --mode fixed, --epochs 1, the base" in said
+
+
+def test_an_origin_that_gains_a_method_stops_no_run_that_takes_its_rates(finished, folder, bases, tmp_path, capsys):
+    origin, out = shutil.copytree(finished, tmp_path / "origin"), tmp_path / "out"
+    argv = ("--tasks", folder, "--model", bases["bert"], "--lrs-from", origin, "--epochs", 1, "--users", 2)
+    argv = (*argv, "--out", out)
+    assert run(*argv, "--methods", "head") == 0
+    kept = load_settings(out)["synthetic"]["--lrs-from"]
+    assert set(kept) == {"head", "shared", "shared_user"}
+    head = records_of(origin)["head", 0]
+    save_record(origin, replace(head, name="houlsby"))
+    (origin / "result.json").unlink(missing_ok=True)
+    assert run(*argv, "--methods", "head") == 0
+    assert run(*argv, "--methods", "lora") == 0
+    assert load_settings(out)["synthetic"]["--lrs-from"] == kept | {"lora": records_of(origin)["lora", 0].chosen_lr}
+    (said,) = [note for note in records_of(out)["lora", 0].notes if "carried over" in note]
+    assert "not finished then" in said
+    for seed in (0, 1):
+        save_record(origin, replace(records_of(origin)["head", seed], chosen_lr=head.chosen_lr * 3))
+    capsys.readouterr()
+    assert run(*argv, "--methods", "head") == 2
+    assert "--lrs-from was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["..", "../../victim", "a/b"])

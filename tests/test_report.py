@@ -14,10 +14,11 @@ from simulated_records import NAMES, simulate
 from minipeft.errors import InputError
 from minipeft.peftu import charts
 from minipeft.peftu.charts import pareto
+from minipeft.peftu.protocol import MOVED, RATES
 from minipeft.peftu.records import save_record
 from minipeft.peftu.report import luck, plain, write_report
 from minipeft.peftu.summary import outcomes, summarise
-from minipeft.peftu.tables import at_edge, configuration, movement_table, notes_table
+from minipeft.peftu.tables import at_edge, at_edges, configuration, movement_table, notes_table
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
@@ -152,13 +153,29 @@ def test_a_best_rate_at_the_end_of_the_grid_is_flagged():
     assert at_edge({1e-3: 0.5}) == ""
 
 
+def test_the_report_says_whose_rate_is_at_the_end_and_whose_grid_was_moved(tmp_path):
+    names = {name: FEW[name] for name in ("lora", "prompt", "shared")}
+    grids = {"lora": {1e-3: 0.5, 1e-2: 0.6, 1e-1: 0.7}, "prompt": {1e-3: 0.7, 1e-2: 0.6, 1e-1: 0.5},
+             "shared": {1e-3: 0.6, 1e-2: 0.5, 1e-1: 0.7}}  # fmt: skip
+    records = [replace(record, lr_grid=grids[record.name]) for record in simulate("one", names=names, seeds=1)]
+    write_run(tmp_path, records)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text().replace("\\", "")
+    assert "best at the grid's end: a better one may lie beyond: lora (lowest), prompt (highest)." in text
+    assert f"those of {', '.join(MOVED)} were moved down once" in text
+    inside = [replace(record, lr_grid=grids["shared"]) for record in records]
+    assert at_edges(outcomes(inside)["one"]) == ""
+    assert set(MOVED) < set(RATES) and "whole process's peak memory" in text
+
+
 def test_a_method_is_told_as_it_was_configured():
     stack = {"name": "stack", "members": [{"name": "lora", "rank": 8}, {"name": "head"}]}
     assert configuration(stack) == "lora (rank 8) + head"
 
 
-def test_of_one_seed_the_report_says_that_luck_is_not_in_it():
+def test_of_one_or_two_seeds_the_report_says_how_little_is_known_of_luck():
     assert "not included" in luck({"seeds": [0]}) and "not included" not in luck({"seeds": [0, 1]})
+    assert "too few" in luck({"seeds": [0, 1]}) and "too few" not in luck({"seeds": [0, 1, 2]})
 
 
 def test_who_answers_a_part_only_is_not_on_the_line_of_costs(monkeypatch):

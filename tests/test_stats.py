@@ -13,6 +13,7 @@ from minipeft.stats import (
     bootstrap_mean,
     estimates,
     holm,
+    luck_of,
     share_luck,
     worst_decile,
 )
@@ -66,9 +67,48 @@ def test_under_no_difference_a_whole_comparison_says_different_in_at_most_5_perc
     wrong = 0
     for _ in range(trials):
         values = simulated_users(rng, 6, users, seeds, luck)                              # [names, users, seeds]
-        p = [each.p_value() for each in share_luck(estimates(values[a] - values[b], draws=1000), 6)]
+        own = [luck_of(each) for each in values]
+        p = [each.p_value() for each in share_luck(estimates(values[a] - values[b], draws=1000), own)]
         wrong += holm(p).min() < 0.05
     assert 0 < wrong / trials <= 0.05
+
+
+def uneven_family(rng, users, seeds, luck, trained=4, baselines=3):
+    """Names of which the first alone has luck; then others of as many seeds, then some of one. Their pairs' estimates,
+    as a task's comparisons make them, and which of the pairs are the first name's."""
+    values = simulated_users(rng, trained + baselines, users, seeds)
+    values[trained:] = values[trained:, :, :1]
+    values[0] += rng.normal(0, luck, seeds)
+    a, b = np.array(list(combinations(range(trained + baselines), 2))).T
+    of_seeds = a < trained
+    family = [*estimates((values[a] - values[b])[of_seeds], draws=300),
+              *estimates((values[a] - values[b])[~of_seeds, :, :1], draws=300)]  # fmt: skip
+    shared = share_luck(family, [luck_of(each) for each in values[:trained]])
+    return shared, np.concatenate([a[of_seeds], a[~of_seeds]]) == 0
+
+
+@pytest.mark.parametrize("luck", [0.06, 0.17])
+@pytest.mark.parametrize("users", [20, 68])
+def test_where_one_side_alone_has_luck_intervals_hold_and_false_differences_are_few(users, luck):
+    """As a shared adapter has, one training for all, and a baseline, which no seed changes, has not."""
+    rng, trials, held, wrong = np.random.default_rng(10), 200, [], 0
+    for _ in range(trials):
+        family, lucky = uneven_family(rng, users, 3, luck)
+        bounds = np.array([each.interval() for each in family])
+        held.append(((bounds[:, 0] <= 0) & (0 <= bounds[:, 1]))[lucky].mean())
+        wrong += holm([each.p_value() for each in family]).min() < 0.05
+    slack = 0.01  # a trial's intervals have the one name's luck in common
+    assert 0.92 - slack <= np.mean(held) <= 0.98 + slack
+    assert wrong / trials <= 0.05
+
+
+def test_of_one_seed_luck_cannot_be_known():
+    """What the report has to say of a run of one seed: such intervals are too short."""
+    rng = np.random.default_rng(11)
+    family, lucky = zip(*(uneven_family(rng, 68, 1, 0.06) for _ in range(100)))
+    bounds = np.array([[each.interval() for each in one] for one in family])
+    held = (bounds[..., 0] <= 0) & (0 <= bounds[..., 1])
+    assert held[:, lucky[0]].mean() < 0.8 and held[:, ~lucky[0]].mean() > 0.92
 
 
 @pytest.mark.parametrize("users", [6, 20, 68])
@@ -134,11 +174,24 @@ def test_a_pair_of_less_luck_than_the_family_takes_the_familys():
     rng = np.random.default_rng(9)
     values = rng.normal(0, 6, (3, 30, 3)) + np.array([[[0, 0, 0]], [[0, 3, 6]], [[0, 30, 60]]])
     family = [*estimates(values), *estimates(values[:1, :, :1])]
-    shared = share_luck(family, 4)
+    shared = share_luck(family, [1.0, 1.0, 1.0, 1.0])
     mean = np.mean([each.of_luck for each in family[:3]])
     assert [each.of_luck for each in shared] == pytest.approx([mean, mean, family[2].of_luck, 0])
     assert [each.luck_freedom for each in shared] == [6, 6, 6, 0]
-    assert share_luck(family[3:], 2) == family[3:]
+    assert share_luck(family[3:], [1.0, 1.0]) == family[3:]
+
+
+@pytest.mark.parametrize(("of_names", "freedom"), [
+    ([5.0, 0.0, 0.0, 0.0], 2), ([5.0, 5.0, 0.0, 0.0], 4), ([3.0, 1.0, 0.0, 0.0], 4 * 16 / 10 - 4), ([7.0] * 4, 6),
+    ([0.0] * 4, 6), ([5.0], 2),
+])  # fmt: skip
+def test_as_much_is_known_of_luck_as_names_have_it(of_names, freedom):
+    family = estimates(np.random.default_rng(12).normal(0, 1, (3, 20, 3)))
+    assert [each.luck_freedom for each in share_luck(family, of_names)] == pytest.approx([freedom] * 3)
+
+
+def test_luck_is_the_variance_of_the_mean_over_seeds():
+    assert luck_of(np.array([[1.0, 5.0], [3.0, 7.0]])) == pytest.approx(np.var([2, 6], ddof=1) / 2)
 
 
 def test_few_users_cannot_say_much():

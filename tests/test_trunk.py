@@ -32,6 +32,8 @@ def test_the_top_layers_are_what_is_left():
     assert list(model.sites) == [site for site in before if site.startswith("layers.1.")]
     assert set(model.blocks) == {"layers.1.attn", "layers.1.mlp"} and set(model.attentions) == {"layers.1.attn"}
     assert set(model.norms) == {"layers.1.attn_norm", "layers.1.mlp_norm"} and not model.embeddings
+    keep_top(model, 1)  # a base that several tasks share
+    assert list(model.sites) == [site for site in before if site.startswith("layers.1.")]
     with pytest.raises(InputError, match="has 2 layers"):
         keep_top(make_model(), 3)
 

@@ -77,6 +77,11 @@ class Trunk(Classifier):
         self.starts: dict[Tokens, int] = {}  # text -> its first row in `states`
         self.states = torch.cat([self._zero(), *self._computed(dict.fromkeys(map(tuple, texts)))])  # [rows, width]
 
+    @property
+    def num_rows(self) -> int:
+        """Of all distinct texts together."""
+        return len(self.states) - 1
+
     def _zero(self) -> Tensor:
         """Row 0: what filler starts from, which nothing reads."""
         return torch.zeros(1, self.config.width, device=self.device, dtype=self.dtype)

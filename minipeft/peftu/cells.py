@@ -191,7 +191,8 @@ def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Seq
     engine = Engine(base, labels, PassConfig(slots=1))
     job = Job("counted", questions, questions, TrainConfig(method))
     run = Run(job, *engine.admit(job.user, method), engine.virtual(0))
-    asked = run.minibatch(labels) and [questions[i] for i in run.order[: len(run.part.reads)]]
+    step = run.minibatch(labels)
+    asked = [questions[i] for i in run.order[: len(step.reads)]]
     rows = sum(len(question.prompt) + sum(method.virtual(base)) for question in asked)
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])

@@ -23,28 +23,34 @@ from minipeft.default_base import default_base
 from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.models.checkpoint import read_json
+from minipeft.models.classifier import Base
 from minipeft.models.loading import load_model
 from minipeft.options import NAMES
 from minipeft.peftu.cold_start import cold_start, new_users
 from minipeft.peftu.cold_start import planned_examples as cold_examples
 from minipeft.peftu.protocol import PROTOCOLS
 from minipeft.peftu.records import BASELINES, load_records
-from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun
+from minipeft.peftu.runner import BASE_MADE, SHARED, SHARED_USER, Plan, TaskRun, audit_of
 from minipeft.peftu.settings import load_settings, told
 from minipeft.peftu.summary import summarise
 from minipeft.peftu.tidy import Tidied, load_tidied, tidied
 from minipeft.running import open_base
 from minipeft.schedule import PassConfig
 from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_shared, make_synthetic
-from minipeft.tasks.task import KINDS
+from minipeft.tasks.task import KINDS, Task
 
 METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
 LIBRARIES = {"scipy": "scipy", "sklearn": "scikit-learn", "bm25s": "bm25s", "triton": "triton"}  # module -> package
+RESULT = "result.json"  # in OUT, once a task is done
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
 def run_peftu(argv: Sequence[str]) -> None:
-    """The suite. Leaves records/, result.json and the report in OUT; result.json is also the last line on stdout."""
+    """The suite. Leaves records/, result.json and the report in OUT; result.json is also the last line on stdout.
+
+    Every task's run is made before the first is trained, so that what is wrong with one is said at once. Result and
+    report are written after each, of those that are done.
+    """
     args = parse(argv)
     write_report = report_writer()
     if args.report is not None:
@@ -64,23 +70,58 @@ def run_peftu(argv: Sequence[str]) -> None:
         tasks = [with_instruction(each, args.instructions) for each in tasks]
     new = {each.task.name: new_users(each) for each in tasks} if args.cold_start else {}
     later = {each.task.name: cold_examples(plan, each.task, new[each.task.name]) if new else 0 for each in tasks}
+    if args.model is None and (several := [each.task.name for each in tasks if each.task.multi_label]):
+        raise InputError(f"task {several[0]!r} is multi-label; the default base says one label, name another with "
+                         "--model")  # fmt: skip
     check_out(args.out)
-    audits, left_out, asked_for = {}, {}, set()
+    bases = bases_of(args, [each.task for each in tasks], new)
     with progress({each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}) as bar:
         show, update = bar
-        for each in tasks:
-            name, folder = each.task.name, args.model or default_base(each.task, 0)
-            base = open_base(load_model(folder, device=args.device), len(each.task.labels))
-            run = TaskRun(plan, each, base, args.out, show, partial(update, name))
+        runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name))
+                for each, base in zip(tasks, bases)]  # fmt: skip
+        facts: dict[str, dict] = {"ceilings": ceilings, "audit": {}, "left_out": {}}
+        names: dict[str, set[str]] = {}
+        while runs:
+            run = runs.pop(0)  # what it keeps in memory goes with it
+            name = run.task.name
             run.run(later[name])
             if new:
                 cold_start(run, new[name])
             run.finish()
-            audits[name], left_out[name] = run.audit.report(), run.left_out
-            asked_for |= {(name, of) for of in (*BASELINES, *run.methods, SHARED, SHARED_USER)}
+            facts["audit"][name], facts["left_out"][name] = run.audit.report(), run.left_out
+            names[name] = {*BASELINES, *run.methods, SHARED, SHARED_USER}
+            result = result_of(args, argv, plan, names) | facts | {"to_come": [each.task.name for each in runs]}
+            write_file(args.out / RESULT, json.dumps(result, indent=1).encode() + b"\n")
+            report = write_report(args.out)
+    print(f"written: {report} and {RESULT}")
+    print(json.dumps(result))
+
+
+def bases_of(args: argparse.Namespace, tasks: Sequence[Task], new: dict[str, list[str]]) -> list[Base]:
+    """What each task runs on; of a named model all share the weights.
+
+    The default base is fitted to its task, so its task's audit sees what it is fitted on, and cold start's new users
+    are left out.
+    """
+    if args.model is not None:
+        model = load_model(args.model, device=args.device)
+        return [open_base(model, len(task.labels)) for task in tasks]
+    bases = []
+    for task in tasks:
+        known = task.subset(user for user in task.users if user not in new.get(task.name, ()))
+        audit = audit_of(task, args.out)
+        audit.fitting(BASE_MADE, known.pooled("train"))
+        folder = default_base(known, 0)
+        audit.keep()
+        bases.append(open_base(load_model(folder, device=args.device), len(task.labels)))
+    return bases
+
+
+def result_of(args: argparse.Namespace, argv: Sequence[str], plan: Plan, names: dict[str, set[str]]) -> dict:
+    """What the records say and what made them. names: of each task that is done, what was asked for."""
     records = [record for record in load_records(args.out)
-               if (record.task, record.name) in asked_for and record.seed in plan.seeds]  # fmt: skip
-    result = summarise(records) | {
+               if record.name in names.get(record.task, ()) and record.seed in plan.seeds]  # fmt: skip
+    return summarise(records) | {
         "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
         "command": shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]),
         "options": {"epochs at most": args.epochs, "equal": args.equal or "neither parameters nor time",
@@ -88,11 +129,7 @@ def run_peftu(argv: Sequence[str]) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      **{name: version(name) for module, name in LIBRARIES.items() if find_spec(module)},
                      "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
-        "ceilings": ceilings, "audit": audits, "left_out": left_out,
     }  # fmt: skip
-    write_file(args.out / "result.json", json.dumps(result, indent=1).encode() + b"\n")
-    print(f"written: {write_report(args.out)} and result.json")
-    print(json.dumps(result))
 
 
 def report_writer() -> Callable[[Path], Path]:
@@ -175,7 +212,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
     """Name -> the learning rate that was chosen there; and where that was, in words.
 
-    Another base, other layers or sizes are for the user to choose, and are told.
+    Another base, other layers or sizes are for the user to choose, and are told; so is a run that is not finished.
 
     Raises:
         InputError: that run had several tasks, or one learning rate for all, as published.
@@ -188,7 +225,8 @@ def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
     if settings.get("--mode") == "paper":
         raise InputError(f"--lrs-from {out}: it was run in --mode paper, which chooses no learning rates")
     rates = {record.name: record.chosen_lr for record in records if record.chosen_lr is not None}
-    return tuple(rates.items()), f"{out}: task {task}, {told(settings)}"
+    finished = "" if (out / RESULT).exists() else ", not finished then"
+    return tuple(rates.items()), f"{out}: task {task}, {told(settings)}{finished}"
 
 
 def with_instruction(given: Tidied, path: Path) -> Tidied:

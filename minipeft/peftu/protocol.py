@@ -26,6 +26,7 @@ RATES = {  # where each method's grid lies; others: OTHER_RATE
     "bitfit": 3e-3, "layernorm": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "head": 1e-2,
 }  # fmt: skip
 OTHER_RATE = 2e-3
+MOVED = ("lora", "dora", "houlsby", "pfeiffer", "parallel", "ia3")  # whose grids were moved, see docs/protocol.md
 ANSWER_TOKENS, ADAPTER_ANSWER_TOKENS = 128, 16  # at most, of a decoded answer; the latter as published for adapters
 
 

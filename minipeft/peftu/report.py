@@ -26,6 +26,7 @@ from minipeft.peftu.tables import (
     RIVALS,
     Table,
     accuracy_table,
+    at_edges,
     cold_start_table,
     comparison_table,
     cost_table,
@@ -136,6 +137,7 @@ def overview(result: dict) -> Section:
     names = dict.fromkeys(name for entries in tasks.values() for name, entry in entries.items() if entry is not None)
     rows = [[words(label(name)), *(estimate(entries.get(name)) for entries in tasks.values())] for name in names]
     count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
+    to_come = result.get("to_come")
     return Section(
         f"Protocol report: {count}, mode {result['mode']}",
         lines=[
@@ -146,6 +148,7 @@ def overview(result: dict) -> Section:
             "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task."
             + (" Tasks are families of their own: over several the chance of a wrong \"different\" adds up."
                if len(tasks) > 1 else ""),
+            *([f"Not finished; still to come: {', '.join(to_come)}."] if to_come else []),
         ],
         tables=[Table("Accuracy, %", ["method", *tasks], rows), names_table(names)],
     )
@@ -155,7 +158,10 @@ def luck(result: dict) -> str:
     """What the intervals know of the luck of training."""
     if len(result["seeds"]) == 1:
         return "of one seed: the luck of training is not included."
-    return "what the seeds' means vary by is added, with as few degrees of freedom as there are seeds."
+    known = "what the seeds' means vary by is added, with as few degrees of freedom as there are seeds"
+    if len(result["seeds"]) == 2:
+        return known + "; two are too few to know it well: such intervals hold the truth in 90 % of trials, not in 95."
+    return known + "."
 
 
 def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
@@ -179,7 +185,7 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
     main = [pair for pair in pairs if pair["a"] in personal and pair["b"] in RIVALS]
     return Section(
         f"Task {task}",
-        lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings)],
+        lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings), *filter(None, [at_edges(names)])],
         pictures=[Picture(name, caption, figure) for name, caption, figure in drawn if figure is not None],
         tables=[table for table in (
             accuracy_table(figures),

@@ -39,7 +39,7 @@ from minipeft.peftu.probes import Probed, chosen_labels, probe_scores
 from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
 from minipeft.peftu.records import Record, file_name, load_record, record_path, save_record
 from minipeft.peftu.scoring import published_reading, published_right
-from minipeft.peftu.settings import Settings, keep_settings
+from minipeft.peftu.settings import Settings, check_settings, keep_settings
 from minipeft.peftu.tidy import Tidied
 from minipeft.prompts import JOINED_BY
 from minipeft.running import for_base, pooled
@@ -50,6 +50,8 @@ from minipeft.training import EVERYONE
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
 FEW_SHOT = 4  # examples in the prompt of the few-shot baseline
+BASE_MADE = "base"  # what an audit calls the making of a base
+MADE_FROM = "training examples that this base was made from, labels and all: it is one model for all, not a stranger"
 UNANSWERED = "test examples without an answer"
 
 
@@ -102,8 +104,11 @@ class TaskRun:
 
     Args:
         tidied: the task as it is trained, and what was done to it.
-        base:   this run's own: its sites are cut down to the top layers where the plan says so.
+        base:   its sites are cut down to the top layers where the plan says so.
         show:   called with a line at a time; update: with (done, planned) training examples.
+    Raises:
+        InputError: what can be known before anything is trained: labels that cannot be told apart, no method that
+            applies, no learning rate carried over, records by other settings in OUT.
     """
 
     def __init__(
@@ -112,17 +117,16 @@ class TaskRun:
     ):  # fmt: skip
         self.plan, self.task, self.tidied, self.out = plan, tidied.task, tidied, out
         self.protocol, self.show, self.update = plan.protocol, show, update
-        self.audit = Audit(self.task, out / "audit" / f"{file_name(self.task.name)}.json")
+        self.audit = audit_of(self.task, out)
         self.asking = Asking(base, self.task, self.protocol, self.audit)
         self.users = [user for user in self.task.users if self.task.test[user]]  # who can be scored
         if plan.top_layers is not None:
             keep_top(base, plan.top_layers)
         self.base = base
-        if plan.top_layers is not None and isinstance(base, Classifier):
-            questions = self.asking.questions()
-            self.base = Trunk(base, (q.prompt for split in questions.values() for q in pooled(split)))
         self.methods, self.left_out = self._methods()
+        check_settings(out, self.task.name, self._settings)
         self.chosen: dict[str, float] = {}
+        self.lower_seconds = 0.0  # of frozen lower layers, which ran on the training texts beforehand
         self._done = self._planned = 0
 
     def _methods(self) -> tuple[dict[str, Method], dict[str, str]]:
@@ -168,12 +172,23 @@ class TaskRun:
         keep_settings(self.out, self.task.name, self._settings)
         for line in self.left_out.values():
             self.show(f"{self.task.name}: left out: {line}")
+        self._run_lower_layers()
         self._baselines()
         names = (*self.methods, SHARED, SHARED_USER)
         self._planned = later + sum(self.plan.examples(self.task, name, self._epochs(name)) for name in names)
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
             for stage in ([*self.methods, SHARED], [SHARED_USER]):
                 self._stage(stage, seeds, first)
+
+    def _run_lower_layers(self) -> None:
+        """Those of an encoder in which no method acts: from here on passes start above them, see Trunk."""
+        if self.plan.top_layers is None or not isinstance(self.base, Classifier):
+            return
+        questions = self.asking.questions()
+        began = time.perf_counter()
+        self.base = Trunk(self.base, (each.prompt for split in questions.values() for each in pooled(split)))
+        of_training = sum(map(len, {each.prompt for each in pooled(questions["train"])})) / self.base.num_rows
+        self.lower_seconds = (time.perf_counter() - began) * of_training
 
     def finish(self) -> None:
         """Nothing more is planned, and records are all that is kept: adapters are deleted."""
@@ -370,6 +385,8 @@ class TaskRun:
         adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
         scored = self.score(adapters, questions["test"])
         rows = rows_trained(best, sum(method.virtual(self.base)))
+        # shared_user stands on shared, whose seconds have the lower layers'
+        seconds = best.seconds + (self.lower_seconds if name != SHARED_USER else 0.0)
         trained_for = len(self.task.users) if name == SHARED else len(own)
         given_up = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
@@ -384,7 +401,7 @@ class TaskRun:
             scored=self._scored(scored),
             decoded=self.decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
-            train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=best.seconds,
+            train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=seconds,
             peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),
             movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
@@ -441,8 +458,9 @@ class TaskRun:
         questions = asking.questions(shots=shots)["test"]
         scored = self.score(adapters, questions)
         decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
+        made_from = self.audit.report().get(f"fitted_{BASE_MADE}", 0)
         return {"answers": self.answers(scored), "decoded": decoded, "bytes_per_user": self._bytes_of_texts(shots),
-                "more_notes": asking.notes_of(shots=shots),
+                "more_notes": asking.notes_of(shots=shots) | ({MADE_FROM: made_from} if made_from else {}),
                 "scored": self._scored(scored)}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
@@ -452,7 +470,7 @@ class TaskRun:
         return {"answers": answers, "scored": Scored(scored, labels, self.task.multi_label),
                 "trainable": probed.trainable, "bytes_per_user": 4 * probed.trainable,
                 "more_notes": self.asking.notes_of(),
-                "train_seconds": self._features[1] + probed.seconds}  # fmt: skip
+                "train_seconds": self.lower_seconds + self._features[1] + probed.seconds}  # fmt: skip
 
     @cached_property
     def _probes(self) -> dict[str, Probed]:
@@ -480,11 +498,12 @@ class TaskRun:
     @property
     def _settings(self) -> Settings:
         """What a user chooses, by the options, of what determines the records. Digests speak for the rest."""
-        plan = self.plan
+        plan, names = self.plan, (*self.methods, SHARED, SHARED_USER)
+        carried = {name: rate for name, rate in plan.carried if name in names}  # an origin may gain others later
         return {
             "--mode": plan.mode, "--epochs": plan.epochs, "--top-layers": plan.top_layers,
             "--equal": f"time of {next(iter(self.methods))}" if plan.equal == "time" else plan.equal,
-            "--lrs": plan.rates, "--lrs-from": dict(plan.carried), "the base (--model)": self._base_digest[:12],
+            "--lrs": plan.rates, "--lrs-from": carried, "the base (--model)": self._base_digest[:12],
             "the data (--tasks, --split, --users, --instructions)": self._task_digest,
         }  # fmt: skip
 
@@ -509,6 +528,10 @@ class TaskRun:
         if record.digest != digest:
             raise InputError(f"{path} was made by other settings, data or another base; name another folder with --out")
         return record
+
+
+def audit_of(task: Task, out: Path) -> Audit:
+    return Audit(task, out / "audit" / f"{file_name(task.name)}.json")
 
 
 def peak_memory_mb(base: Base) -> float:

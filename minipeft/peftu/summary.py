@@ -12,7 +12,7 @@ import numpy as np
 
 from minipeft.errors import InputError
 from minipeft.peftu.records import BASELINES, Record
-from minipeft.stats import Estimate, Interval, bootstrap_mean, estimates, holm, share_luck, worst_decile
+from minipeft.stats import Estimate, Interval, bootstrap_mean, estimates, holm, luck_of, share_luck, worst_decile
 
 EXACT = 1e-9  # points; differences below are of rounding
 STANDS_ON = {"shared_user": "shared", "probe_pooled_user": "probe_pooled"}  # of which there is one for all users
@@ -199,7 +199,8 @@ def compare(task: str, names: dict[str, Outcome]) -> list[dict]:
     found: dict[int, Estimate] = {}
     for members in groups.values():  # pairs of the same users share their redraws
         found |= zip([place for place, _ in members], estimates(np.stack([values for _, values in members])))
-    family = share_luck([found[place] for place in range(len(result))], sum(len(o.records) > 1 for o in names.values()))
+    of_names = [luck_of(outcome.values) for outcome in names.values() if len(outcome.records) > 1]
+    family = share_luck([found[place] for place in range(len(result))], of_names)
     by_user = {place: values.mean(1) for members in groups.values() for place, values in members}
     for place, (pair, estimate) in enumerate(zip(result, family)):
         gain = by_user[place]

@@ -4,18 +4,22 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from minipeft.peftu.charts import label
+from minipeft.peftu.protocol import MOVED
 from minipeft.peftu.summary import Outcome
 
 RIVALS = ("own_majority", "probe_pooled_user", "shared")  # what a personal method has to beat to have earned its cost
 MOST_USERS = 300  # rows of the table of users
 STILL = 0.0  # a change of a weight: none at all
 HARDLY, HARDLY_FROM_ZERO = 0.01, 1e-4  # too little to have learnt from: of its size, or in itself where it was zero
+BEYOND = "A learning rate that is best at the grid's end: a better one may lie beyond"
 NAMES = {  # what answers; methods by name are each user's own adapter
     "global_majority": "the commonest label of everybody's training examples",
     "own_majority": "the commonest label of the user's training examples",
     "others_vote": "most other users' training labels of the same text. It answers only test texts that others have in "
                    "training, so it is compared with each other name on these alone, and not on the line of costs",
-    "zero_shot": "the language model alone", "few_shot": "the same with some of the user's own examples in the prompt",
+    "zero_shot": "the language model alone; the default base has been trained on the task's training examples: there "
+                 "it is one model for all",
+    "few_shot": "the same with some of the user's own examples in the prompt",
     "retrieval": "the labels of the user's nearest training texts (BM25)",
     "probe_pooled": "one logistic regression on frozen features for all users", "probe_user": "one per user",
     "probe_pooled_user": "one per user that also sees what the pooled one says",
@@ -96,10 +100,12 @@ def cost_table(figures: dict[str, dict]) -> Table:
     ]  # fmt: skip
     return Table("Cost", ["method", "numbers trained", "bytes per user", "with shares of what is shared",
                           "training GFLOP per user (counted)", "training of all users, s", "with what lies under it",
-                          "peak memory, MB", "learning rate"], rows,
+                          "whole process's peak memory so far, MB", "learning rate"], rows,
                  note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor "
-                 "evaluation is in them. Memory is the whole process's peak so far: of everything that shares its "
-                 "passes.")  # fmt: skip
+                 "evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run once on "
+                 "the training texts: each name's seconds hold that, for alone it would have to pay it (shared_user's "
+                 "where what lies under it is added); the counted operations do not. Memory is of everything that "
+                 "shares the process, earlier methods included: no method's own.")  # fmt: skip
 
 
 def rate_table(names: dict[str, Outcome]) -> Table:
@@ -107,10 +113,19 @@ def rate_table(names: dict[str, Outcome]) -> Table:
     rows = [[words(label(name)), number(outcome.first.chosen_lr, "g"), words(at_edge(outcome.first.lr_grid)),
              *(number(outcome.first.lr_grid.get(rate), ".4f") for rate in tried)]
             for name, outcome in names.items() if outcome.first.lr_grid]  # fmt: skip
-    return Table("Learning rates that were tried", ["method", "chosen", "best at an end of the grid",
+    return Table("Learning rates that were tried", ["method", "chosen", "best at the grid's end",
                                                     *(f"loss at {rate:g}" for rate in tried)], rows,
                  note="Validation loss of each, mean over users; first seed. A rate at which one user cannot be "
-                 "trained is given up for all. Where the best lies at an end, a better one may lie beyond.")
+                 f"trained is given up for all. {BEYOND}. As many were tried of each, but not with equal care: of the "
+                 f"protocol's own those of {', '.join(map(label, MOVED))} were moved down once, after the lowest had "
+                 "won on tweeteval's validation; all others stand where they were first put.")
+
+
+def at_edges(names: dict[str, Outcome]) -> str:
+    """Whose best rate lies at an end of the grid, in one line; "" if nobody's does."""
+    ends = {name: at_edge(outcome.first.lr_grid) for name, outcome in names.items() if outcome.first.lr_grid}
+    found = ", ".join(f"{label(name)} ({end})" for name, end in ends.items() if end)
+    return f"{BEYOND}: {found}." if found else ""
 
 
 def at_edge(grid: dict[float, float]) -> str:
