@@ -16,6 +16,7 @@ stay in their shards until `compact`.
 shard or a description gone looks the row up again; one that has the shard mapped reads on.
 """
 
+import resource
 import sys
 import zlib
 from collections import OrderedDict, deque
@@ -32,10 +33,10 @@ from minipeft.errors import InputError
 from minipeft.index import Configuration, Entry, Form, Index, ShardEntry, named, only_writer
 from minipeft.models.checkpoint import sync
 from minipeft.models.fields import shown
-from minipeft.shards import KINDS, MAX_BYTES, Shard, check_folder, remove_others, shard_path, write_shard
+from minipeft.shards import KINDS, MAX_BYTES, Exhausted, Shard, check_folder, remove_others, shard_path, write_shard
 
 MAX_WAITING = 4 << 20  # bytes of a configuration's rows that wait for a shard
-MAX_MAPPED = 1024  # shards that a reader keeps open: addresses, no memory
+MAX_MAPPED = 1024  # shards that a reader keeps open: addresses, no memory. Fewer where few files may be open
 FAULT = 64 << 10  # bytes of a file that become memory of the process when one of them is read
 MAX_TOUCHED = 16 << 20  # bytes that do so before they are given back
 Read = TypeVar("Read")  # what is made of an entry
@@ -67,6 +68,13 @@ class Compacted(NamedTuple):
     erased: bool
 
 
+def may_map() -> int:
+    """How many shards a reader may keep open: a quarter of the files that the process may have open, at most
+    MAX_MAPPED."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_MAPPED if limit == resource.RLIM_INFINITY else min(MAX_MAPPED, max(1, limit // 4))
+
+
 class Archive:
     """The rows of a folder. timeout: seconds to wait for another writer.
 
@@ -86,6 +94,7 @@ class Archive:
                              f"{', '.join(KINDS)}")  # fmt: skip
         self._shards = folder / "shards"
         self._mapped: OrderedDict[int, tuple[int, Shard]] = OrderedDict()
+        self._may_map = may_map()
         self._touched = 0
         self._configurations: dict[int, Configuration] = {}  # numbers are never given twice
         self._forms: dict[int, Form] = {}
@@ -174,15 +183,23 @@ class Archive:
             if listed is None:
                 return 0, None
             width = self.configuration(listed.configuration).width
+            while len(self._mapped) >= self._may_map:
+                self._mapped.popitem(last=False)
             try:
-                shard = Shard(shard_path(self._shards, number), listed.n, width, self.kind)
+                shard = self._map(shard_path(self._shards, number), listed.n, width)
             except FileNotFoundError:
                 return 0, None
             self._mapped[number] = listed.configuration, shard
-            if len(self._mapped) > MAX_MAPPED:
-                self._mapped.popitem(last=False)
         self._mapped.move_to_end(number)
         return self._mapped[number]
+
+    def _map(self, path: Path, n: int, width: int) -> Shard:
+        """`Shard`; if the system has no room for it, once more without all the others."""
+        try:
+            return Shard(path, n, width, self.kind)
+        except Exhausted:
+            self._mapped.clear()
+            return Shard(path, n, width, self.kind)
 
     def _checksum(self, configuration: int, of: Entry | Item, data: bytes | np.ndarray) -> int:
         """crc32 of all that makes an adapter: configuration, metrics, id and row.

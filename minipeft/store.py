@@ -31,7 +31,7 @@ from minipeft.models.fields import shown
 from minipeft.models.hooks import Sites
 from minipeft.packing import Packing, put_together, take_apart
 from minipeft.schedule import Adapter
-from minipeft.shards import KINDS, decoded, encoded, width_of
+from minipeft.shards import KINDS, Exhausted, decoded, encoded, width_of
 from minipeft.tasks.task import Header
 
 TIMEOUT = 60.0  # seconds that a write waits for another writer
@@ -401,7 +401,7 @@ class Store:
         """Read every adapter, compare its checksum, and put its method and metrics together.
 
         Raises:
-            InputError: the index itself is damaged.
+            InputError: the index itself is damaged, or the system lets this process open no file (`Exhausted`).
         """
         damaged = []
         self._archive.index.check()
@@ -410,6 +410,8 @@ class Store:
                 self._archive.read(entry, self._verify)
             except KeyError:
                 continue  # deleted meanwhile
+            except Exhausted:
+                raise
             except InputError as error:
                 damaged.append(Damage(_name(entry), entry.shard, entry.row, str(error)))
         return damaged

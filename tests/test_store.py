@@ -3,11 +3,14 @@
 import math
 import os
 import random
+import resource
 import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from collections import OrderedDict, namedtuple
+from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -511,6 +514,60 @@ def test_a_second_writer_waits_or_is_told(store, base):
         began = time.monotonic()
         store.add(make_adapter("bob"), base)
         assert time.monotonic() - began > 0.2 and store.users() == ["ann", "bob"]
+
+
+def in_a_child(limit, largest, work):
+    """work() in a process of its own under a limit; it must end well."""
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(limit, (largest, largest))
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("may_map", [1024, None], ids=["more than there is room for", "as many as there is room for"])
+def test_more_shards_than_a_process_may_open_files(may_map, store, base, monkeypatch):
+    """Python's mmap keeps a descriptor; whole adapters are never called damaged for want of one."""
+    no_waiting(monkeypatch)
+    monkeypatch.setattr(archive, "MAX_BYTES", 1)  # a shard for each
+    kept = {f"user {i:02d}": make_adapter(f"user {i:02d}", LoRA(1, sites=("q",)), seed=i) for i in range(60)}
+    store.add_many(kept.values(), base)
+    store.close()
+
+    def read():
+        if may_map:
+            monkeypatch.setattr(archive, "may_map", lambda: may_map)
+        reader = Store(store.folder)
+        assert holds(reader, base, kept) and holds(reader, base, kept)
+        if may_map is None:
+            assert 1 < len(reader._archive._mapped) <= 16
+        reader._archive._mapped.clear()
+        taken = []
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(InputError, match=r"cannot be opened \(Too many open files\); close other") as said:
+            reader.get("user 00", base)
+        assert "damaged" not in str(said.value)
+        monkeypatch.setattr(Index, "located", lambda index: [index.entry(b"user 00")])  # SQLite needs a file for it
+        with pytest.raises(InputError, match="Too many open files"):
+            reader.verify()
+        os.close(taken.pop())  # one to open a shard, one that its map keeps
+        os.close(taken.pop())
+        assert all(same(reader.get(user, base), adapter) for user, adapter in kept.items())
+
+    in_a_child(resource.RLIMIT_NOFILE, 64, read)
+
+
+def test_no_limit_on_open_files_is_no_limit_on_shards(monkeypatch):
+    for limit, expected in ((resource.RLIM_INFINITY, 1024), (1024, 256), (1 << 20, 1024), (2, 1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))  # noqa: B023
+        assert archive.may_map() == expected
 
 
 # ---- Damage --------------------------------------------------------------------------------------------------------
