@@ -289,7 +289,7 @@ def same(found: Adapter | None, expected: Adapter) -> None:
 CHECKSUM = archive.Archive._checksum
 
 
-def forged_checksum(self: archive.Archive, configuration: int, of: archive.Entry | archive.Item, data: object) -> int:
+def forged_checksum(self: archive.Archive, configuration: int, of: archive.Entry | archive.Item, row: object) -> int:
     """Whatever the index says."""
     return of.checksum if isinstance(of, archive.Entry) else 0
 

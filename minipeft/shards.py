@@ -138,9 +138,9 @@ class Shard:
             raise InputError(f"{path} is damaged: its header is not that of {n} rows of {width} numbers")
 
     def row(self, i: int) -> np.ndarray:
-        """A copy of row i, 0 <= i < n: its bytes, uint8."""
+        """Row i, 0 <= i < n: its bytes, uint8, in the file itself. Nothing is read yet."""
         assert 0 <= i < self.n
-        return np.frombuffer(self._map, np.uint8, self.row_bytes, self._start + i * self.row_bytes).copy()
+        return np.frombuffer(self._map, np.uint8, self.row_bytes, self._start + i * self.row_bytes)
 
     def forget(self) -> None:
         """What was read no longer counts as this process's memory: it stays in the system's cache of the file."""
