@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minipeft import archive
+from minipeft import archive, shards
 from minipeft.default_base import initialise
 from minipeft.errors import InputError
 from minipeft.methods import LoRA, PromptTuning
@@ -50,7 +50,8 @@ NASTY = (None, -1, 0, 1, 2, 3, 7, 255, 2**31, 2**32, 2**60, 2**63 - 1, -(2**63),
          "null", "[[" * 5000, '{"name": "lora"}', '{"name": "stack", "members": []}', '{"name": "lora", "rank": "x"}',
          '{"name": "prompt", "tokens": 1152921504606846976}', '{"name": "ptuning", "layers": 1152921504606846976}',
          '{"name": "vera", "rank": 1099511627776}', "<" + "d" * 40, "<1152921504606846976d", b"", b"\0", b"\xff" * 40,
-         b"x" * 70_000, "../../x", "a\0b")  # fmt: skip
+         b"x" * 70_000, "../../x", "a\0b", '{"a": ' * 100_000, "[" + "{}," * 30_000 + "{}]",
+         '{"name": "' + "x" * 2_000_000 + '"}', "[" + "[],[[[]]]," * 1_000_000 + "0]")  # fmt: skip
 LIES = ({"shape": [2**60, 128], "data_offsets": [0, 2**69]}, {"shape": [3, 2**60]}, {"data_offsets": [0, 2**63]},
         {"dtype": "F64"}, {"data_offsets": [8, 0]}, {"shape": [-1, -1]}, {"shape": []}, {"rows": {}})  # fmt: skip
 
@@ -235,11 +236,27 @@ def spoil_shard(folder: Path, draw: random.Random) -> None:
         draw.choice((bit_of, bit_of, bytes_of, length_of, kind_of))(path, draw)
 
 
+def spoil_sizes(folder: Path, draw: random.Random) -> None:
+    """A shard of rows as long as the index says, which takes no disk: a header, and a hole."""
+    index = sqlite3.connect(folder / "index.sqlite")
+    with index:
+        n, width = draw.choice(((1, 2**24), (3, 2**28), (1, 4_000_000_000), (2**20, 2**10), (1, 2**40)))
+        ((number, configuration),) = index.execute("SELECT number, configuration FROM shards ORDER BY random() LIMIT 1")
+        index.execute("UPDATE configurations SET width = ? WHERE number = ?", (width, configuration))
+        index.execute("UPDATE shards SET n = ? WHERE number = ?", (n, number))
+        ((kind,),) = index.execute("SELECT value FROM about WHERE name = 'rows'")
+    index.close()
+    header = shards._header(n, width, kind)
+    with open(shards.shard_path(folder / "shards", number), "wb") as file:
+        file.write(header)
+        file.truncate(min(len(header) + n * width * KINDS[kind][1], 2**43))  # more than many file systems hold
+
+
 def spoil_files(folder: Path, draw: random.Random) -> None:
     kind_of(folder / draw.choice(("index.sqlite", "shards", "writer.lock")), draw)
 
 
-WAYS = (spoil_index, spoil_log, spoil_values, spoil_schema, spoil_shard, spoil_files)
+WAYS = (spoil_index, spoil_log, spoil_values, spoil_schema, spoil_shard, spoil_files, spoil_sizes)
 
 # ---- What is done with it -------------------------------------------------------------------------------------------
 
@@ -289,7 +306,7 @@ def same(found: Adapter | None, expected: Adapter) -> None:
 CHECKSUM = archive.Archive._checksum
 
 
-def forged_checksum(self: archive.Archive, configuration: int, of: archive.Entry | archive.Item, data: object) -> int:
+def forged_checksum(self: archive.Archive, configuration: int, of: archive.Entry | archive.Item, row: object) -> int:
     """Whatever the index says."""
     return of.checksum if isinstance(of, archive.Entry) else 0
 
@@ -311,7 +328,7 @@ def cases(
         if number % 2:
             spoil_spot(work / "whole", draw, *spots[number // 2 % len(spots)])
         else:
-            draw.choices(WAYS, weights=(4, 2, 2, 2, 4, 1))[0](work / "whole", draw)
+            draw.choices(WAYS, weights=(4, 2, 2, 2, 4, 1, 1))[0](work / "whole", draw)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # nobody catches it: the process dies
         archive.Archive._checksum = forged_checksum if forged else CHECKSUM
         try:

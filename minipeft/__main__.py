@@ -394,6 +394,9 @@ def run_export(args: argparse.Namespace, _) -> dict:
     store = Store(args.store)
     if args.user is not None and args.user not in store:
         raise InputError(f"no adapter of user {args.user!r} in {store.folder}")
+    if args.model is None and not os.path.isdir(store.base.folder):  # nor is what a store names ever downloaded
+        raise InputError(f"{store.folder} belongs to base {shown(store.base.name)}, which is not in "
+                         f"{shown(store.base.folder)} any more; name its folder with --model")  # fmt: skip
     model = load_model(args.model or store.base.folder, args.dtype)
     base = open_base(model, len(store.task.labels) if store.task else MIN_LABELS, store.pooling)
     write = {"peft": interop.export_peft, "adapterhub": interop.export_adapterhub}[args.format]

@@ -16,6 +16,7 @@ stay in their shards until `compact`.
 shard or a description gone looks the row up again; one that has the shard mapped reads on.
 """
 
+import resource
 import sys
 import zlib
 from collections import OrderedDict, deque
@@ -29,13 +30,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.index import Configuration, Entry, Form, Index, ShardEntry, named, only_writer
+from minipeft.index import MAX_WIDTH, Configuration, Entry, Form, Index, ShardEntry, named, only_writer
 from minipeft.models.checkpoint import sync
 from minipeft.models.fields import shown
-from minipeft.shards import KINDS, MAX_BYTES, Shard, check_folder, remove_others, shard_path, write_shard
+from minipeft.shards import KINDS, MAX_BYTES, Exhausted, Shard, check_folder, remove_others, shard_path, write_shard
 
 MAX_WAITING = 4 << 20  # bytes of a configuration's rows that wait for a shard
-MAX_MAPPED = 1024  # shards that a reader keeps open: addresses, no memory
+MAX_MAPPED = 1024  # shards that a reader keeps open: addresses, no memory. Fewer where few files may be open
 FAULT = 64 << 10  # bytes of a file that become memory of the process when one of them is read
 MAX_TOUCHED = 16 << 20  # bytes that do so before they are given back
 Read = TypeVar("Read")  # what is made of an entry
@@ -67,6 +68,13 @@ class Compacted(NamedTuple):
     erased: bool
 
 
+def may_map() -> int:
+    """How many shards a reader may keep open: a quarter of the files that the process may have open, at most
+    MAX_MAPPED."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_MAPPED if limit == resource.RLIM_INFINITY else min(MAX_MAPPED, max(1, limit // 4))
+
+
 class Archive:
     """The rows of a folder. timeout: seconds to wait for another writer.
 
@@ -86,6 +94,7 @@ class Archive:
                              f"{', '.join(KINDS)}")  # fmt: skip
         self._shards = folder / "shards"
         self._mapped: OrderedDict[int, tuple[int, Shard]] = OrderedDict()
+        self._may_map = may_map()
         self._touched = 0
         self._configurations: dict[int, Configuration] = {}  # numbers are never given twice
         self._forms: dict[int, Form] = {}
@@ -139,9 +148,13 @@ class Archive:
                 entry = now
 
     def row(self, entry: Entry) -> np.ndarray:
-        """A row's bytes, uint8. InputError: it is damaged, or not there any more; names shard and row."""
+        """A row's bytes, uint8, read-only: no copy, however long a row the index says it is.
+
+        Raises:
+            InputError: it is damaged, or not there any more; names shard and row.
+        """
         data = self._bytes(entry)
-        if data is None or self._checksum(entry.configuration, entry, data) != entry.checksum:
+        if data is None or self._checksum(entry.configuration, entry, self._pieces(data)) != entry.checksum:
             where = f"shard {entry.shard}, row {entry.row}" if entry.shard else "waiting in the index"
             what = "its row is gone" if data is None else "its checksum is not that of the index"
             raise InputError(f"{self.folder}: {named(entry.key)} is damaged ({where}): {what}; train or import it "
@@ -153,16 +166,22 @@ class Archive:
         if entry.shard == 0:
             data = self.index.waiting_row(entry.key)
             fits = data is not None and len(data) == self._row_bytes(entry.configuration)
-            return np.frombuffer(data, np.uint8).copy() if fits else None
+            return np.frombuffer(data, np.uint8) if fits else None
         configuration, shard = self._shard(entry.shard)
         if shard is None or configuration != entry.configuration or not 0 <= entry.row < shard.n:
             return None
-        self._touched += max(shard.row_bytes, FAULT)
-        if self._touched > MAX_TOUCHED:
-            for _, mapped in self._mapped.values():
-                mapped.forget()
-            self._touched = 0
         return shard.row(entry.row)
+
+    def _pieces(self, row: np.ndarray) -> Iterator[np.ndarray]:
+        """A row, piece by piece. What of shards becomes memory as they are read is given back now and then."""
+        for start in range(0, len(row), MAX_TOUCHED):
+            piece = row[start : start + MAX_TOUCHED]
+            yield piece
+            self._touched += max(len(piece), FAULT)
+            if self._touched >= MAX_TOUCHED:
+                for _, shard in self._mapped.values():
+                    shard.forget()
+                self._touched = 0
 
     def _row_bytes(self, configuration: int) -> int:
         return self.configuration(configuration).width * KINDS[self.kind][1]
@@ -174,18 +193,26 @@ class Archive:
             if listed is None:
                 return 0, None
             width = self.configuration(listed.configuration).width
+            while len(self._mapped) >= self._may_map:
+                self._mapped.popitem(last=False)
             try:
-                shard = Shard(shard_path(self._shards, number), listed.n, width, self.kind)
+                shard = self._map(shard_path(self._shards, number), listed.n, width)
             except FileNotFoundError:
                 return 0, None
             self._mapped[number] = listed.configuration, shard
-            if len(self._mapped) > MAX_MAPPED:
-                self._mapped.popitem(last=False)
         self._mapped.move_to_end(number)
         return self._mapped[number]
 
-    def _checksum(self, configuration: int, of: Entry | Item, data: bytes | np.ndarray) -> int:
-        """crc32 of all that makes an adapter: configuration, metrics, id and row.
+    def _map(self, path: Path, n: int, width: int) -> Shard:
+        """`Shard`; if the system has no room for it, once more without all the others."""
+        try:
+            return Shard(path, n, width, self.kind)
+        except Exhausted:
+            self._mapped.clear()
+            return Shard(path, n, width, self.kind)
+
+    def _checksum(self, configuration: int, of: Entry | Item, row: Iterable[bytes | np.ndarray]) -> int:
+        """crc32 of all that makes an adapter: configuration, metrics, id and the row's pieces.
 
         Every error of up to 32 bits in a row is found, and all but one in 4 * 10^9 of the others. It keeps no enemy
         away, who could write the index as well.
@@ -193,8 +220,10 @@ class Archive:
         if (configuration, of.form) not in self._seeds:
             parts = (*self.configuration(configuration)[1:], *self.form(of.form)[1:])
             self._seeds[configuration, of.form] = zlib.crc32(repr(parts).encode())
-        seed = zlib.crc32(of.key + of.numbers, self._seeds[configuration, of.form])
-        return zlib.crc32(data, seed) - (1 << 31)  # signed: SQLite keeps it in 4 bytes
+        checksum = zlib.crc32(of.key + of.numbers, self._seeds[configuration, of.form])
+        for piece in row:
+            checksum = zlib.crc32(piece, checksum)
+        return checksum - (1 << 31)  # signed: SQLite keeps it in 4 bytes
 
     # ---- Writing
 
@@ -223,6 +252,9 @@ class Archive:
             yield
 
     def configuration_number(self, method: str, layout: str, under: bytes, width: int) -> int:
+        """InputError: rows that are too long, which `configuration` would refuse."""
+        if width > MAX_WIDTH:
+            raise InputError(f"an adapter has {width:,} numbers; a store keeps at most {MAX_WIDTH:,} of each")
         return self.index.number_of("configurations", method=method, layout=layout, under=under, width=width)
 
     def form_number(self, skeleton: str, codes: str) -> int:
@@ -239,13 +271,13 @@ class Archive:
             self.index.write("INSERT OR REPLACE INTO waiting VALUES (?, ?, ?)",
                              [(item.key, configuration, item.data) for item in items])  # fmt: skip
         else:
-            waiting = self.index.waiting_rows(configuration, self._row_bytes(configuration))
+            waiting = self.index.waiting_rows(configuration, self._row_bytes(configuration), at_most=may_wait + 1)
             rows = [row for _, row in waiting] + [item.data for item in items]
             places = self._write_shards(configuration, len(rows), rows)
             self.index.write(MOVE, [(*place, key) for place, (key, _) in zip(places, waiting)])
-            self.index.write("DELETE FROM waiting WHERE configuration = ?", [(configuration,)])
+            self.index.write("DELETE FROM waiting WHERE id = ?", [(key,) for key, _ in waiting])
             places = places[len(waiting) :]
-        self.index.write(PUT, ((item.key, configuration, *place, self._checksum(configuration, item, item.data),
+        self.index.write(PUT, ((item.key, configuration, *place, self._checksum(configuration, item, [item.data]),
                                 item.form, item.numbers) for item, place in zip(items, places)))  # fmt: skip
 
     def _write_shards(

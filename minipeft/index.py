@@ -18,6 +18,7 @@ code; every value that is read is checked; nothing is read without a limit on ho
 """
 
 import fcntl
+import math
 import os
 import re
 import socket
@@ -51,11 +52,14 @@ STATEMENTS = [" ".join(sql.split()) for sql in SCHEMA.split(";") if sql.strip()]
 PRAGMAS = ("trusted_schema=OFF", "cell_size_check=ON", "synchronous=FULL", "secure_delete=ON", "cache_size=-8000",
            "wal_autocheckpoint=8000")  # 32 MB of log: batches of users all over the index change the same pages
 MAX_VALUE = 16 << 20  # bytes of a single value; the largest that is written is a row that waits
+MAX_TEXT = 1 << 20  # characters of a description: JSON, which takes 25 times as much when it is parsed
+MAX_WIDTH = 1 << 30  # numbers of a row
 MAX_SMALL = 64 << 10  # bytes of a user's id, and of the numbers of their metrics
 PAGE = 256  # rows fetched at a time
 PATIENCE = 30.0  # seconds that SQLite waits for another process
 SHARED = b"\xff"  # a byte that UTF-8 has not: keys of adapters that lie under others' begin with it, and a digest
 DIGEST = 16  # bytes of that digest; the rest of the key is the adapter's name
+MAX_KEY = len(SHARED) + DIGEST + MAX_SMALL
 
 
 class Configuration(NamedTuple):
@@ -211,7 +215,7 @@ class Index:
         return self._db
 
     def _connect(self, mode: str) -> sqlite3.Connection:
-        uri = f"file:{quote(str(self.path.absolute()))}?{mode}"
+        uri = f"file:{quote(os.fsencode(self.path.absolute()))}?{mode}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE)
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE)
         for pragma in PRAGMAS:
@@ -225,7 +229,7 @@ class Index:
         with self.transaction():
             for sql in STATEMENTS:
                 self._db.execute(sql)
-            self._db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            self.set_about(about)
 
     def close(self) -> None:
         self._db.close()
@@ -239,7 +243,7 @@ class Index:
             raise
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a message that quotes the file
             name = getattr(error, "sqlite_errorname", "")
-            if re.match("SQLITE_(FULL|IOERR|CANTOPEN|READONLY|BUSY|LOCKED|TOOBIG)", name):
+            if re.match("SQLITE_(FULL|IOERR|CANTOPEN|READONLY|BUSY|LOCKED)", name):
                 raise InputError(f"{self.path} cannot be used ({error}); is the disk full, or the folder not yours to "
                                  "write?") from None  # fmt: skip
             if self._is_outdated():
@@ -273,7 +277,9 @@ class Index:
     # ---- What there is
 
     def about(self) -> dict[str, str]:
-        return dict(self._typed("about", values, (str, str)) for values in self.rows("SELECT * FROM about LIMIT 99"))
+        with self._errors():
+            found = self._current().execute("SELECT * FROM about LIMIT 99")  # never all at once: they may be too long
+            return dict(self._typed("about", values, (str, str)) for values in found)
 
     def entry(self, key: bytes) -> Entry | None:
         found = self.rows("SELECT * FROM adapters WHERE id = ?", key)
@@ -306,7 +312,7 @@ class Index:
 
     def configuration(self, number: int) -> Configuration:
         found = Configuration(*self._one("configurations", number, (int, str, str, bytes, int)))
-        if found.width < 1:
+        if not 1 <= found.width <= MAX_WIDTH:
             raise InputError(f"{self.path} is damaged: rows of {found.width} numbers")
         return found
 
@@ -332,14 +338,23 @@ class Index:
         return self._typed("waiting", found[0], (bytes,))[0] if found else None
 
     def num_waiting(self, configuration: int, at_most: int) -> int:
-        return len(self.rows("SELECT 1 FROM waiting WHERE configuration = ? LIMIT ?", configuration, at_most))
+        sql = "SELECT count(*) FROM (SELECT 1 FROM waiting WHERE configuration = ? LIMIT ?)"
+        ((number,),) = self.rows(sql, configuration, at_most)
+        return number
 
-    def waiting_rows(self, configuration: int, row_bytes: int) -> list[tuple[bytes, bytes]]:
-        """(key, row) of all rows of a configuration that wait."""
-        found = self.rows("SELECT id, row FROM waiting WHERE configuration = ?", configuration)
-        if any(type(key) is not bytes or type(row) is not bytes or len(row) != row_bytes for key, row in found):
-            raise InputError(f"{self.path} is damaged: rows that wait have not {row_bytes} bytes each")
-        return found
+    def waiting_rows(self, configuration: int, row_bytes: int, at_most: int) -> list[tuple[bytes, bytes]]:
+        """(key, row) of a configuration's rows that wait: those that came first, if there are more than at_most."""
+        sql = """SELECT rowid, iif(length(id) <= ?, id, NULL), iif(length(row) = ?, row, NULL) FROM waiting
+                 WHERE configuration = ? ORDER BY rowid LIMIT ?"""
+        waiting, last = [], -math.inf
+        with self._errors():
+            for number, key, row in self._current().execute(sql, (MAX_KEY, row_bytes, configuration, at_most)):
+                if type(key) is not bytes or type(row) is not bytes or number <= last:
+                    raise InputError(f"{self.path} is damaged: rows that wait have not {row_bytes} bytes each, or are "
+                                     "out of order")  # fmt: skip
+                waiting.append((key, row))
+                last = number
+        return waiting
 
     def num_live(self) -> dict[int, int]:
         """Shard -> how many of its rows somebody has. `check` first: it reads the index whole."""
@@ -352,8 +367,8 @@ class Index:
         return self._typed(table, found[0], types)
 
     def _typed(self, table: str, values: tuple, types: tuple[type, ...]) -> tuple:
-        if tuple(map(type, values)) != types:
-            raise InputError(f"{self.path} is damaged: {table} has values of the wrong type")
+        if tuple(map(type, values)) != types or any(type(x) is str and len(x) > MAX_TEXT for x in values):
+            raise InputError(f"{self.path} is damaged: {table} has values of the wrong type, or too long")
         return values
 
     def _scan(self, sql: str, after: str | int, kind: type) -> Iterator[tuple]:
@@ -381,6 +396,11 @@ class Index:
 
     # ---- Writing, within a transaction
 
+    def set_about(self, values: dict[str, str]) -> None:
+        """InputError: a text is too long."""
+        check_texts(values)
+        self.write("INSERT OR REPLACE INTO about VALUES (?, ?)", values.items())
+
     def number_of(self, table: str, **values: str | bytes | int) -> int:
         """The number of a configuration or form with these values, which is made if there is none."""
         where = " AND ".join(f"{name} = ?" for name in values)
@@ -388,7 +408,8 @@ class Index:
         return found[0][0] if found else self.insert(table, **values)
 
     def insert(self, table: str, **values: str | bytes | int) -> int:
-        """Returns the number that the new row got; none is ever given twice."""
+        """Returns the number that the new row got; none is ever given twice. InputError: a text is too long."""
+        check_texts(values)
         names, places = ", ".join(values), ", ".join("?" * len(values))
         with self._errors():
             return self._db.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", (*values.values(),)).lastrowid
@@ -413,6 +434,13 @@ class Index:
         self.rows("VACUUM")
         ((busy, _, _),) = self.rows("PRAGMA wal_checkpoint(TRUNCATE)")
         return not busy
+
+
+def check_texts(values: dict[str, str | bytes | int]) -> None:
+    """Raises InputError for a text that would be refused when it is read."""
+    for name, value in values.items():
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise InputError(f"{name!r} has {len(value):,} characters; a store keeps at most {MAX_TEXT:,}")
 
 
 def named(key: bytes) -> str:

@@ -14,6 +14,7 @@ How numbers lie (`KINDS`), chosen once for a store:
                 bytes, then q
 """
 
+import errno
 import json
 import mmap
 import os
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # too many open files, no room to map one
 MAX_BYTES = 64 << 20  # of a shard's rows, unless one row alone is larger
 KINDS = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "int8": ("U8", 1)}  # name in safetensors, bytes of an element
 
@@ -98,11 +100,18 @@ def write_shard(path: Path, n: int, width: int, kind: str, rows: Iterable[bytes 
     temporary.rename(path)
 
 
+class Exhausted(InputError):
+    """The system lets this process open or map no more files; nothing is known to be damaged."""
+
+
 class Shard:
     """A shard's rows, mapped into memory. A file that was removed meanwhile can still be read.
 
+    It takes one of the process's open files: Python's `mmap` keeps a descriptor of its own.
+
     Raises:
         FileNotFoundError: no such file.
+        Exhausted: it cannot be opened or mapped now.
         InputError: it is no shard of n rows of this width.
     """
 
@@ -121,14 +130,17 @@ class Shard:
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno in SCARCE:
+                raise Exhausted(f"{path} cannot be opened ({error.strerror}); close other stores or files, or raise "
+                                "the limit (ulimit -n for open files, -v for memory)") from None  # fmt: skip
             raise InputError(f"{path} is damaged: {error.strerror}") from None
         if self._map[: self._start] != header:
             raise InputError(f"{path} is damaged: its header is not that of {n} rows of {width} numbers")
 
     def row(self, i: int) -> np.ndarray:
-        """A copy of row i, 0 <= i < n: its bytes, uint8."""
+        """Row i, 0 <= i < n: its bytes, uint8, in the file itself. Nothing is read yet."""
         assert 0 <= i < self.n
-        return np.frombuffer(self._map, np.uint8, self.row_bytes, self._start + i * self.row_bytes).copy()
+        return np.frombuffer(self._map, np.uint8, self.row_bytes, self._start + i * self.row_bytes)
 
     def forget(self) -> None:
         """What was read no longer counts as this process's memory: it stays in the system's cache of the file."""

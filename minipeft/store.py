@@ -25,13 +25,13 @@ from typing import NamedTuple
 
 from minipeft.archive import Archive, Compacted, Item, Read
 from minipeft.errors import InputError
-from minipeft.index import DIGEST, LOCK, MAX_SMALL, NAME, SHARED, Entry, named
+from minipeft.index import DIGEST, LOCK, MAX_SMALL, MAX_TEXT, NAME, SHARED, Entry, named
 from minipeft.methods.method import Method, method_from
 from minipeft.models.fields import shown
 from minipeft.models.hooks import Sites
 from minipeft.packing import Packing, put_together, take_apart
 from minipeft.schedule import Adapter
-from minipeft.shards import KINDS, decoded, encoded, width_of
+from minipeft.shards import KINDS, Exhausted, decoded, encoded, width_of
 from minipeft.tasks.task import Header
 
 TIMEOUT = 60.0  # seconds that a write waits for another writer
@@ -174,7 +174,7 @@ class Store:
             store.check_task(task)
             if store.task is None:
                 with store._archive.writing():
-                    store._archive.index.write("UPDATE about SET value = ? WHERE name = ?", [(about["task"], "task")])
+                    store._archive.index.set_about({"task": about["task"]})
                 store.task = task
         return store
 
@@ -256,10 +256,11 @@ class Store:
         forms: dict[tuple[str, str], int] = {}
         for key, adapter in adapters:
             skeleton, codes, numbers = take_apart(adapter.metrics)
+            for part, most in ((skeleton, MAX_TEXT), (numbers, MAX_SMALL)):
+                if len(part) > most:
+                    raise InputError(f"the metrics of {named(key)} have {len(part)} bytes; needed at most {most}")
             if (skeleton, codes) not in forms:
                 forms[skeleton, codes] = self._archive.form_number(skeleton, codes)
-            if len(numbers) > MAX_SMALL:
-                raise InputError(f"the metrics of {named(key)} have {len(numbers)} bytes; needed at most {MAX_SMALL}")
             data = encoded(packing.packed(adapter.row), self.rows, packing.spans)
             items.append(Item(key, data, forms[skeleton, codes], numbers))
         self._archive.put(number, items)
@@ -323,8 +324,8 @@ class Store:
             raise InputError(f"no adapter of user {shown(_name(entry))} in {self.folder}") from None
 
     def _adapter(self, entry: Entry, user: str, base: Sites) -> Adapter:
-        data, packing = self._archive.row(entry), self._packing_of(entry, base)
-        row = packing.row(decoded(data, self.rows, packing.spans))
+        packing = self._packing_of(entry, base)  # so long must the row be: before it is copied
+        row = packing.row(decoded(self._archive.row(entry).copy(), self.rows, packing.spans))
         under = self._archive.configuration(entry.configuration).under
         return Adapter(user, packing.method, row, self._metrics(entry), self._lies_under(entry, under, base))
 
@@ -401,7 +402,7 @@ class Store:
         """Read every adapter, compare its checksum, and put its method and metrics together.
 
         Raises:
-            InputError: the index itself is damaged.
+            InputError: the index itself is damaged, or the system lets this process open no file (`Exhausted`).
         """
         damaged = []
         self._archive.index.check()
@@ -410,6 +411,8 @@ class Store:
                 self._archive.read(entry, self._verify)
             except KeyError:
                 continue  # deleted meanwhile
+            except Exhausted:
+                raise
             except InputError as error:
                 damaged.append(Damage(_name(entry), entry.shard, entry.row, str(error)))
         return damaged

@@ -714,6 +714,21 @@ def test_export_and_import_pass_on_the_adapter(kind, task, bases, stores, tmp_pa
     assert imported == printed(capsys) | {"user": "zoe"}
 
 
+@pytest.mark.parametrize("folder", ["somebody/model", "a\0b", "x" * 5000, "/nowhere"])
+def test_export_downloads_no_base_that_a_store_names(folder, stores, tmp_path, monkeypatch, capsys, fake):
+    """Who made the store says where its base is: a hub's name would be fetched."""
+    shutil.copytree(stores["decoder"], tmp_path / "store")
+    index = sqlite3.connect(tmp_path / "store" / "index.sqlite")
+    with index:
+        ((base,),) = index.execute("SELECT value FROM about WHERE name = 'base'")
+        about = json.dumps({**json.loads(base), "folder": folder})
+        index.execute("UPDATE about SET value = ? WHERE name = 'base'", (about,))
+    index.close()
+    monkeypatch.setattr("minipeft.__main__.load_model", lambda *_: pytest.fail("it would be fetched"))
+    assert run("export", "--store", tmp_path / "store", "--to", tmp_path / "x", "--format", "peft") == 2
+    assert "any more; name its folder with --model" in capsys.readouterr().err
+
+
 def test_an_encoders_adapter_is_exported_without_its_head_and_says_so(bases, stores, tmp_path, capsys, fake):
     base = open_base(bases["bert"], 2)
     assert run("export", "--store", stores["bert"], "--user", "ann", "--to", tmp_path / "x", "--format", "peft") == 0

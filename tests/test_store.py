@@ -3,13 +3,17 @@
 import math
 import os
 import random
+import resource
 import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from collections import OrderedDict, namedtuple
+from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
+from json import loads
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minipeft import archive
+from minipeft import archive, shards
 from minipeft import store as store_module
 from minipeft.engine import Adapter
 from minipeft.errors import InputError
@@ -513,6 +517,60 @@ def test_a_second_writer_waits_or_is_told(store, base):
         assert time.monotonic() - began > 0.2 and store.users() == ["ann", "bob"]
 
 
+def in_a_child(limit, largest, work):
+    """work() in a process of its own under a limit; it must end well."""
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(limit, (largest, largest))
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("may_map", [1024, None], ids=["more than there is room for", "as many as there is room for"])
+def test_more_shards_than_a_process_may_open_files(may_map, store, base, monkeypatch):
+    """Python's mmap keeps a descriptor; whole adapters are never called damaged for want of one."""
+    no_waiting(monkeypatch)
+    monkeypatch.setattr(archive, "MAX_BYTES", 1)  # a shard for each
+    kept = {f"user {i:02d}": make_adapter(f"user {i:02d}", LoRA(1, sites=("q",)), seed=i) for i in range(60)}
+    store.add_many(kept.values(), base)
+    store.close()
+
+    def read():
+        if may_map:
+            monkeypatch.setattr(archive, "may_map", lambda: may_map)
+        reader = Store(store.folder)
+        assert holds(reader, base, kept) and holds(reader, base, kept)
+        if may_map is None:
+            assert 1 < len(reader._archive._mapped) <= 16
+        reader._archive._mapped.clear()
+        taken = []
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(InputError, match=r"cannot be opened \(Too many open files\); close other") as said:
+            reader.get("user 00", base)
+        assert "damaged" not in str(said.value)
+        monkeypatch.setattr(Index, "located", lambda index: [index.entry(b"user 00")])  # SQLite needs a file for it
+        with pytest.raises(InputError, match="Too many open files"):
+            reader.verify()
+        os.close(taken.pop())  # one to open a shard, one that its map keeps
+        os.close(taken.pop())
+        assert all(same(reader.get(user, base), adapter) for user, adapter in kept.items())
+
+    in_a_child(resource.RLIMIT_NOFILE, 64, read)
+
+
+def test_no_limit_on_open_files_is_no_limit_on_shards(monkeypatch):
+    for limit, expected in ((resource.RLIM_INFINITY, 1024), (1024, 256), (1 << 20, 1024), (2, 1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))  # noqa: B023
+        assert archive.may_map() == expected
+
+
 # ---- Damage --------------------------------------------------------------------------------------------------------
 
 
@@ -644,8 +702,8 @@ def test_a_store_that_does_not_say_whose_it_is_is_an_error(name, value, store):
         Store(store.folder)
 
 
-@pytest.mark.parametrize("tree, kind", [("adapters", 5), ("sqlite_autoindex_adapters_1", 2)])
-def test_pages_that_go_round_in_circles_come_to_an_end(tree, kind, store, base):
+@pytest.mark.parametrize("tree, kind", [("adapters", 5), ("sqlite_autoindex_adapters_1", 2), ("waiting_of", 2)])
+def test_pages_that_go_round_in_circles_come_to_an_end(tree, kind, store, base, monkeypatch):
     """An enemy's tree in which every branch is the first leaf again: its entries never end."""
     one = make_adapter(method=LoRA(1, sites=("k",)))
     store.add_many([replace(one, user=f"user {i:04d}") for i in range(600)], base)
@@ -665,9 +723,132 @@ def test_pages_that_go_round_in_circles_come_to_an_end(tree, kind, store, base):
         content[place : place + 4] = first
     path.write_bytes(content)
     again = Store(store.folder)
-    for call in (again.users, lambda: list(again.everybody()), again.verify, again.compact):
+    monkeypatch.setattr(archive, "MAX_WAITING", 400 * 4 * one.method.count(base))
+    listing = () if tree == "waiting_of" else (again.users, lambda: list(again.everybody()))
+    adding = (lambda: again.add(one, base),) if tree == "waiting_of" else ()
+    for call in (*listing, *adding, again.verify, again.compact):
         with pytest.raises(InputError, match=r"index\.sqlite is damaged"):
             call()
+
+
+def test_no_more_rows_are_taken_from_the_index_than_may_wait_there(store, base, monkeypatch):
+    """A store from elsewhere may have any number: each add takes a shard's worth, the others wait on."""
+    kept = {f"user {i}": make_adapter(f"user {i}", seed=i) for i in range(20)}
+    store.add_many(kept.values(), base)
+    monkeypatch.setattr(archive, "MAX_WAITING", 4 * 4 * make_adapter().method.count(base))
+    asked = []
+    monkeypatch.setattr(store._archive.index, "waiting_rows",
+                        lambda *args, **named: asked.append(Index.waiting_rows(store._archive.index, *args, **named))
+                        or asked[-1])  # fmt: skip
+    for i in range(20, 24):
+        kept[f"user {i}"] = make_adapter(f"user {i}", seed=i)
+        store.add(kept[f"user {i}"], base)
+    assert [len(rows) for rows in asked] == [5, 5, 5, 5] and holds(store, base, kept)
+    store.add(make_adapter("user 24"), base)
+    assert len(asked) == 4 and len(shard_files(store)) == 4, "it waits, as usual"
+
+
+@pytest.mark.parametrize("value", [bytes(100), "x" * 100, None, 7, b""])
+def test_rows_that_wait_have_their_length(value, store, base, monkeypatch):
+    store.add_many([make_adapter(), make_adapter("bob")], base)
+    store._archive.index.rows("UPDATE waiting SET row = ? WHERE id = 'bob' OR id = CAST('bob' AS BLOB)", value)
+    no_waiting(monkeypatch)
+    monkeypatch.setattr(archive, "MAX_WAITING", 2 * 4 * make_adapter().method.count(base))
+    with pytest.raises(InputError, match="damaged: rows that wait have not"):
+        store.add(make_adapter("cy"), base)
+
+
+def lengthen(store, width):
+    """The only configuration's rows have this width, and its shard is a file of that size, which takes no disk."""
+    header = shards._header(1, width, "float32")
+    store._archive.index.rows("UPDATE configurations SET width = ?", width)
+    store._archive.index.rows("UPDATE shards SET n = 1")
+    with open(shard_files(store)[0], "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + 4 * width)
+    return Store(store.folder)
+
+
+def test_rows_are_as_long_as_the_base_makes_them_or_refused(store, base, monkeypatch):
+    """An enemy's shard of rows of 16 GB that takes no disk: nothing is allocated for it."""
+    no_waiting(monkeypatch)
+    store.add(make_adapter(), base)
+    enemys = lengthen(store, 4_000_000_000)
+    with pytest.raises(InputError, match="damaged: rows of 4000000000 numbers"):
+        enemys.get("ann", base)
+    assert ["damaged: rows of 4000000000 numbers" in damage.what for damage in enemys.verify()] == [True]
+    enemys, width = lengthen(store, 1 << 26), 1 << 26
+    monkeypatch.setattr(archive.Archive, "_checksum",
+                        lambda self, configuration, of, row: pytest.fail("it is read before it is judged"))  # fmt: skip
+    with pytest.raises(InputError, match=f"its row has {width} numbers, this base needs [0-9]+, or others"):
+        enemys.get("ann", base)
+
+
+def test_verify_takes_no_memory_for_a_row(store, base, monkeypatch):
+    no_waiting(monkeypatch)
+    store.add(make_adapter(), base)
+    lengthen(store, 1 << 24).close()
+    store.close()
+    row, used = 64 << 20, int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    def verify():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        ((user, *_, what),) = Store(store.folder).verify()
+        assert user == "ann" and "its checksum is not that of the index" in what
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < row // 1024 // 2
+
+    in_a_child(resource.RLIMIT_AS, used + row + row // 2, verify)
+
+
+def test_an_adapter_longer_than_a_store_keeps_is_refused(store, base, monkeypatch):
+    monkeypatch.setattr(archive, "MAX_WIDTH", 9)
+    with pytest.raises(InputError, match=r"an adapter has [\d,]+ numbers; a store keeps at most 9 of each"):
+        store.add(make_adapter(), base)
+
+
+@pytest.mark.parametrize("sql", [
+    "UPDATE about SET value = '[' || ? || ']' WHERE name = 'task'", "UPDATE about SET value = ? WHERE name = 'rows'",
+    "UPDATE forms SET skeleton = '[' || ? || ']'", "UPDATE forms SET codes = ?",
+    "UPDATE configurations SET method = '[' || ? || ']'", "UPDATE configurations SET layout = ?",
+])  # fmt: skip
+def test_texts_too_long_to_be_parsed_are_not(sql, store, base, monkeypatch):
+    """JSON takes 25 times its size as it is parsed."""
+    store.add(make_adapter(), base)
+    store._archive.index.rows(sql, "{}," * (5 << 20) + "{}")
+    monkeypatch.setattr(store_module.json, "loads", lambda text: pytest.fail("it is parsed") if len(text) > 1 << 20
+                        else loads(text))  # fmt: skip
+    with pytest.raises(InputError, match="has values of the wrong type, or too long"):
+        Store(store.folder).get("ann", base)
+
+
+def test_texts_too_long_to_be_read_are_not_kept(store, base, tmp_path):
+    with pytest.raises(InputError, match=r"the metrics of .*'ann'.* have 1048586 bytes; needed at most 1048576"):
+        store.add(replace(make_adapter(), metrics={"x" * (1 << 20): None}), base)
+    with pytest.raises(InputError, match="'layout' has 1,048,577 characters; a store keeps at most 1,048,576"):
+        store._archive.configuration_number("", "x" * ((1 << 20) + 1), b"", 1)
+    long = replace(TASK, instruction="x" * (1 << 20))
+    with pytest.raises(InputError, match=r"'task' has .* characters; a store keeps at most"):
+        Store.make(tmp_path / "other", base, long)
+    taskless = Store.make(tmp_path / "third", base)
+    with pytest.raises(InputError, match=r"'task' has .* characters; a store keeps at most"):
+        Store.make(tmp_path / "third", base, long)
+    assert store.users() == taskless.users() == []
+
+
+def test_a_value_longer_than_any_is_damage(store):
+    index = sqlite3.connect(store.folder / "index.sqlite")
+    with index:
+        index.execute("UPDATE about SET value = zeroblob(20000000)")
+    index.close()
+    with pytest.raises(InputError, match=r"index\.sqlite is damaged: string or blob too big"):
+        Store(store.folder)
+
+
+def test_a_folders_name_may_be_any(tmp_path, base):
+    for name in (b"\xff", b"a?b#c%41", "é".encode()):
+        folder = tmp_path / os.fsdecode(name)
+        Store.make(folder, base).add(make_adapter(), base)
+        assert same(Store(folder).get("ann", base), make_adapter()) and (folder / "index.sqlite").exists()
 
 
 def test_a_store_of_the_old_layout_is_an_error_that_names_the_fix(tmp_path, base):
