@@ -1,12 +1,16 @@
-"""However a training ends (a process gone, no room, SIGTERM, an error): is what was under way saved, in little memory?"""
+"""However a training ends (a process gone, no room, SIGTERM, an error): is all saved, and in little memory?"""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +20,9 @@ from test_training import (  # noqa: F401  # fixtures
     NUM_USERS,
     OneOfTwo,
     adapters,
+    assert_same,
     base,
+    command,
     log_of,
     model,
     stop_after,
@@ -129,7 +135,7 @@ def test_a_training_waits_for_who_else_writes_its_store_and_says_so_once(base, t
     method, stop = LoRA(rank=2), Stop()
     store, desk = desk_of(tmp_path / "store", base, Ranks(), stop)
     ann, bob = (Adapter(user, method, method.initial_row(base, 0, user), METRICS) for user in ("ann", "bob"))
-    with ExitStack() as held, pytest.warns(UserWarning, match="somebody else writes .*; waiting") as said:
+    with ExitStack() as held, pytest.warns(UserWarning, match="waiting until that is done") as said:
         held.enter_context(only_writer(store.folder, 0))
         threading.Timer(0.3, held.close).start()
         desk.take([ann])
@@ -164,7 +170,7 @@ def test_who_was_interrupted_and_has_no_slot_yet_stays_saved(task, base, tmp_pat
     assert len(State(store).standings({f"user{i:05}" for i in range(NUM_USERS)})) == 3
 
 
-def test_moments_that_were_saved_are_dropped_once_they_are_resident(task, base, tmp_path, stop_after, monkeypatch):  # noqa: F811
+def test_saved_moments_are_dropped_once_they_are_resident(task, base, tmp_path, stop_after, monkeypatch):  # noqa: F811
     store, known, alive, run = tmp_path / "store", [], [], Engine.run
     stop_after(4)
     with pytest.raises(Interrupted):
@@ -240,9 +246,9 @@ def test_what_nobody_writes_there_is_damage_of_one_line(tmp_path):
         State(tmp_path / "other")
 
 
-def test_tensorboard_wants_a_folder(tmp_path):
-    pytest.importorskip("tensorboard")
+def test_tensorboard_wants_a_folder(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=os.makedirs))
     with pytest.raises(InputError, match="file cannot be written"):
         tensorboard(tmp_path / "file")
 
@@ -259,6 +265,29 @@ def test_what_process_0_refuses_ends_the_others_without_a_word(task, base, tmp_p
     with pytest.raises(InputError, match="train them --again"):
         Training.plan(base, task, CONFIG, tmp_path / "store", passes=EXACT, ranks=ranks)
     assert told == [b""]
+
+
+def test_under_torchrun_it_is_one_line_of_process_0(task, model, base, tmp_path):  # noqa: F811
+    trained(base, task, tmp_path / "store")
+    done = subprocess.run(command(task, model, tmp_path / "store", ranks=2), capture_output=True, text=True,
+                          timeout=200)  # fmt: skip
+    assert done.returncode and done.stderr.count("train them --again") == 1
+    assert "RuntimeError" not in done.stderr and "Gone" not in done.stderr
+
+
+def test_at_sigterm_every_process_saves(task, model, base, whole, tmp_path):  # noqa: F811
+    store = tmp_path / "store"
+    argv = command(task, model, store, "--resume", ranks=2)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not ((store / "log.jsonl").exists() and log_of(store, "finished")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode and "went away" not in output
+    assert log_of(store, "saved") and not log_of(store, "end")
+    assert {path.name for path in (store / "training").glob("rank-*")} == {f"rank-{r}-of-2.standings" for r in (0, 1)}
+    assert Training.plan(base, task, CONFIG, store, passes=EXACT, resume=True).run()
+    assert_same(adapters(store, base), whole)
 
 
 def test_again_wins_over_resume_where_settings_are_others(task, base, tmp_path, stop_after):  # noqa: F811
@@ -281,7 +310,7 @@ def test_answers_take_the_adapters_of_a_few_users_at_a_time(task, base, tmp_path
     store, sizes, get_many = Store(tmp_path / "store"), [], Store.get_many
     asked = [(user, f"text {i}") for i in range(3) for user in reversed(store.users())]
     expected = predict(base, store, asked, EXACT)
-    monkeypatch.setattr(Store, "get_many", lambda self, users, on: sizes.append(len(users)) or get_many(self, users, on))
+    monkeypatch.setattr(Store, "get_many", lambda own, users, on: sizes.append(len(users)) or get_many(own, users, on))
     found = predict(base, store, asked, replace(EXACT, slots=3))
     assert sizes == [3, 3, 2] and found == expected and [reply.user for reply in found] == [user for user, _ in asked]
     with pytest.raises(InputError, match="no adapter of user 'zoe'"):
