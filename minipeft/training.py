@@ -415,7 +415,6 @@ class Training:
         self.state.end()
         desk.log("end", **asdict(desk.summary))
 
-
     def _wait(self, desk: Desk, stop: Stop, show: Show) -> None:
         """Until the other ranks have ended. Raises Stopped, or Gone."""
         summary = desk.summary

@@ -156,7 +156,7 @@ def test_whatever_ends_it_what_is_under_way_is_saved(task, base, tmp_path, monke
             yield done
 
     monkeypatch.setattr(Engine, "run", failing)
-    with pytest.raises(ValueError, match="whatever|out of memory; lower --slots"):
+    with pytest.raises(ValueError, match=r"whatever|out of memory; lower --slots"):
         trained(base, task, tmp_path / "store")
     assert [line["resident"] for line in log_of(tmp_path / "store", "saved")] == [EXACT.slots]
 
