@@ -21,6 +21,7 @@ from pathlib import Path
 
 from small_trainings import CONFIG, FLAGS, PASSES, adapters_of, make_inputs
 
+from minipeft.resume import State
 from minipeft.training import Interrupted, Training
 
 USERS = 24
@@ -72,8 +73,13 @@ def ranks_give(folder: Path, store: Path, ranks: list[int]) -> None:
                 time.sleep(0.05)
             process.terminate()
         errors = process.communicate()[1]
-        if last and process.returncode:
-            raise SystemExit(f"{number} ranks ended with {process.returncode}:\n{errors}")
+        if last == bool(process.returncode) or State(store).unfinished == last:
+            raise SystemExit(f"{number} ranks that were {'not ' * last}to be interrupted ended with "
+                             f"{process.returncode}:\n{errors}")  # fmt: skip
+        if not last:
+            saved = len(list((store / "training").glob(f"rank-*-of-{number}.standings")))
+            if saved < number:
+                raise SystemExit(f"of {number} ranks that were interrupted {saved} saved:\n{errors}")
 
 
 def main() -> None:

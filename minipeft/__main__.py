@@ -30,7 +30,7 @@ from minipeft.console import (
     plain_warnings,
     progress,
 )
-from minipeft.errors import InputError
+from minipeft.errors import InputError, SaidElsewhere
 from minipeft.files import folder_name, write_file
 from minipeft.log import as_json, tensorboard
 from minipeft.methods import Method, PromptTuning
@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json and result is not None:
             print(as_json(result))
         sys.stdout.flush()
+    except SaidElsewhere:
+        return 2
     except InputError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 2
@@ -205,21 +207,19 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict | None:
         method = replace(method, start_from="text", text=tuple(tokens))
     config = TrainConfig(method=method, **settings_of(args))
     config.check()
-    scalar = tensorboard(args.tensorboard) if args.tensorboard else None
     with joined() as ranks:
-        return train_users(args, config, finished, ranks, scalar)
+        return train_users(args, config, finished, ranks)
 
 
-def train_users(
-    args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks,
-    scalar: Callable[[str, float, float], None] | None,
-) -> dict | None:  # fmt: skip
+def train_users(args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks) -> dict | None:
     """One rank's part. None at ranks other than 0, which print nothing."""
     task = TaskFolder(args.task, args.users)
     check_device(args.device)
     model = load_model(args.model, args.dtype, "cpu" if args.shard_base else own_device(args.device))
     if args.shard_base:
         shard(model, own_device(args.device), ranks)
+    with ranks.first_alone():
+        scalar = tensorboard(args.tensorboard) if args.tensorboard and ranks.writes else None
     training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),
                              resume=args.resume, strict=args.on_bad == "stop", ranks=ranks,
                              save_minutes=args.save_minutes, rows=args.rows, pooling=args.pooling)  # fmt: skip

@@ -71,9 +71,9 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
             bar.total = total
             bar.update(done - bar.n)
             now = time.perf_counter()
-            if bar.disable and now - shown > MINUTE and done:
-                left = (now - began) * (total - done) / done
-                print(f"{title}: {100 * done / total:.0f} %, {tqdm.format_interval(left)} left", flush=True)
+            if bar.disable and now - shown > MINUTE:
+                left = f", {tqdm.format_interval((now - began) * (total - done) / done)} left" if done else ""
+                print(f"{title}: {100 * done / max(total, 1):.0f} %{left}", flush=True)
                 shown = now
 
         yield update

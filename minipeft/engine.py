@@ -29,6 +29,10 @@ from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, ch
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.segments import TILE, Segments
 
+# What PyTorch says on a CPU; CUDA to PyTorch and to Triton; cuBLAS, of its workspace.
+NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
+             "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
+
 
 @dataclass
 class Totals:
@@ -55,6 +59,10 @@ class DoesNotFit(InputError):
         super().__init__(f"user {user!r}: one question or minibatch of theirs alone does not fit into memory; shorten "
                          "their texts or lower the batch size")  # fmt: skip
         self.place = place
+
+
+class NoRoom(InputError):
+    """The rows of all slots do not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,16 @@ class Engine:
         """Make a user resident, at their start value or at `row` [P]. Returns (bank number, slot).
 
         under: an adapter that acts under the user's own. name: what the slot is known by; "": the user's id.
+
+        Raises:
+            NoRoom: the user is the first of their kind, and memory does not hold a bank.
         """
         key = (method.kind(self.model), id(under) if under else None)
         if key not in self._bank_of:
+            residents = self._residents(method, self.passes.slots), self._shared_residents(under) if under else None
             self._bank_of[key] = len(self._banks)
-            self._banks.append(self._residents(method, self.passes.slots))
-            self._under.append(self._shared_residents(under) if under else None)
+            self._banks.append(residents[0])
+            self._under.append(residents[1])
         number = self._bank_of[key]
         if row is None:
             row = method.initial_row(self.model, seed, user)
@@ -116,7 +128,13 @@ class Engine:
                                                  key_of(seed, user, method.name, "dropout"))
 
     def _residents(self, method: Method, num_slots: int) -> Residents:
-        return Residents(method, self.model, num_slots, self.model.device, self.model.dtype)
+        try:
+            return Residents(method, self.model, num_slots, self.model.device, self.model.dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise NoRoom(f"memory does not hold {num_slots} slots of {method.layout(self.model).row_size} numbers, "
+                         "each four times; lower --slots") from None  # fmt: skip
 
     def _shared_residents(self, adapter: Adapter) -> Residents:
         if id(adapter) not in self._shared:
@@ -129,14 +147,20 @@ class Engine:
         self._banks[bank].bank.evict(slot)
 
     def begin(self, job: Job) -> Run:
-        """Make a job's user resident, where they stand. Raises InputError if the job makes no sense for this base."""
+        """Make a job's user resident, where they stand; of the standing the run keeps no more than it needs.
+
+        Raises:
+            InputError: the job makes no sense for this base. NoRoom: see `admit`.
+        """
         self.check(job)
         row = job.start if job.standing is None else job.standing.tensors["row"]
         place = self.admit(job.user, job.config.method, row, job.config.seed, job.under, job.key)
         if job.standing is not None:
             bank, slot = self._banks[place[0]].bank, place[1]
             bank.exp_avg[slot], bank.exp_avg_sq[slot] = (job.standing.tensors[n] for n in ("exp_avg", "exp_avg_sq"))
-        return Run(job, *place, self.virtual(place[0]))
+        run = Run(job, *place, self.virtual(place[0]))
+        run.job = replace(job, standing=None)
+        return run
 
     def standing(self, run: Run) -> Standing:
         """Where a run stands and its numbers: as its job's `standing` it goes on from there, to the bit."""
@@ -219,15 +243,16 @@ class Engine:
             residents, slots = self._banks[group.bank], group.segments.slots
             residents.end(slots)
             bank = residents.bank
+            rounded = torch.empty_like(bank.weights[0], dtype=torch.bfloat16)  # from the step on nothing is allocated
             norms = adamw_(bank.weights, bank.grads, bank.exp_avg, bank.exp_avg_sq,
                            torch.from_numpy(slots).to(bank.weights.device), _settings(runs),
                            squares=residents.squares, compute=bank.copy)
             for run, norm in zip(runs, norms.tolist()):
                 run.skipped_steps += not np.isfinite(norm)
-                if run.job.config.bf16_weights:
-                    row = bank.weights[run.slot]
-                    row.copy_(row.bfloat16())
                 run.advance()  # at once: who has stepped shall not step again if memory runs out in the next bank
+            for run in runs:
+                if run.job.config.bf16_weights:
+                    bank.weights[run.slot].copy_(rounded.copy_(bank.weights[run.slot]))
 
     def _step_in_parts(self, chosen: Sequence[Run]) -> None:
         """`train_step` of each of these, in halves where memory does not hold the pass. Raises DoesNotFit."""
@@ -244,7 +269,7 @@ class Engine:
         try:
             step()
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or self.model.lockstep is not None:  # other ranks are in the midst of it
+            if not out_of_memory(error) or self.model.lockstep is not None:  # other ranks are in the midst of it
                 raise
             return False
         return True
@@ -405,9 +430,11 @@ class Engine:
         Jobs are drawn one by one as slots come free, and nothing is kept of who has left: memory does not grow with
         their number. Neither their order nor the company changes anybody's adapter: in fp32 beyond rounding, with
         passes.deterministic not in a single bit. Who cannot be trained leaves; nobody else notices. Between two passes
-        a caller may ask for `standing`, or stop.
+        a caller may ask for `standing`, or stop; until the next pass also of who has finished. Whose standing is at the
+        end of their plan finishes without a pass.
 
         Raises:
+            NoRoom: memory does not hold the rows of so many slots.
             ValueError: a user who is resident already.
         """
         waiting, runs = iter(jobs), []
@@ -416,14 +443,17 @@ class Engine:
             while len(runs) < self.passes.slots and (job := next(waiting, None)) is not None:
                 try:
                     runs.append(self.begin(job))
+                except NoRoom:  # nobody's own fault
+                    raise
                 except InputError as error:
                     faults.append(Fault(job.key, str(error)))
                     worked_off += job.planned_examples
             if not (runs or faults):
                 return
             left, leaving = sum(run.examples_left for run in runs), {}
+            at_end = [run for run in runs if run.done]
             try:
-                for run in self._pass(runs) if runs else ():
+                for run in at_end or (self._pass(runs) if runs else ()):
                     if run.fault:
                         faults.append(Fault(run.job.key, run.fault))
                     elif run.done:
@@ -555,6 +585,6 @@ def _halves(items: Sequence) -> list[Sequence]:
     return [half for half in (items[:middle], items[middle:]) if half]
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA's, NumPy's, or that of PyTorch on a CPU, which has no class of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA's, NumPy's, or one that has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in NO_MEMORY)

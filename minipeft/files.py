@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ from minipeft.errors import InputError
 from minipeft.models.checkpoint import sync
 
 MAX_NAME = 200  # bytes of a file's name; file systems stop at 255
+BLOCK = 1 << 16  # bytes read at a time
 
 
 def folder_name(user: str) -> str:
@@ -30,14 +32,38 @@ def folder_name(user: str) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; replaces an earlier one. Makes its folder."""
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """`write_file` of what is made piece by piece and never there at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
     sync(path.parent)
+
+
+def cut_torn(path: Path) -> None:
+    """Cut a file of lines after its last newline: what follows is of a writer who was killed, or had no room."""
+    size = whole = path.stat().st_size if path.is_file() else 0
+    if not size:
+        return
+    with open(path, "r+b") as file:
+        while whole:  # a block at a time, from the end
+            start = max(0, whole - BLOCK)
+            file.seek(start)
+            newline = file.read(whole - start).rfind(b"\n")
+            whole = start + newline + 1
+            if newline >= 0:
+                break
+        if whole < size:
+            file.truncate(whole)
+            os.fsync(file.fileno())
 
 
 def read_file(path: Path) -> tuple[dict[str, str] | None, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minipeft.errors import InputError
+from minipeft.files import cut_torn
 
 
 def as_json(value: object) -> str:
@@ -23,7 +24,7 @@ def as_json(value: object) -> str:
 
 
 class Log:
-    """Appends to a file of JSON lines, each with `event` and `time` (seconds since 1970).
+    """Appends to a file of JSON lines, each with `event` and `time` (seconds since 1970). A torn last line is cut.
 
     scalar: called with (name, number, time) of every number of an event, see `tensorboard`.
 
@@ -32,8 +33,10 @@ class Log:
     """
 
     def __init__(self, path: Path, scalar: Callable[[str, float, float], None] | None = None):
+        self._path, self._scalar = path, scalar
         try:
-            self._file, self._scalar = open(path, "ab", buffering=0), scalar  # nothing is left for `close` to write
+            cut_torn(path)
+            self._file = open(path, "ab", buffering=0)  # nothing is left for `close` to write
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); move it away") from None
 
@@ -47,8 +50,12 @@ class Log:
         """Raises OSError if the disk is full."""
         now = time.time()
         line = as_json({"event": name, "time": round(now, 3), **fields}).encode(errors="backslashreplace") + b"\n"
-        while line:  # a disk that is all but full takes a part
-            line = line[self._file.write(line) :]
+        try:
+            while line:  # a disk that is all but full takes a part
+                line = line[self._file.write(line) :]
+        except OSError:
+            cut_torn(self._path)
+            raise
         if self._scalar is not None:
             for field, value in fields.items():
                 if isinstance(value, (int, float)):
@@ -56,12 +63,15 @@ class Log:
 
 
 def tensorboard(folder: Path) -> Callable[[str, float, float], None]:
-    """A `scalar` that writes for TensorBoard. Raises InputError if its writer is not installed."""
+    """A `scalar` that writes for TensorBoard. Raises InputError without its writer, or where there is no writing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs TensorBoard's writer: pip install 'minipeft[tensorboard]'") from None
-    writer, began = SummaryWriter(str(folder)), time.time()
+    try:
+        writer, began = SummaryWriter(str(folder)), time.time()
+    except OSError as error:
+        raise InputError(f"--tensorboard {folder} cannot be written ({error.strerror}); name a folder") from None
 
     def scalar(name: str, number: float, now: float) -> None:
         writer.add_scalar(name, number, round(now - began), walltime=now)

@@ -3,8 +3,9 @@
     rows of a pass  = half of the free memory / (2 x what one row keeps for the backward pass)      at most MOST_ROWS
     resident users  = a quarter of the free memory / what one slot takes            at most twice what fills a pass
 
-One pass of a few users' minibatches is run to see what a row keeps; the factor 2 is for what lives shorter: gradients,
-the softmax, an op's own temporaries. Should a pass not fit after all, the engine takes it in parts (engine.py).
+One pass of a few users' minibatches is run to see what a row keeps, of fewer where memory does not hold it; the factor
+2 is for what lives shorter: gradients, the softmax, an op's own temporaries. Should a pass not fit after all, the
+engine takes it in parts (engine.py).
 """
 
 import os
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from minipeft.engine import Engine
+from minipeft.engine import Engine, NoRoom, out_of_memory
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet
 from minipeft.models.classifier import Base
@@ -24,7 +25,7 @@ from minipeft.schedule import Job, PassConfig
 
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limit
 MOST_ROWS = {"cpu": 2048, "cuda": 32768}  # larger passes are not faster
-ROWS_KEPT = 7  # what a slot takes, in rows: weights, gradients, two moments, the best row, and two while it is saved
+ROWS_KEPT = 5  # what a slot takes, in rows: weights, gradients, two moments, the best row; saving takes one user's more
 
 
 def free_memory(device: torch.device) -> int:
@@ -60,7 +61,17 @@ def fitted(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Seq
         InputError: memory does not even hold one of them.
     """
     free = free_memory(base.device)
-    kept, num_rows = _kept_bytes(replace(passes, slots=len(jobs)), base, labels, jobs)
+    while True:
+        try:
+            kept, num_rows = _kept_bytes(replace(passes, slots=len(jobs)), base, labels, jobs)
+            break
+        except (NoRoom, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, NoRoom) or out_of_memory(error)):
+                raise
+            if len(jobs) == 1:
+                raise InputError(f"memory on {base.device} does not hold one user's minibatch; free some or lower the "
+                                 "batch size") from None  # fmt: skip
+        jobs = jobs[: len(jobs) // 2]
     rows = min(MOST_ROWS[base.device.type], int(free / 2 / (2 * kept / num_rows)))
     numbers = max(job.config.method.layout(base).row_size for job in jobs)
     slot_bytes = numbers * (4 * ROWS_KEPT + (base.dtype.itemsize if base.dtype != torch.float32 else 0))

@@ -14,13 +14,29 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from minipeft.errors import InputError
+
 FOREVER = timedelta(days=365)  # ranks wait for each other as long as users train; a dead one's connection closes
+LEFT = -1  # in place of a size: the sender stops before its users are done
+
+
+class Gone(RuntimeError):
+    """Another process of this training went away before it had ended."""
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Inside, a connection that breaks is Gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Gone("another process of this training went away before it had ended") from error
 
 
 def share_out(users: Sequence[str], sizes: Sequence[int], num_ranks: int) -> list[list[str]]:
@@ -53,8 +69,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, number: int = 1):
         self.rank, self.number = rank, number
-        self._arrived: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-        self._ended, self._broken = 0, None
+        self._arrived: queue.SimpleQueue[bytes | Gone] = queue.SimpleQueue()
+        self._speaking, self._gone = 0, None  # how many others may still send
 
     @property
     def writes(self) -> bool:
@@ -64,59 +80,83 @@ class Ranks:
         """What the teller says, at every rank. All must call it."""
         if self.number == 1:
             return content
-        size = torch.tensor([len(content)])
-        dist.broadcast(size, teller)
-        data = torch.zeros(int(size), dtype=torch.uint8)
-        if self.rank == teller:
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else data
-        dist.broadcast(data, teller)
+        with connected():
+            size = torch.tensor([len(content)])
+            dist.broadcast(size, teller)
+            data = torch.zeros(int(size), dtype=torch.uint8)
+            if self.rank == teller:
+                data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else data
+            dist.broadcast(data, teller)
         return data.numpy().tobytes()
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Around what rank 0 does alone before the ranks agree what to train: if it raises InputError, rank 0 tells the
+        others nothing instead of that, and they end as well."""
+        try:
+            yield
+        except InputError:
+            if self.writes:
+                with suppress(Gone):  # who found a fault too has ended
+                    self.tell()
+            raise
 
     def listen(self) -> None:
         """At rank 0: take in what the others send, while this rank trains. After this nobody calls `tell`."""
         if self.writes and self.number > 1:
+            self._speaking = self.number - 1
             threading.Thread(target=self._receive, daemon=True).start()
 
     def _receive(self) -> None:
-        ended = 0
+        speaking = self.number - 1
         try:
-            while ended < self.number - 1:
-                size = torch.zeros(1, dtype=torch.int64)
-                sender = dist.recv(size)
-                data = torch.zeros(int(size), dtype=torch.uint8)
-                if len(data):
-                    dist.recv(data, sender)
-                ended += not len(data)
-                self._arrived.put(data.numpy().tobytes())
-        except RuntimeError as error:  # raised again by `check`, in the thread that trains
-            self._arrived.put(error)
+            with connected():
+                while speaking:
+                    size = torch.zeros(1, dtype=torch.int64)
+                    sender = dist.recv(size)
+                    data = torch.zeros(max(int(size), 0), dtype=torch.uint8)
+                    if len(data):
+                        dist.recv(data, sender)
+                    speaking -= not len(data)
+                    left = int(size) == LEFT
+                    self._arrived.put(Gone(f"process {sender} was stopped") if left else data.numpy().tobytes())
+        except Gone as gone:  # raised again by `check`, in the thread that trains; nobody is heard any more
+            for _ in range(speaking):
+                self._arrived.put(gone)
 
     def send(self, content: bytes) -> None:
         """To rank 0, from another; nothing at all says that this rank has ended."""
-        dist.send(torch.tensor([len(content)]), 0)
-        if content:
-            dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
+        with connected():
+            dist.send(torch.tensor([len(content)]), 0)
+            if content:
+                dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0)
+
+    def leave(self) -> None:
+        """Tell rank 0, from another, that this rank stops before its users are done."""
+        with suppress(Gone):  # rank 0 need not know then
+            with connected():
+                dist.send(torch.tensor([LEFT]), 0)
 
     def arrived(self) -> Iterator[bytes]:
         """At rank 0: what has come since the last call."""
         while not self._arrived.empty():
             content = self._arrived.get()
-            if isinstance(content, Exception):
-                self._broken = content
-            elif content:
-                yield content
+            if isinstance(content, Gone):
+                self._gone = content
+            if isinstance(content, Gone) or not content:
+                self._speaking -= 1
             else:
-                self._ended += 1
+                yield content
 
     def check(self) -> None:
-        """At rank 0: raises what broke the connection, once `arrived` gave all that came before."""
-        if self._broken is not None:
-            raise RuntimeError("another rank went away before it had ended") from self._broken
+        """At rank 0: raises Gone if another rank is, once `arrived` gave all that came before."""
+        if self._gone is not None:
+            raise self._gone
 
     @property
     def all_ended(self) -> bool:
-        """At rank 0: whether every other rank has."""
-        return self._ended == self.number - 1
+        """At rank 0: whether nobody is left to be heard."""
+        return self._speaking == 0
 
 
 @contextmanager

@@ -3,9 +3,13 @@
     run.json                      what is trained and how; --resume goes on with that and nothing else
     done.jsonl                    who has an adapter in the store or cannot be trained, a line each, in that order
     shared.safetensors            the adapter of all users, once it is trained
-    everyone.safetensors          where it stood before that
-    rank-<r>-of-<n>.safetensors   where the resident users of a process stood, and their rows and moments
+    everyone.standings            where it stood before that
+    rank-<r>-of-<n>.standings     where the users of a process stood, and their rows and moments
     writer.lock                   which process goes on with it
+
+A file of standings is a row of safetensors, each after its size (8 bytes, little-endian): the first says whose training
+it is and how many users follow, each of the others is of one user. So neither writing nor reading it takes more memory
+than one user does.
 
 Who waits is no state: they are the users of the task who are neither done nor resident. Every file but done.jsonl is
 written whole or not at all; of that one the last line may be torn, and counts as not written.
@@ -17,6 +21,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 import torch
@@ -25,15 +30,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from minipeft.errors import InputError
-from minipeft.files import write_file
+from minipeft.files import cut_torn, write_file, write_pieces
 from minipeft.index import only_writer
 from minipeft.methods.method import method_from
 from minipeft.models.checkpoint import sync
 from minipeft.schedule import PLACE, Adapter, Fault, Standing
 
-FORMAT = 2  # of these files; another one is refused
+FORMAT = 3  # of these files; another one is refused
 LOCK_S = 5.0  # seconds that a training waits for another one's end
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError)  # what reading such a file gives
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError, SafetensorError)  # reading gives
 FIELDS = {"finished": bool, "again": bool, "name": str, "run": dict}  # of run.json
 MEANING = {"format": "the files' format", "base": "the base", "task": "the task's examples", "shared": "what is shared",
            "deterministic": "deterministic mode"}  # fmt: skip
@@ -56,13 +61,15 @@ class State:
     name:  of this training alone. Standings bear it: on another machine there may be some of an earlier one.
 
     Raises:
-        InputError: run.json is damaged.
+        InputError: run.json is damaged, or `training` is no folder.
     """
 
     def __init__(self, store: Path):
         self.folder = Path(store) / "training"
         self._run, self._done, self._shared = (self.folder / name for name in
                                                ("run.json", "done.jsonl", "shared.safetensors"))  # fmt: skip
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is no folder; move it away")
         try:
             self.begun = json.loads(self._run.read_bytes()) if self._run.exists() else None
             if self.begun is not None and {name: type(value) for name, value in self.begun.items()} != FIELDS:
@@ -103,11 +110,7 @@ class State:
     def go_on(self) -> None:
         """With what was begun here, without what a killed process left half written."""
         self._remove("*.tmp")
-        content = self._done.read_bytes() if self._done.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._done, whole)  # what follows shall not be joined to a torn line
-            sync(self._done)
+        cut_torn(self._done)
 
     def end(self) -> None:
         """The training came to its end: --resume finds nothing to do."""
@@ -137,19 +140,23 @@ class State:
         """User -> why they cannot be trained, "" if they are."""
         try:
             lines = self._done.read_bytes().splitlines() if self._done.exists() else []
-            return dict(map(json.loads, lines))
+            return dict(map(_done_line, lines))
         except DAMAGED as error:
             raise InputError(f"{self._done} is damaged ({error}); start over with --again") from None
 
     # ---- Where users stand -----------------------------------------------------------------------------------------
 
-    def save(self, part: str, standings: Iterable[tuple[str, Standing]]) -> None:
-        """Replace what this part of the training saved before: a rank, or "everyone"."""
-        users, tensors = {}, {}
-        for i, (user, standing) in enumerate(standings):
-            users[user] = standing.place
-            tensors |= {f"{i} {name}": tensor for name, tensor in standing.tensors.items()}
-        write_file(self.folder / f"{part}.safetensors", _sealed([self.name, users], tensors))
+    def save(self, part: str, number: int, standings: Iterable[tuple[str, Standing]]) -> None:
+        """Replace what this part of the training saved before: a rank, or "everyone". Of so many users, drawn one by
+        one."""
+
+        def pieces() -> Iterator[bytes]:
+            yield _sealed([self.name, number], {})
+            for user, standing in standings:
+                yield _sealed([user, standing.place], standing.tensors)
+
+        sized = (part for piece in pieces() for part in (len(piece).to_bytes(8, "little"), piece))
+        write_pieces(self.folder / f"{part}.standings", sized)
 
     def standings(self, wanted: set[str], parts: str = "rank-*") -> dict[str, Standing]:
         """Where these users stood, as far as this training saved it here, by any number of ranks.
@@ -158,14 +165,16 @@ class State:
             InputError: a damaged file.
         """
         found: dict[str, Standing] = {}
-        for path in sorted(self.folder.glob(f"{parts}.safetensors")):
+        for path in sorted(self.folder.glob(f"{parts}.standings")):
             try:
-                (training, users), tensors = _opened(path.read_bytes())
-                for i, (user, place) in enumerate(users.items() if training == self.name else ()):
-                    if user in wanted and (user not in found or found[user].place["step"] < place["step"]):
-                        names = ("row", "exp_avg", "exp_avg_sq", *(["best"] if place["epoch"] else []))
-                        found[user] = Standing({name: place[name] for name in PLACE},
-                                               {name: tensors[f"{i} {name}"] for name in names})  # fmt: skip
+                with open(path, "rb") as file:
+                    (training, number), _ = _opened(_next(file))
+                    for _ in range(number if training == self.name else 0):
+                        (user, place), tensors = _opened(_next(file))
+                        _check_place(place)
+                        if user in wanted and (user not in found or found[user].place["step"] < place["step"]):
+                            names = ("row", "exp_avg", "exp_avg_sq", *(["best"] if place["epoch"] else []))
+                            found[user] = Standing(place, {name: tensors[name] for name in names})
             except DAMAGED as error:
                 raise InputError(f"{path} is damaged ({error}); delete it and --resume: its users begin again, nobody "
                                  "else does") from None  # fmt: skip
@@ -185,6 +194,29 @@ class State:
         except DAMAGED as error:
             raise InputError(f"{self._shared} is damaged ({error}); delete it and --resume: it is trained "
                              "again") from None  # fmt: skip
+
+
+def _done_line(line: bytes) -> tuple[str, str]:
+    user, reason = json.loads(line)
+    if not (isinstance(user, str) and isinstance(reason, str)):
+        raise ValueError("a line of it is not of a user and a reason")
+    return user, reason
+
+
+def _check_place(place: dict) -> None:
+    """Raises ValueError unless it is one of a Run, with values of its types. What they say is judged with the plan."""
+    history = place["history"]
+    if not (place.keys() == set(PLACE) and isinstance(history, list) and all(type(loss) is float for loss in history)
+            and all(type(place[name]) is int for name in PLACE if name != "history")):  # fmt: skip
+        raise ValueError("where a user stands is not what this version writes")
+
+
+def _next(file: BinaryIO) -> bytes:
+    """The next of a file's sized pieces. Raises ValueError if it ends before."""
+    size = int.from_bytes(file.read(8), "little")
+    if not 0 < size <= os.fstat(file.fileno()).st_size - file.tell():
+        raise ValueError("it ends too early")
+    return file.read(size)
 
 
 # ---- As bytes: for a file, or for another rank ----------------------------------------------------------------------

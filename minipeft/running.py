@@ -185,6 +185,8 @@ def predict(
 ) -> list[Reply]:
     """One reply to each (user, text), in order: what that user would say, many users in one pass.
 
+    Memory holds passes.slots users' adapters at a time, however many are asked.
+
     task: what is asked; None: what the store says.
 
     Raises:
@@ -193,19 +195,23 @@ def predict(
     store, asked = store if isinstance(store, Store) else Store(store), list(asked)
     task = task or store.known_task()
     base = open_base(model, len(task.labels), store.pooling)
-    users = list(dict.fromkeys(user for user, _ in asked))
-    adapters = dict(zip(users, store.get_many(users, base)))
-    prompts = prompts_of(base, task)
-    virtual = {user: adapter.method.virtual(base)[0] for user, adapter in adapters.items()}
-    encoded = [prompts.question(text, virtual=virtual[user]) for user, text in asked]
-    questions: dict[str, list[Question]] = {user: [] for user in adapters}
-    for (user, _), (question, _) in zip(asked, encoded):
-        questions[user].append(question)
-    scores = label_scores(base, prompts.labels, adapters, questions, passes)
-    rows = {user: iter(own) for user, own in scores.items()}
-
-    def reply(user: str, was_cut: bool) -> Reply:
-        own = next(rows[user])  # [C]
-        return Reply(user, task.labels[own.argmax()], dict(zip(task.labels, own.tolist())), was_cut)
-
-    return [reply(user, was_cut) for (user, _), (_, was_cut) in zip(asked, encoded)]
+    store.check_base(base)
+    prompts, passes = prompts_of(base, task), passes or PassConfig()
+    places: dict[str, list[int]] = {}  # user -> where their texts are in `asked`
+    for i, (user, _) in enumerate(asked):
+        places.setdefault(user, []).append(i)
+    for user in places:
+        store.about(user)  # before anything is computed
+    users, replies = list(places), {}
+    for start in range(0, len(users), passes.slots):
+        group = users[start : start + passes.slots]
+        adapters = dict(zip(group, store.get_many(group, base)))
+        virtual = {user: adapter.method.virtual(base)[0] for user, adapter in adapters.items()}
+        encoded = {user: [prompts.question(asked[i][1], virtual=virtual[user]) for i in places[user]] for user in group}
+        questions = {user: [question for question, _ in own] for user, own in encoded.items()}
+        scores = label_scores(base, prompts.labels, adapters, questions, passes)
+        for user in group:
+            for i, (_, was_cut), row in zip(places[user], encoded[user], scores[user]):  # row: [C]
+                own = dict(zip(task.labels, row.tolist()))
+                replies[i] = Reply(user, task.labels[row.argmax()], own, was_cut)
+    return [replies[i] for i in range(len(asked))]

@@ -156,7 +156,8 @@ class Job:
         place, spe = self.standing.place, self.steps_per_epoch
         begun = place["step"] - place["epoch"] * spe  # steps of this epoch
         expected = min(begun * self.config.batch_size, len(self.train)) % len(self.train)
-        if not (0 <= place["epoch"] < self.config.epochs and 0 <= begun <= spe and place["next_example"] == expected
+        most = spe if place["epoch"] < self.config.epochs else 0  # at the end of the plan nothing is begun
+        if not (0 <= place["epoch"] <= self.config.epochs and 0 <= begun <= most and place["next_example"] == expected
                 and len(place["history"]) == place["epoch"] and 0 <= place["best_epoch"] <= place["epoch"]
                 and (place["best_epoch"] > 0) == ("best" in self.standing.tensors) == (place["epoch"] > 0)
                 and 0 <= place["skipped_before"] <= place["skipped_steps"] <= place["step"]):  # fmt: skip
@@ -247,14 +248,16 @@ class Run:
 
     def evaluated(self, loss: float, row: Tensor) -> None:
         """An epoch ended with this validation loss and this row: keep the row if it is the best."""
+        best_loss = self.history[self.best_epoch - 1] if self.best_epoch else math.inf
+        best_loss = best_loss if math.isfinite(best_loss) else math.inf
+        is_best = loss < best_loss * (1 - MIN_IMPROVEMENT) or self.best is None
+        best = row.clone() if is_best else None  # first of all: memory may not hold it
         self.epoch += 1
         self.idle_epoch = self.skipped_steps - self.skipped_before == self.steps_per_epoch
         self.skipped_before = self.skipped_steps
-        best_loss = self.history[self.best_epoch - 1] if self.best_epoch else math.inf
-        best_loss = best_loss if math.isfinite(best_loss) else math.inf
         self.history.append(loss)
-        if loss < best_loss * (1 - MIN_IMPROVEMENT) or self.best is None:
-            self.best, self.best_epoch = row.clone(), self.epoch
+        if is_best:
+            self.best, self.best_epoch = best, self.epoch
 
     @property
     def stopped_early(self) -> bool:

@@ -12,15 +12,16 @@ import errno
 import json
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
-from minipeft.desk import Desk, Summary
-from minipeft.engine import Engine
-from minipeft.errors import InputError
+from minipeft.desk import LOOK_S, Desk, Summary
+from minipeft.engine import Engine, out_of_memory
+from minipeft.errors import InputError, SaidElsewhere
 from minipeft.index import MAX_SMALL
 from minipeft.log import Log
 from minipeft.memory import fitted
@@ -28,7 +29,7 @@ from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
 from minipeft.prompts import Prompts
-from minipeft.ranks import Ranks, share_out
+from minipeft.ranks import Gone, Ranks, share_out
 from minipeft.resume import FORMAT, State, difference, packed, unpacked
 from minipeft.running import for_base, open_base, prompts_of
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, TrainConfig
@@ -55,10 +56,14 @@ def silent(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
 
 
 @contextmanager
-def full_disk_is_said(store: Path) -> Iterator[None]:
-    """Inside, a disk without room is an InputError."""
+def lack_of_room_is_said(store: Path) -> Iterator[None]:
+    """Inside, a disk without room is an InputError, and so is memory without."""
     try:
         yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"{store}: out of memory; lower --slots or --token-budget and go on with --resume") from None
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -142,19 +147,25 @@ class Training:
             training = replace(training, passes=fitted(passes, base, prompts.labels, some))
         if not ranks.writes:
             return training
-        begun = training.state.begun
-        goes_on = resume and begun is not None and (training.state.unfinished or begun["run"] == training.described())
+        with ranks.first_alone():
+            return training._with_store(resume, rows)
+
+    def _with_store(self, resume: bool, rows: str | None) -> "Training":
+        """With the store, made if there is none. Raises InputError if what is there must be asked for."""
+        state, folder = self.state, self.state.folder.parent
+        is_same = state.begun is not None and state.begun["run"] == self.described()
+        goes_on = resume and (is_same or (state.unfinished and not self.again))
         if goes_on:
-            training.state.check(training.described())
-        elif training.state.unfinished and not again:
-            raise InputError(f"{store} holds a training that was interrupted; go on with --resume, or start over with "
+            state.check(self.described())
+        elif state.unfinished and not self.again:
+            raise InputError(f"{folder} holds a training that was interrupted; go on with --resume, or start over with "
                              "--again")  # fmt: skip
-        made = Store.make(store, base, source.header, rows)
-        there = set() if goes_on or again else set(made.users()) & set(users)
+        made = Store.make(folder, self.base, self.source.header, rows)
+        there = set() if goes_on or self.again else set(made.users()) & set(self.users)
         if there:
-            raise InputError(f"{store} has an adapter of {len(there)} of these users already, e.g. {min(there)!r}; "
+            raise InputError(f"{folder} has an adapter of {len(there)} of these users already, e.g. {min(there)!r}; "
                              "name another store, or train them --again")  # fmt: skip
-        return replace(training, store=made, goes_on=goes_on)
+        return replace(self, store=made, goes_on=goes_on)
 
     def described(self) -> dict:
         """All that decides about anybody's adapter, by name."""
@@ -201,15 +212,25 @@ class Training:
             on_fault: called with each user who cannot be trained.
             scalar:   where numbers of the log go as well, see log.py.
         Raises:
-            InputError: nobody could be trained; or strict, and somebody could not: everybody else is in the store.
-            Interrupted: Ctrl-C or SIGTERM; what was under way is saved.
+            InputError: nobody could be trained; or strict, and somebody could not: everybody else is in the store. Or
+                there is no room on the disk or in memory.
+            Interrupted: Ctrl-C or SIGTERM.
+            Gone: another rank went away.
+        Whatever ends it but a second Ctrl-C, what was under way is saved.
         """
-        with full_disk_is_said(self.state.folder.parent), stoppable() as stop, ExitStack() as opened:
-            desk = Desk(self.store, self.base, self.state, self.ranks, on_finish, on_fault)
+        with lack_of_room_is_said(self.state.folder.parent), stoppable() as stop, ExitStack() as opened:
+            desk = Desk(self.store, self.base, self.state, self.ranks, stop, on_finish, on_fault)
             if self.ranks.writes:
-                opened.enter_context(self.state.locked())
-                desk.log = opened.enter_context(Log(self.store.folder / "log.jsonl", scalar)).event
-            self._run(desk, stop, show)
+                with self.ranks.first_alone():
+                    opened.enter_context(self.state.locked())
+                    desk.log = opened.enter_context(Log(self.store.folder / "log.jsonl", scalar)).event
+            try:
+                self._run(desk, stop, show)
+            except (Stopped, Gone) as ended:
+                if isinstance(ended, Gone) and not stop.signum:
+                    raise
+                desk.leave()
+                raise Interrupted(stop.signum or signal.SIGTERM) from None
         if desk.summary.quarantined and (self.strict or not desk.summary.trained + desk.summary.skipped):
             user, reason = next(iter(desk.summary.quarantined.items()))
             raise InputError(f"{len(desk.summary.quarantined)} of {len(self.users)} users could not be trained, e.g. "
@@ -228,17 +249,14 @@ class Training:
         planned = sum(self._examples_left(user, standings) for user in mine)
         jobs = self._jobs(mine, standings, everyone, desk)
         part = f"rank-{self.ranks.rank}-of-{self.ranks.number}"
-        self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned, part)
-        self._keep_company(stop)
-        self._end(desk, stop)
+        self._train(jobs, desk.take, desk, stop, show, f"training {len(mine)} users", planned, part, standings)
+        self._keep_company()
+        self._end(desk, stop, show)
 
-    def _keep_company(self, stop: Stop) -> None:
-        """Of a base that the ranks share: until nobody has a pass left."""
+    def _keep_company(self) -> None:
+        """Of a base that the ranks share: until nobody has a pass left. Raises Stopped."""
         if self.base.lockstep is not None:
-            try:
-                self.base.lockstep.finish()
-            except Stopped:
-                raise Interrupted(stop.signum or signal.SIGTERM) from None
+            self.base.lockstep.finish()
 
     def _examples_left(self, user: str, standings: dict[str, Standing]) -> int:
         """Training examples of the user's plan that are not behind them."""
@@ -247,9 +265,13 @@ class Training:
         return num_train * self.config.epochs - behind
 
     def _agree(self) -> None:
-        """Raises InputError at every rank unless all were given the same base, task and settings."""
-        told = [json.loads(self.ranks.tell(json.dumps(self.described()).encode(), teller))
-                for teller in range(self.ranks.number)]  # fmt: skip
+        """Raises InputError at every rank unless all were given the same base, task and settings, or if rank 0 did."""
+        told = []
+        for teller in range(self.ranks.number):
+            said = self.ranks.tell(json.dumps(self.described()).encode(), teller)
+            if not said:  # see Ranks.first_alone
+                raise SaidElsewhere("process 0 has said what is wrong")
+            told.append(json.loads(said))
         for rank, described in enumerate(told):
             if differs := difference(told[0], described):
                 what, first, own = differs
@@ -286,7 +308,7 @@ class Training:
                 adapter = self.train_shared(show, desk, stop)
                 self.state.keep_shared(adapter)
             content = packed(adapter)
-        self._keep_company(stop)
+        self._keep_company()
         return unpacked(self.ranks.tell(content))
 
     def train_shared(self, show: Show, desk: Desk, stop: Stop) -> Adapter:
@@ -295,11 +317,11 @@ class Training:
         for job in self.readable():
             train += job.train
             val += job.val
-        standing = self.state.standings({EVERYONE}, "everyone").get(EVERYONE)
-        job = Job(EVERYONE, train, val, replace(self.config, **SHARED), standing=standing)
+        standings = self.state.standings({EVERYONE}, "everyone")
+        job = Job(EVERYONE, train, val, replace(self.config, **SHARED), standing=standings.get(EVERYONE))
         came: list[Adapter | Fault] = []
         self._train([job], came.extend, desk, stop, show, "training one adapter for all", job.planned_examples,
-                    "everyone")  # fmt: skip
+                    "everyone", standings)  # fmt: skip
         if isinstance(came[0], Fault):
             raise InputError(f"the shared adapter: {came[0].reason}")
         return came[0]
@@ -314,6 +336,7 @@ class Training:
             except InputError as error:
                 desk.take([Fault(user, str(error))])
                 desk.worked_off += self._examples_left(user, standings)
+                standings.pop(user, None)
                 continue
             desk.count(num_cut=num_cut)
             if self.shared == "on":
@@ -324,11 +347,15 @@ class Training:
 
     def _train(
         self, jobs: Iterable[Job], take: Callable[[Iterable[Adapter | Fault]], None], desk: Desk, stop: Stop,
-        show: Show, title: str, planned: int, part: str,
+        show: Show, title: str, planned: int, part: str, waiting: dict[str, Standing],
     ) -> None:  # fmt: skip
-        """Run these jobs; hand who is done to `take`; save who is resident now and then, and when it is to stop.
+        """Run these jobs; hand who is done to `take`; save who is resident now and then, and whatever ends it.
 
-        planned: training examples of theirs. part: under which name `state` saves them.
+        planned: training examples of theirs. part: under which name `state` saves them. waiting: where those stand who
+        were interrupted; they are saved too, and taken out once they are resident.
+
+        Raises:
+            Stopped: it is to stop.
         """
         engine = Engine(self.base, self.prompts.labels, self.passes)
         totals, splits, desk.worked_off = engine.totals, 0, 0
@@ -336,17 +363,21 @@ class Training:
         runs: list[Run] = []
 
         def save() -> None:
-            self.state.save(part, ((run.job.key, engine.standing(run)) for run in runs))
+            standings = chain(((run.job.key, engine.standing(run)) for run in runs), waiting.items())
+            self.state.save(part, len(runs) + len(waiting), standings)
             desk.log("saved", resident=len(runs))
 
         with show(title) as update:
             try:
                 for done in engine.run(jobs):
-                    take([run.adapter for run in done.finished] + done.faults)
-                    desk.take_arrived()
-                    runs, now = done.runs, time.monotonic()
+                    runs = done.runs + done.finished  # who has finished too, until somebody has taken it
+                    for key in [*(run.job.key for run in runs), *(fault.user for fault in done.faults)]:
+                        waiting.pop(key, None)
                     if stop.signum and self.base.lockstep is None:  # else all ranks stop before the same pass
                         raise Stopped
+                    take([run.adapter for run in done.finished] + done.faults)
+                    runs, now = done.runs, time.monotonic()
+                    desk.take_arrived()
                     if now - saved > 60 * self.save_minutes:
                         save()
                         saved = now
@@ -364,22 +395,41 @@ class Training:
                         minute = now
             except Stopped:
                 save()
-                raise Interrupted(stop.signum or signal.SIGTERM) from None
+                raise
+            except Exception:
+                try:
+                    save()
+                except (OSError, RuntimeError, MemoryError) as error:
+                    warnings.warn(f"where users stand could not be saved: {error}", stacklevel=2)
+                raise
 
-    def _end(self, desk: Desk, stop: Stop) -> None:
+    def _end(self, desk: Desk, stop: Stop, show: Show) -> None:
         """This rank has nobody left. Rank 0 waits for the others' last news."""
         if not self.ranks.writes:
             desk.take([{"num_cut": desk.summary.num_cut, "splits": desk.summary.splits}])
             self.ranks.send(b"")
             return
-        while not self.ranks.all_ended:
-            desk.take_arrived()
-            if stop.signum:
-                raise Interrupted(stop.signum)
-            time.sleep(0.05)
+        if not self.ranks.all_ended:
+            self._wait(desk, stop, show)
         desk.take_arrived()
         self.state.end()
         desk.log("end", **asdict(desk.summary))
+
+    def _wait(self, desk: Desk, stop: Stop, show: Show) -> None:
+        """Until the other ranks have ended. Raises Stopped, or Gone."""
+        summary = desk.summary
+
+        def left() -> int:
+            return len(self.users) - summary.skipped - summary.trained - len(summary.quarantined)
+
+        with show("waiting for the other processes") as update:
+            total = left()
+            while not self.ranks.all_ended:
+                desk.take_arrived()
+                if stop.signum:
+                    raise Stopped
+                update(total - left(), total)
+                time.sleep(LOOK_S)
 
 
 def train(

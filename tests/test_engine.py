@@ -588,6 +588,23 @@ def test_a_pass_that_memory_does_not_hold_goes_in_parts_and_changes_nobody(model
         assert_same(adapter, exactly_alone[user])
 
 
+def test_rounding_to_bf16_allocates_nothing_once_a_step_is_taken(model, jobs, monkeypatch):
+    """Where there is no room for it nobody has stepped, or they would step twice."""
+    engine = Engine(model, LABELS)
+    run = engine.begin(replace(jobs[0], config=replace(jobs[0].config, bf16_weights=True)))
+    before, allocate = engine.row(run), torch.empty_like
+
+    def cramped(tensor, **how):
+        if how.get("dtype", tensor.dtype) == torch.bfloat16:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return allocate(tensor, **how)
+
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: cramped(tensor, dtype=torch.bfloat16))
+    monkeypatch.setattr(torch, "empty_like", cramped)
+    assert not engine._fits(lambda: engine.train_step([run]))
+    assert run.step == 0 and torch.equal(engine.row(run), before)
+
+
 def test_whose_share_alone_does_not_fit_leaves_and_nobody_else(model, jobs, exactly_alone, monkeypatch):
     rng = np.random.default_rng(1)
     large = replace(jobs[0], train=make_questions(rng, 8, 0, longest=60), config=replace(jobs[0].config, batch_size=8))

@@ -233,7 +233,7 @@ def test_a_shared_adapter_lies_under_or_is_the_start(how, kind, task, bases, tmp
     assert run("train", "--model", bases[kind], *common, "--store", tmp_path / "a", f"--{how}-shared") == 0
     config = TrainConfig(method=LoRA(rank=2), epochs=1, learning_rate=0.02)
     plan = Training.plan(bases[kind], task, config, tmp_path / "b", how)
-    everyone = plan.train_shared(silent, Desk(plan.store, plan.base, plan.state, plan.ranks), Stop())
+    everyone = plan.train_shared(silent, Desk(plan.store, plan.base, plan.state, plan.ranks, Stop()), Stop())
     alone, labels = [plan.job(user)[0] for user in plan.users], plan.prompts.labels
     pooled = [[question for job in alone for question in split(job)] for split in (lambda j: j.train, lambda j: j.val)]
     one = Job("(everyone)", *pooled, replace(plan.config, epochs=1, batch_size=64))

@@ -71,3 +71,23 @@ def test_frozen_weights_do_not_count_and_longer_rows_do(jobs):
 def test_an_engine_wants_a_number():
     with pytest.raises(InputError, match="slots must be at least 1, got auto"):
         Engine(make_model(), LABELS, AUTO)
+
+
+def test_a_probe_that_memory_does_not_hold_takes_fewer_users(jobs, monkeypatch):
+    model, step, tried = make_model(), Engine.train_step, []
+
+    def most(number):
+        def short(engine, chosen):
+            tried.append(len(chosen))
+            if len(chosen) > number:
+                raise RuntimeError("Triton Error [CUDA]: out of memory")
+            step(engine, chosen)
+
+        monkeypatch.setattr(Engine, "train_step", short)
+
+    most(1)
+    passes = fitted(AUTO, model, LABELS, jobs)
+    assert tried == [4, 2, 1] and passes.slots > 1
+    most(0)
+    with pytest.raises(InputError, match="memory on cpu does not hold one user's minibatch"):
+        fitted(AUTO, model, LABELS, jobs)
