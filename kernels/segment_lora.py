@@ -215,10 +215,10 @@ class _GroupedLora(torch.autograd.Function):
         w = _grouped_mm(grad_y, own_Bt.transpose(1, 2), groups).mul_(own_scale)
         for ranks, rows in ((w, x), (v, grad_y)):  # grad_A = sum w x^T, grad_Bt = sum v grad_y^T
             own = F.grouped_mm(ranks.t(), rows, offs=groups.ends)[:, : ctx.R]  # [S', R, K or N]
-            whole = own.new_empty(ctx.U, *own.shape[1:])  # [U, R, K or N]
-            if len(own) < ctx.U:
-                whole.zero_()
-            grads.append(whole.index_copy_(0, groups.slots, own))
+            if len(own) == ctx.U:  # everybody: to read in another order is faster than to write in one
+                grads.append(own.index_select(0, groups.slots.argsort()))
+            else:
+                grads.append(own.new_zeros(ctx.U, *own.shape[1:]).index_copy_(0, groups.slots, own))  # [U, R, K or N]
         return _grouped_mm(w, own_A, groups), *grads, None, None, None
 
 
