@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minipeft.kernel_cases import DISTRIBUTIONS, Point, make
+from minipeft.kernel_ops import SEGMENT_LORA
 from minipeft.models.layers import RMSNorm
 from minipeft_kernels import cpu, reference
 from minipeft_kernels.segment_lora import segment_lora
@@ -20,10 +22,10 @@ T, K, R = 2048, 128, 8  # rows, features, rank: about a pass of the default base
 
 
 def median_us(**calls) -> dict[str, float]:
-    """Median time of each call in microseconds, the calls taking turns."""
+    """Median time of each call in microseconds, the calls taking turns, first one first, then the other."""
     times = {name: [] for name in calls}
-    for _ in range(27):
-        for name, call in calls.items():
+    for turn in range(27):
+        for name, call in list(calls.items())[:: 1 if turn % 2 else -1]:
             began = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - began)
@@ -64,10 +66,18 @@ def main() -> None:
         ),
         "lora_128_users_16_rows": median_us(tiles=lora(segment_lora), loop_over_users=lora(reference.segment_lora)),
     }
+    for point in (*(Point("", 768, (768,), R, T, users, distribution) for distribution in DISTRIBUTIONS),
+                  Point("", 768, (768,), R, T, 16)):  # fmt: skip
+        inputs = make(SEGMENT_LORA, point, "cpu", torch.float32)
+        for backward in SEGMENT_LORA.passes:
+            ways = {way: lambda way=way, passes=(inputs, backward): SEGMENT_LORA.ways[way](*passes)
+                    for way in ("ours", "grouped_mm")}  # fmt: skip
+            name = f"lora_{len(inputs.groups.lengths)}_users_{point.distribution}_{'both' if backward else 'forward'}"
+            result[name] = median_us(**ways)
     print(f"{T} rows, {K} features, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}")
     for name, times in result.items():
         (ours, ours_us), (other, other_us) = times.items()
-        print(f"{name:>24}: {ours} {ours_us:7.0f} us, {other} {other_us:7.0f} us: {other_us / ours_us:.1f}x")
+        print(f"{name:>34}: {ours} {ours_us:7.0f} us, {other} {other_us:7.0f} us: {other_us / ours_us:.2f}x")
     print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "median_us": result}))
 
 

@@ -111,7 +111,7 @@ CPU = Grid(
     base=Point(FLAN_T5, 768, (768,), rank=8, T=2048, users=128),
     shapes=((FLAN_T5, 768, (768,)), (FLAN_T5, 768, (2048,)), (QWEN, 1536, (1536, 256, 256))),
     users=(16, 128, 1024), ranks=(8, 32), rows=(2048,),
-    dtype=torch.float32, budget_s=0.12, limit_s=110, most_bytes=256 << 20,
+    dtype=torch.float32, budget_s=0.1, limit_s=110, most_bytes=256 << 20,
 )  # fmt: skip
 GPU = Grid(
     base=Point(LLAMA, 4096, (4096,), rank=16, T=16384, users=64),
