@@ -6,19 +6,27 @@
 import json
 import platform
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minipeft.default_base import SHAPE, initialise
+from minipeft.engine import Engine
 from minipeft.kernel_cases import DISTRIBUTIONS, Point, make
 from minipeft.kernel_ops import SEGMENT_LORA
+from minipeft.labels import LabelSet, Question
+from minipeft.methods import LoRA
+from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.layers import RMSNorm
+from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft_kernels import cpu, reference
 from minipeft_kernels.segment_lora import segment_lora
 from minipeft_kernels.segments import TILE, Segments
 
 T, K, R = 2048, 128, 8  # rows, features, rank: about a pass of the default base
+PROMPT = (32, 20)  # tokens: an instruction that all prompts begin with, and a tweet with what follows it
 
 
 def median_us(**calls) -> dict[str, float]:
@@ -37,6 +45,19 @@ def forward_backward(function, *inputs):
     wanted = [x for x in inputs if x.requires_grad]
     grad = torch.randn_like(function(*inputs))
     return lambda: torch.autograd.grad(function(*inputs), wanted, grad)
+
+
+def stepping(share: bool) -> Callable[[], None]:
+    """A call that takes a step of 16 users, 8 prompts each, on the default base's shape."""
+    rng, (shared, own) = np.random.default_rng(0), PROMPT
+    base = initialise(Decoder(DecoderConfig(vocab_size=2048, tied_head=True, **SHAPE)), seed=0).requires_grad_(False)
+    engine = Engine(base, LabelSet([[1], [2]]), PassConfig(share=share))
+    instruction, runs = rng.integers(3, 2048, shared).tolist(), []
+    for u in range(16):
+        prompts = [(*instruction, *rng.integers(3, 2048, own).tolist()) for _ in range(8)]
+        asked = [Question(prompt, i % 2) for i, prompt in enumerate(prompts)]
+        runs.append(engine.begin(Job(f"user {u}", asked, asked, TrainConfig(LoRA(R), epochs=100))))
+    return lambda: engine.train_step(runs)
 
 
 def main() -> None:
@@ -64,6 +85,7 @@ def main() -> None:
             by_hand=forward_backward(norm, x),
             torch=forward_backward(lambda x: F.rms_norm(x, (K,), norm.weight, 1e-6), x),
         ),
+        f"beginning_{PROMPT[0]}_of_{sum(PROMPT)}_tokens": median_us(shared=stepping(True), repeated=stepping(False)),
         "lora_128_users_16_rows": median_us(tiles=lora(segment_lora), loop_over_users=lora(reference.segment_lora)),
     }
     for point in (*(Point("", 768, (768,), R, T, users, distribution) for distribution in DISTRIBUTIONS),

@@ -12,7 +12,7 @@ encoder-decoder these are target rows; its inputs are a second set of rows, pack
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Read:
 
     targets: in training, the tokens that these rows shall predict; else empty.
     after:   0, or how many reads before this one is the one whose tokens stand before these: several answers to one
-             question read the question's rows once.
+             question read the question's rows once, and a minibatch's prompts what they all begin with.
     inputs:  what an encoder reads first; () for a base that is none, and where `after` says whose inputs they are.
     """
 
@@ -39,6 +39,22 @@ class Read:
     targets: tuple[int, ...] = ()
     after: int = 0
     inputs: tuple[int, ...] = ()
+
+
+def shared_tokens(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all of these begin with; at most all but one of the shortest: each keeps one of its own."""
+    first, last = min(prompts), max(prompts)  # in the order of their tokens: what these two begin with all do
+    most = min(map(len, prompts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
+def after_shared(reads: Sequence[Read], num_shared: int) -> list[Read]:
+    """The same reads of a decoder, their first tokens, which they share, read once: a read of its own that all go on
+    from. As they are where that saves nothing."""
+    if not num_shared or len(reads) == 1:
+        return list(reads)
+    own = [replace(read, tokens=read.tokens[num_shared:], after=1 + i) for i, read in enumerate(reads)]
+    return [Read(reads[0].tokens[:num_shared], 0), *own]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minipeft.acting import Acting
-from minipeft.batch import Batch, Group, Part, groups_of, pack
+from minipeft.batch import Batch, Group, Part, groups_of, pack, shared_tokens
 from minipeft.errors import InputError
 from minipeft.labels import Answerable, Question
 from minipeft.methods.method import Method, Residents, Share
@@ -29,6 +29,7 @@ from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, ch
 from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.segments import TILE, Segments
 
+LEAST_SHARED = 8  # first tokens of prompts: for fewer, splitting sequences does not pay
 # What PyTorch says on a CPU; CUDA to PyTorch and to Triton; cuBLAS, of its workspace.
 NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
              "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
@@ -158,9 +159,18 @@ class Engine:
         if job.standing is not None:
             bank, slot = self._banks[place[0]].bank, place[1]
             bank.exp_avg[slot], bank.exp_avg_sq[slot] = (job.standing.tensors[n] for n in ("exp_avg", "exp_avg_sq"))
-        run = Run(job, *place, self.virtual(place[0]))
+        run = Run(job, *place, self.virtual(place[0]), self._shared_tokens(job))
         run.job = replace(job, standing=None)
         return run
+
+    def _shared_tokens(self, job: Job) -> int:
+        """First tokens of the job's prompts that a minibatch reads once: none with dropout, which each example has its
+        own of."""
+        once = self.passes.share and self.model.causal and not isinstance(self.model, T5)
+        if not once or any(getattr(part, "dropout", 0) for part in job.config.method.parts):
+            return 0
+        shared = shared_tokens([question.prompt for question in job.train])
+        return shared if shared >= LEAST_SHARED else 0
 
     def standing(self, run: Run) -> Standing:
         """Where a run stands and its numbers: as its job's `standing` it goes on from there, to the bit."""

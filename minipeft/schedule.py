@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from minipeft.batch import Part
+from minipeft.batch import Part, after_shared
 from minipeft.errors import InputError
 from minipeft.labels import Answerable, Question
 from minipeft.methods.lora import LoRA
@@ -82,6 +82,7 @@ class PassConfig:
     token_budget: int = 2048  # rows in a pass, at least one user's minibatch whatever its size
     deterministic: bool = False  # also the last bits: products in fixed tiles of one user's rows
     recompute: bool = False  # activation checkpointing: less memory, a third more work, the same bits
+    share: bool = True  # what all of a user's prompts begin with is read once a minibatch, where the base is a decoder
 
     def check(self) -> None:
         """Raises InputError if a field makes no sense."""
@@ -177,6 +178,7 @@ class Run:
     bank: int
     slot: int
     virtual: tuple[int, int] = (0, 0)  # of the user's method
+    shared: int = 0  # first tokens of the prompts that a minibatch reads once for all of its examples
     epoch: int = 0  # epochs finished
     step: int = 0  # steps finished
     next_example: int = 0  # of this epoch's order
@@ -220,21 +222,25 @@ class Run:
     def wants_evaluation(self) -> bool:
         return self.step == (self.epoch + 1) * self.steps_per_epoch
 
+    @property
+    def upcoming(self) -> list[int]:
+        """The next minibatch's examples: a slice of this epoch's order, which is a function of (seed, user, epoch)."""
+        if not self.order:
+            shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
+            self.order = shuffle.permutation(len(self.job.train)).tolist()
+        return self.order[self.next_example : self.next_example + self.job.config.batch_size]
+
     def minibatch(self, labels: Answerable) -> Part:
-        """The user's next step: a slice of this epoch's order, which is a function of (seed, user, epoch)."""
+        """The user's next step."""
         if self.part is None:
-            if not self.order:
-                shuffle = generator(self.job.config.seed, self.job.user, "shuffle", self.epoch)
-                self.order = shuffle.permutation(len(self.job.train)).tolist()
-            chosen = self.order[self.next_example : self.next_example + self.job.config.batch_size]
-            reads = [labels.training_read(self.job.train[i]) for i in chosen]
-            self.part = Part(self.bank, self.slot, reads, self.virtual)
+            reads = [labels.training_read(self.job.train[i]) for i in self.upcoming]
+            self.part = Part(self.bank, self.slot, after_shared(reads, self.shared), self.virtual)
         return self.part
 
     def advance(self) -> None:
         """The step of the minibatch was taken."""
         self.step += 1
-        self.next_example += len(self.part.reads)
+        self.next_example += len(self.upcoming)
         if self.next_example == len(self.job.train):
             self.next_example, self.order = 0, []
         self.part = None

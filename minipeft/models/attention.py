@@ -83,7 +83,9 @@ class Packed:
 
     q_index: [M] int64. Padded layout -> row: buckets one after another, each [num, q_width] flattened.
     q_places: [T] int64. Row -> its place in the padded layout. q_pads: [M - T] int64, the places that are no row's.
-    k_index, k_places: the same of the rows that are seen. k_places is None where a row may be seen by several members.
+    k_index, k_places: the same of the rows that are seen; a prefix's rows are at home in its own sequence. k_places is
+             None where sequences see others, and one of these may be seen by several or by none.
+    copies:  where a prefix's rows are seen besides; None: there is no prefix.
     square:  each sequence sees itself and nothing else.
     stretches: None where a sequence sees a prefix too, or sequences see others than in their order.
     """
@@ -93,6 +95,7 @@ class Packed:
     q_pads: Tensor
     k_index: Tensor
     k_places: Tensor | None
+    copies: "Copies | None"
     buckets: tuple[Bucket, ...]
     causal: bool
     square: bool
@@ -119,7 +122,7 @@ class Packed:
         prefix_first, prefix = (np.zeros_like(q_lengths),) * 2 if shared is None else shared
         square = k_lengths is None and not prefix.any()
         k_own_lengths = q_lengths if k_lengths is None else k_lengths
-        all_once = not prefix.any() and (sees is None or np.array_equal(np.sort(sees), np.arange(len(k_own_lengths))))
+        all_home = sees is None or np.array_equal(np.sort(sees), np.arange(len(k_own_lengths)))
         in_order = sees is None or np.array_equal(sees, np.arange(len(k_own_lengths)))
         stretches = None
         if in_order and not prefix.any():
@@ -128,7 +131,7 @@ class Packed:
         q_widths = padded_length(q_lengths)
         k_widths = q_widths if square else padded_length(prefix + k_own)
 
-        q_index, k_index, buckets = [], [], []
+        q_index, k_index, buckets, copied, copies = [], [], [], [], []
         q_places, k_places = (np.empty(int(lengths.sum()), dtype=np.int64) for lengths in (q_lengths, k_own_lengths))
         q_filled = k_filled = 0
         for q_width, k_width in np.unique(np.stack([q_widths, k_widths], 1), axis=0).tolist():
@@ -143,19 +146,23 @@ class Packed:
             k_rows = np.where(k_cols < column(prefix), column(prefix_first) + k_cols, own)  # [n, k_width]
             q_index.append(q_rows.ravel())
             k_index.append(k_rows.ravel())
-            before = column(prefix).astype(np.int32) if prefix[members].any() else np.zeros((1, 1), np.int32)
-            seen = k_cols < column(prefix + k_own)
-            if all_once:
-                k_places[k_rows[seen]] = k_filled + np.flatnonzero(seen)
-                k_filled += k_rows.size
+            before = column(prefix).astype(np.int32)
+            before = before[:1] if (before == before[0]).all() else before
+            seen, foreign = k_cols < column(prefix + k_own), k_cols < column(prefix)
+            if all_home:
+                k_places[k_rows[seen & ~foreign]] = k_filled + np.flatnonzero(seen & ~foreign)
+            copied.append(k_rows[foreign])
+            copies.append(k_filled + np.flatnonzero(foreign))
+            k_filled += k_rows.size
             buckets.append(Bucket(len(members), q_width, k_width, on(before), None if seen.all() else on(seen)))
         q_index, k_index = np.concatenate(q_index), np.concatenate(k_index)
         is_pad = np.ones(len(q_index), dtype=bool)
         is_pad[q_places] = False
         arrays = q_index, q_places, np.flatnonzero(is_pad), k_index, k_places
         q_index, q_places, q_pads, k_index, k_places = map(on, arrays)
-        return Packed(q_index, q_places, q_pads, k_index, k_places if all_once else None, tuple(buckets), causal,
-                      square, stretches)  # fmt: skip
+        copies = Copies.plan(np.concatenate(copied), np.concatenate(copies), on) if prefix.any() else None
+        return Packed(q_index, q_places, q_pads, k_index, k_places if all_home else None, copies, tuple(buckets),
+                      causal, square, stretches)  # fmt: skip
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
@@ -208,7 +215,7 @@ class Packed:
         grouped = q.shape[1] != k.shape[1]
         q = _Regroup.apply(q, self.q_index, self.q_places)  # [M, H, D]
         k, v = (x.index_select(0, self.k_index) if self.k_places is None else
-                _Regroup.apply(x, self.k_index, self.k_places) for x in (k, v))  # fmt: skip
+                _Regroup.apply(x, self.k_index, self.k_places, self.copies) for x in (k, v))  # fmt: skip
         outputs, q_end, k_end = [], 0, 0
         for i, bucket in enumerate(self.buckets):
             q_start, q_end = q_end, q_end + bucket.num * bucket.q_width
@@ -289,20 +296,54 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.cumsum(lengths) - lengths
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Where rows that several sequences see, their prefix, stand in the padded layout besides at home.
+
+    rows:   [n] int64, those with the most copies first.
+    places: of the first copy of each, of the second of those that have two, and so on: of rows[: its length].
+    """
+
+    rows: Tensor
+    places: tuple[Tensor, ...]
+
+    @staticmethod
+    def plan(copied: np.ndarray, copies: np.ndarray, on: Callable[[np.ndarray], Tensor]) -> "Copies":
+        """copied, copies: [m] each, which row stands at which place. A row's copies keep their order."""
+        order = np.argsort(copied, kind="stable")
+        rows, first, number = np.unique(copied[order], return_index=True, return_counts=True)
+        most_first = np.argsort(-number, kind="stable")
+        rows, first, number = rows[most_first], first[most_first], number[most_first]
+        places = tuple(on(copies[order[first[number > i] + i]]) for i in range(number[0]))
+        return Copies(on(rows), places)
+
+    def add_(self, grad_rows: Tensor, grad: Tensor) -> None:
+        """Add the copies' gradients [M, ...] to their rows' [T, ...]: a row's in order, whoever else is there."""
+        total = grad.new_zeros(len(self.rows), *grad.shape[1:])
+        for places in self.places:
+            total[: len(places)] += grad.index_select(0, places)
+        grad_rows.index_add_(0, self.rows, total)
+
+
 class _Regroup(torch.autograd.Function):
-    """x[index] where the gradient is another gather, not a scatter: back[j] is the one place that copies row j.
+    """x[index] where the gradient is another gather, not a scatter: back[j] is where row j is at home.
 
     Padding places copy a row too, but nothing depends on them, so their gradient is zero and may be dropped.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: Copies | None = None) -> Tensor:
         ctx.save_for_backward(back)
+        ctx.copies = copies
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad.contiguous().index_select(0, ctx.saved_tensors[0]), None, None
+        grad = grad.contiguous()
+        grad_rows = grad.index_select(0, ctx.saved_tensors[0])
+        if ctx.copies is not None:
+            ctx.copies.add_(grad_rows, grad)
+        return grad_rows, None, None, None
 
 
 class _Ungroup(torch.autograd.Function):

@@ -189,10 +189,8 @@ def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Seq
     it does not see: theirs are taken as 6 per trained number and row.
     """
     engine = Engine(base, labels, PassConfig(slots=1))
-    job = Job("counted", questions, questions, TrainConfig(method))
-    run = Run(job, *engine.admit(job.user, method), engine.virtual(0))
-    step = run.minibatch(labels)
-    asked = [questions[i] for i in run.order[: len(step.reads)]]
+    run = engine.begin(Job("counted", questions, questions, TrainConfig(method)))
+    asked = [questions[i] for i in run.upcoming]
     rows = sum(len(question.prompt) + sum(method.virtual(base)) for question in asked)
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])
