@@ -2,9 +2,11 @@
 
     python benchmarks/many_users.py [--quick]
 
-Synthetic users with 10 to 60 examples, skewed, at most 3 epochs, on the default base, on this machine's cores. Each
-size is trained by a process of its own, which reads its memory whenever a user finishes: `rss_mb` is the resident
-memory when a tenth, a half and all of the users are done. The base is trained beforehand, on the fewer users' examples.
+Synthetic users with 10 to 60 examples, skewed, at most 3 epochs, on the default base, on this machine's cores. The
+fewer users are trained before and after the many, for machines drift, each time by a process of its own, which reads
+its memory whenever a user finishes: `rss_mb` is the resident memory when a tenth, a half and all of the users are done.
+`cpu_s` are the seconds that its threads ran: in them other work on the machine counts less. The base is trained
+beforehand, on the fewer users' examples. `ratio` is the many's users a second over the mean of the fewer's.
 """
 
 import argparse
@@ -51,14 +53,15 @@ def resident_mb() -> float:
 
 def train(task: Path, base: Path, store: Path) -> dict:
     """Train everybody here; the figures."""
-    began, memory = time.perf_counter(), []
+    began, cpu_began, memory = time.perf_counter(), time.process_time(), []
     training = Training.plan(base, task, CONFIG, store)
     plan_s = time.perf_counter() - began
     summary = training.run(lambda adapter: memory.append(resident_mb()))
-    seconds = time.perf_counter() - began
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     rss_mb = {f"{share} %": round(memory[len(memory) * share // 100 - 1]) for share in (10, 50, 100)}
     return {"users": summary.trained, "minutes": seconds / 60, "plan_s": plan_s,
-            "users_per_s": summary.trained / seconds, "rss_mb": rss_mb}  # fmt: skip
+            "users_per_s": summary.trained / seconds, "cpu_s": cpu_s, "users_per_cpu_s": summary.trained / cpu_s,
+            "rss_mb": rss_mb}  # fmt: skip
 
 
 def main() -> None:
@@ -75,13 +78,15 @@ def main() -> None:
         for number in sizes:
             make_task(folder / f"task {number}", number)
         base = default_base(load_task(folder / f"task {sizes[0]}"))
-        for number in sizes:
-            argv = [sys.executable, __file__, "--train", folder / f"task {number}", base, folder / f"store {number}"]
+        for turn, number in enumerate((*sizes, sizes[0])):
+            argv = [sys.executable, __file__, "--train", folder / f"task {number}", base, folder / f"store {turn}"]
             done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
             runs.append(json.loads(done.stdout.splitlines()[-1]))
             print(runs[-1], flush=True)
-    print(json.dumps({"runs": runs, "ratio": runs[1]["users_per_s"] / runs[0]["users_per_s"],
-                      "threads": torch.get_num_threads(), "torch": torch.__version__}))  # fmt: skip
+    few, many, again = runs
+    ratios = {name: 2 * many[of] / (few[of] + again[of]) for name, of in
+              (("ratio", "users_per_s"), ("cpu_ratio", "users_per_cpu_s"))}  # fmt: skip
+    print(json.dumps({"runs": runs, **ratios, "threads": torch.get_num_threads(), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
