@@ -64,8 +64,8 @@ def operations(base, name: str, num_users: int) -> Counter:
     return +counted.ops
 
 
-def python_calls(base, name: str, num_users: int) -> int:
-    engine, runs = ready(base, name, num_users)
+def python_calls(action) -> int:
+    """Calls of Python functions while action runs."""
     calls = 0
 
     def count(frame, event, arg):
@@ -75,10 +75,15 @@ def python_calls(base, name: str, num_users: int) -> int:
     before = sys.getprofile()
     sys.setprofile(count)
     try:
-        engine.train_step(runs)
+        action()
     finally:
         sys.setprofile(before)
     return calls
+
+
+def calls_of_a_step(base, name: str, num_users: int) -> int:
+    engine, runs = ready(base, name, num_users)
+    return python_calls(lambda: engine.train_step(runs))
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -91,5 +96,18 @@ def test_more_users_are_no_more_operations(base, name):
 @pytest.mark.parametrize("name", ["lora", "houlsby", "prefix"])
 def test_a_user_costs_few_calls_of_python_whatever_the_layers(base, name):
     """What is done per user, is done once per step: the minibatch, packing, settings."""
-    few, many = (python_calls(base, name, number) for number in (8, 40))
+    few, many = (calls_of_a_step(base, name, number) for number in (8, 40))
     assert (many - few) / 32 <= 60, f"{(many - few) / 32} calls per user"
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_admitting_a_user_costs_few_calls_of_python(base, name):
+    """What a method looks up in the base, it does not look up again for every user."""
+    method = for_base(METHODS[name](), base)
+    engine = Engine(base, LabelSet([[1], [2]]), PassConfig(slots=4))
+    questions = [Question((3, 4, 5), 0)]
+    jobs = [Job(f"user {u}", questions, questions, TrainConfig(method)) for u in range(4)]
+    for job in jobs[:3]:
+        engine.begin(job)
+    calls = python_calls(lambda: engine.begin(jobs[3]))
+    assert calls <= 100 + 30 * len(method.shapes(base)), f"{calls} calls"

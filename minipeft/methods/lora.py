@@ -93,10 +93,16 @@ class LoRA(Method):
         return {site: size for site, size in self.chosen(base).items() if site not in base.embeddings}
 
     def rank_of(self, site: str) -> int:
-        return next((rank for name, rank in self.ranks if picks(name, site)), self.rank)
+        for name, rank in self.ranks:
+            if picks(name, site):
+                return rank
+        return self.rank
 
     def alpha_of(self, site: str) -> float:
-        return next((alpha for name, alpha in self.alphas if picks(name, site)), self.alpha)
+        for name, alpha in self.alphas:
+            if picks(name, site):
+                return alpha
+        return self.alpha
 
     def scale_of(self, site: str) -> float:
         rank = self.rank_of(site)
