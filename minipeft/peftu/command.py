@@ -30,10 +30,11 @@ from minipeft.peftu.cold_start import cold_start, new_users
 from minipeft.peftu.cold_start import planned_examples as cold_examples
 from minipeft.peftu.protocol import PROTOCOLS
 from minipeft.peftu.records import BASELINES, load_records
-from minipeft.peftu.runner import BASE_MADE, SHARED, SHARED_USER, Plan, TaskRun, audit_of
+from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun, audit_of
 from minipeft.peftu.settings import load_settings, told
 from minipeft.peftu.summary import summarise
 from minipeft.peftu.tidy import Tidied, load_tidied, tidied
+from minipeft.peftu.untrained import BASE_MADE
 from minipeft.running import open_base
 from minipeft.schedule import PassConfig
 from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_shared, make_synthetic
