@@ -35,6 +35,7 @@ from minipeft_kernels.segments import VectorRows
 from minipeft_kernels.shift import shift_rows
 
 Found = list[tuple[Share, object]]
+TABLES = ("input_scales", "scales", "gains", "shifts", "bottlenecks", "prompts")  # an Actor's that `_found` looks into
 
 
 class Acting(Hooks):
@@ -50,6 +51,8 @@ class Acting(Hooks):
         self.levels = [[(share, actor) for share in level for actor in share.residents.actors]
                        for level in (under, shares)]  # fmt: skip
         self.anchor, self.tile = anchor, tile
+        actors = [actor for level in self.levels for _, actor in level]
+        self._sites = {table: set().union(*(getattr(actor, table) for actor in actors)) for table in TABLES}
 
     def linear(self, sites, x, weights, biases):
         scaled = [self._found("input_scales", site) for site in sites]
@@ -158,6 +161,8 @@ class Acting(Hooks):
     def _found(self, table: str, site: str) -> list[Found]:
         """What acts here, level by level; a share whose users stack methods may act several times, one by one."""
         rounds = []
+        if site not in self._sites[table]:
+            return rounds
         for level in self.levels:
             of_share: dict[int, list] = {}
             for share, actor in level:

@@ -42,12 +42,13 @@ from minipeft.peftu.tidy import Tidied
 from minipeft.peftu.untrained import Untrained
 from minipeft.prompts import JOINED_BY
 from minipeft.running import for_base, pooled
-from minipeft.schedule import Adapter, PassConfig
+from minipeft.schedule import Adapter, Job, PassConfig
 from minipeft.tasks.task import SPLITS, Task
 from minipeft.training import EVERYONE
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
+FEW = 4  # users who are trained for a profile
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,13 @@ class TaskRun:
         self.base = Trunk(self.base, (each.prompt for split in questions.values() for each in pooled(split)))
         of_training = sum(map(len, {each.prompt for each in pooled(questions["train"])})) / self.base.num_rows
         self.lower_seconds = (time.perf_counter() - began) * of_training
+
+    def train_a_little(self) -> None:
+        """A few users by every method for an epoch, all at once, of which nothing is kept: for --profile."""
+        cells = [self.cell(name, self.chosen[name], self.plan.seeds[0]) for name in self.methods]
+        jobs = [Job(user.user, user.train, user.val, replace(cell.config, epochs=1), f"{cell.name} {user.user}")
+                for cell in cells for user in cell.learners[:FEW]]  # fmt: skip
+        Engine(self.base, self.asking.prompts.labels, self.plan.passes).train(jobs)
 
     def finish(self) -> None:
         """Nothing more is planned, and records are all that is kept: adapters are deleted."""
