@@ -242,14 +242,15 @@ def other_rows(op: str, groups: Iterable[tuple[int, Segments]], num_rows: int) -
 
 
 def _whole_numbers(name: str, numbers: Sequence[int]) -> np.ndarray:
-    """They as [n] int64.
+    """The same as [n] int64.
 
     Raises:
         ValueError: they are no list, or not whole numbers.
     """
     array = np.asarray(numbers)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"Segments.build: {name} must be a list of whole numbers; got {numbers!r}.")
+        raise ValueError(f"Segments.build: {name} must be a list of whole numbers; got {array.dtype} of shape "
+                         f"{array.shape}.")
     return array.astype(np.int64)
 
 

@@ -95,10 +95,10 @@ def test_slots_and_starts_are_on_the_host():
     ([0, -1], [4, 4], "negative slot or length"),
     ([0, 1], [4, -4], "negative slot or length"),
     ([0, 1], [4], "2 slots but 1 lengths"),
-    ([[0, 1]], [[4, 4]], r"slots must be a list of whole numbers; got \[\[0, 1\]\]"),
-    (5, 5, "slots must be a list of whole numbers; got 5"),
-    ([0.7], [1], r"slots must be a list of whole numbers; got \[0.7\]"),
-    ([0], [1.9], r"lengths must be a list of whole numbers; got \[1.9\]"),
+    ([[0, 1]], [[4, 4]], r"slots must be a list of whole numbers; got int64 of shape \(1, 2\)"),
+    (5, 5, r"slots must be a list of whole numbers; got int64 of shape \(\)"),
+    ([0.7], [1], "slots must be a list of whole numbers; got float64 of shape"),
+    ([0], [1.9], "lengths must be a list of whole numbers; got float64 of shape"),
     (["a"], [1], "slots must be a list of whole numbers"),
 ])  # fmt: skip
 def test_plans_that_make_no_sense_are_refused(slots, lengths, message):
