@@ -166,6 +166,7 @@ def launch_everything() -> None:
             _lora(lengths, 768, [768] * 3, 64, dtype, drop=True, later=True)
         _bottleneck(lengths, 4096, 256, "gelu", serial=False)
     for lengths in FEW:
+        _lora(lengths, 1024, [1024], 256, drop=True)
         for F in (16, 64, 128):
             _bottleneck(lengths, 768, F, "gelu", serial=False)
         for F in (16, 32, 64, 128):
