@@ -254,9 +254,9 @@ class Actor:
     def admit(self, slot: int, method: Method) -> None:
         """Note what is the user's own besides the row: a scale, a rank."""
 
-    def lora(self, sites: tuple[str, ...], share: Share) -> Lora | None:
-        """The LoRA at these sites, which share their input; None if there is none at all of them, or not at once."""
-        return Lora(segments=share.segments, ranks=None, **self.loras[sites]) if sites in self.loras else None
+    def loras_of(self, share: Share) -> dict[tuple[str, ...], Lora]:
+        """A share's LoRA of a pass, by the sites it acts at: at each by itself, and at those that can go at once."""
+        return {sites: Lora(segments=share.segments, ranks=None, **view) for sites, view in self.loras.items()}
 
 
 class Residents:
