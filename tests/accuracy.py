@@ -19,10 +19,11 @@ def rms(x: Tensor) -> float:
 def assert_as_accurate(name: str, kernel: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The op errs at most twice as much as plain PyTorch in the same dtype, both against fp64.
 
-    Root mean square, not the worst number: one row of one rank leaves few numbers, and their worst is luck.
+    Root mean square, not the worst number: one row of one rank leaves few numbers, and their worst is luck. Of few numbers
+    plain PyTorch may round all well, so one unit in the last place of fp32 is allowed beside.
     """
     assert kernel.shape == exact.shape, f"{name}: shape {tuple(kernel.shape)}, not {tuple(exact.shape)}"
-    allowed = 2 * rms(plain.detach().cpu().double() - exact) + 1e-7
+    allowed = 2 * rms(plain.detach().cpu().double() - exact) + 1.2e-7 * max(1.0, rms(exact))
     error = rms(kernel.detach().cpu().double() - exact)
     assert error <= allowed, f"{name}: error {error:.2e}, plain PyTorch errs {allowed / 2:.2e}"
 
