@@ -13,14 +13,15 @@ from minipeft.methods.bottleneck import Houlsby
 from minipeft.methods.head import Head
 from minipeft.methods.stack import Stack
 from minipeft.models import trunk
+from minipeft.models.classifier import POOLINGS
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.features import features
 
 METHODS = {"lora": CONFIG.method, "houlsby": Stack((Houlsby(reduction=3), Head())), "head": Head()}
 
 
-def made(jobs):
-    whole = make_model()
+def made(jobs, pooling="mean"):
+    whole = make_model(pooling)
     keep_top(whole, 1)
     return whole, Trunk(whole, (q.prompt for job in jobs for q in (*job.train, *job.val)))
 
@@ -38,11 +39,12 @@ def test_the_top_layers_are_what_is_left():
         keep_top(make_model(), 3)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_kept_states_train_and_answer_as_all_layers_do(method, monkeypatch):
+def test_kept_states_train_and_answer_as_all_layers_do(method, pooling, monkeypatch):
     monkeypatch.setattr(trunk, "TOKEN_BUDGET", 64)  # several passes
     jobs = [replace(job, config=replace(job.config, method=method)) for job in make_jobs(3)]
-    whole, top = made(jobs)
+    whole, top = made(jobs, pooling)
     assert top.first == 1 and len(top.starts) == len({q.prompt for job in jobs for q in (*job.train, *job.val)})
     slow, quick = (Engine(model, Classes(C)).train(jobs) for model in (whole, top))
     for user in slow:

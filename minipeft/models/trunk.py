@@ -70,7 +70,7 @@ class Trunk(Classifier):
     """
 
     def __init__(self, whole: Classifier, texts: Iterable[Sequence[int]]):
-        super().__init__(whole.encoder, whole.head_size[1])
+        super().__init__(whole.encoder, whole.head_size[1], whole.pooling)
         for table in ("sites", "shared_inputs", "linears", "norms", "blocks", "attentions", "embeddings"):
             setattr(self, table, getattr(whole, table))
         self.first = first_acting_layer(whole)
