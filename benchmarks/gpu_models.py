@@ -3,7 +3,7 @@
     contenders   those of `python -m minipeft.bench train`, on a folder that is written here and that ours and peft load
     overhead     what all-linear LoRA adds to the frozen base's forward and backward, on a base made in memory
 
-How near contenders must be to each other in bf16 is SAME and SAME_LOSS of minipeft/contenders.py.
+Contenders' rows and losses may differ by SAME_CHANGE (minipeft/contenders.py) of what training changed of them.
 """
 
 import gc
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minipeft import bench_train
 from minipeft.batch import pack
 from minipeft.bench_train import contenders_of, curve_work, details, line, measured, memory
-from minipeft.contenders import SAME, SAME_LOSS, Apart
+from minipeft.contenders import SAME_CHANGE, Apart
 from minipeft.engine import Engine
 from minipeft.methods.lora import LoRA
 from minipeft.models.loading import load_model, load_shape, read_config
@@ -100,8 +100,7 @@ def contenders(name: str, sizes: Sizes, device: str, report: "Report") -> None:
             return
         if peers and device == "cuda":
             entry |= memory(work, [])
-    allowed = {"row": SAME[DTYPE], "loss": SAME_LOSS[DTYPE]}
-    report.add(True, "\n".join([line(entry), *details(entry)]), **entry, allowed=allowed)
+    report.add(True, "\n".join([line(entry), *details(entry)]), **entry, same_change=SAME_CHANGE)
 
 
 def overhead(sizes: Sizes, device: str, report: "Report") -> None:
