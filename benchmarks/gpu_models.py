@@ -27,14 +27,13 @@ from minipeft.engine import Engine
 from minipeft.methods.lora import LoRA
 from minipeft.models.loading import load_model, load_shape, read_config
 from minipeft.schedule import PassConfig
-from minipeft.timing import clock_of, side_by_side
+from minipeft.timing import Call, clock_of, side_by_side
 
 if TYPE_CHECKING:
     from gpu import Report
 
 DTYPE = torch.bfloat16
 ALL_LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-TIMED_S = 10.0  # of overhead's calls
 T5_BASE = {  # config.json of google/flan-t5-base, Qwen/Qwen2.5-1.5B and meta-llama/Llama-3.1-8B, what is read of it
     "model_type": "t5", "is_encoder_decoder": True, "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048,
     "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu",
@@ -63,7 +62,7 @@ TINY_DECODER = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "n
 @dataclass(frozen=True)
 class Sizes:
     """contenders: name -> config.json; `users` of `tokens` each in a step, `steps` of each, `turns` of each contender.
-    overhead: config.json; `overhead_users` share `rows` rows, LoRA of `rank`."""
+    overhead: config.json; `overhead_users` share `rows` rows, LoRA of `rank`; for about `timed_s` seconds."""
 
     contenders: dict[str, dict]
     overhead: dict
@@ -74,11 +73,12 @@ class Sizes:
     overhead_users: int = 64
     rows: int = 16_384
     rank: int = 16
+    timed_s: float = 10.0
 
 
 REAL = Sizes({"flan-t5-base": T5_BASE, "qwen2.5-1.5b": QWEN}, LLAMA)
 TINY = Sizes({"tiny t5": TINY_T5, "tiny qwen2": QWEN | TINY_DECODER}, LLAMA | TINY_DECODER, users=2, tokens=8, steps=2,
-             turns=1, overhead_users=2, rows=32, rank=4)  # fmt: skip
+             turns=1, overhead_users=2, rows=32, rank=4, timed_s=0.0)  # fmt: skip
 
 
 def contenders(name: str, sizes: Sizes, device: str, report: "Report") -> None:
@@ -127,7 +127,7 @@ def overhead(sizes: Sizes, device: str, report: "Report") -> None:
     for recompute in (False, True):
         engine.passes = replace(passes, recompute=recompute)
         try:
-            figures = timed(lambda: engine.train_step(runs), frozen, device)
+            figures = timed(lambda: engine.train_step(runs), frozen, device, sizes.timed_s)
             break
         except torch.OutOfMemoryError:
             words = "nor without them" if recompute else "with every activation: both compute them again"
@@ -147,11 +147,11 @@ def overhead(sizes: Sizes, device: str, report: "Report") -> None:
                **figures)  # fmt: skip
 
 
-def timed(ours, frozen, device: str) -> dict[str, float]:
+def timed(ours: Call, frozen: Call, device: str, timed_s: float) -> dict[str, float]:
     """Median milliseconds of both in turns, warm, and the GPU's memory at its fullest, in GiB."""
     for call in (ours, frozen):
         call()
-    ms = side_by_side({"ours_ms": ours, "frozen_ms": frozen}, clock_of(device), TIMED_S)
+    ms = side_by_side({"ours_ms": ours, "frozen_ms": frozen}, clock_of(device), timed_s)
     return ms | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {})
 
 

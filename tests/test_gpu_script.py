@@ -334,7 +334,7 @@ def test_where_memory_does_not_hold_activations_it_is_said_and_both_compute_them
 
     tried = []
 
-    def timed(ours, frozen, device):
+    def timed(ours, frozen, device, timed_s):
         ours()
         frozen()
         tried.append(None)
