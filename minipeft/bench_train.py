@@ -227,6 +227,8 @@ def print_memory(contender: str, args: argparse.Namespace) -> None:
     work = replace(main_work(args, weights=contender == "fused"), steps=1)
     if contender == "peft":
         work.peers[Peft] = Peft(work.base, work.labels, work.jobs[0].config.method, args.device, args.dtype)
+    for weight in base_of(work, contender).parameters():
+        weight.sum()  # a mapped file's pages count once they were read
     before, peak_before = _status("VmRSS"), _status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     getattr(work, contender)()
@@ -244,9 +246,13 @@ def memory_on_gpu(work: Work, contender: str) -> dict[str, float]:
     return {"peak_mb": grown / 2**20, "grown_mb": grown / 2**20}
 
 
+def base_of(work: Work, contender: str) -> nn.Module:
+    return work.base if contender == "fused" else work.peer(Peft).model
+
+
 def held(work: Work, contender: str) -> int:
     """Bytes that a contender holds before it trains: the base, and what a Trunk keeps."""
-    base = work.base if contender == "fused" else work.peer(Peft).model
+    base = base_of(work, contender)
     states = base.states.nbytes if isinstance(base, Trunk) else 0
     return states + sum(weight.nbytes for weight in base.parameters())
 
