@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dtypes import jit, store, tl
-from minipeft_kernels.layouts import check_table
+from minipeft_kernels.layouts import DTYPES, check_table
 
 PROGRAMS = 264  # two for every multiprocessor of the largest GPUs we know (132)
 BLOCK_NUMBERS = 4096  # of A or Bt a program works on at a time, 32 per thread, while two more blocks are on their way
@@ -121,7 +121,7 @@ def _check(x, A, Bt, scale, slots, ranks) -> None:
     if K != A.shape[2]:
         raise ValueError(f"bgmv: x has {K} columns but A was made for {A.shape[2]}. "
                          "Was this adapter trained on another base?")  # fmt: skip
-    if not x.dtype == A.dtype == Bt.dtype or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not x.dtype == A.dtype == Bt.dtype or x.dtype not in DTYPES:
         raise ValueError(f"bgmv: x is {x.dtype}, A {A.dtype}, Bt {Bt.dtype}; give all in bf16, all in fp16 or all in "
                          "fp32 (the bank has a compute copy).")  # fmt: skip
     if x.stride(1) != 1 or A.stride(2) != 1 or Bt.stride(2) != 1:

@@ -7,6 +7,8 @@ A program that works on rows looks up its tile in the batch plan (segments.py), 
 
 from minipeft_kernels.dtypes import jit, operand, padded, tl
 
+MOST_RANKS = 256  # rank rows, of all sites, that a program takes: as many as tests/test_aot.py compiles
+
 
 @jit
 def my_rows(tiles_ptr, segments_ptr, BLOCK_T: tl.constexpr):

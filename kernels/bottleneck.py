@@ -33,7 +33,6 @@ is F FLOPs per byte: the kernels wait for memory up to an F of about 180.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +41,7 @@ from minipeft_kernels.activations import ACTIVATIONS, act, act_slope
 from minipeft_kernels.backend import backend
 from minipeft_kernels.blocks import load_block, my_ranks, my_rows
 from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, store, tl
-from minipeft_kernels.layouts import check_slots, check_table
+from minipeft_kernels.layouts import check_dtype, check_grads, check_no_grad, check_slots, check_table
 from minipeft_kernels.segments import Segments, take
 from minipeft_kernels.wgrad import wgrad
 
@@ -175,7 +174,8 @@ class Bottleneck:
     """One bank's bottlenecks at one site, for the rows of `segments`.
 
     weights, activation, scale, widths: as in `segment_bottleneck`.
-    grads: where backward stores the gradients of slots that have rows: shapes of weights, fp32 (on a CPU any dtype).
+    grads: where backward stores the gradients of slots that have rows: shapes of weights, fp32 (on a CPU any
+           floating dtype).
            Other slots are left alone; what lies past a slot's own width is left alone or gets 0. None where no backward
            pass will come.
     """
@@ -242,9 +242,9 @@ def _backward_triton(
 
 
 def _of_pieces(g: Bottleneck, slots: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """down and up of every piece [n, F, K], and its scale [n, 1, 1]."""
+    """down and up of every piece [n, F, K], and its scale [n, 1, 1] fp32."""
     down, up = (cpu.tile_matrices(matrices, slots, g.widths) for matrices in (g.weights.down, g.weights.up))
-    return down, up, down.new_ones(1, 1, 1) if g.scale is None else take(g.scale, slots).to(down.dtype)[:, None, None]
+    return down, up, down.new_ones(1, 1, 1) if g.scale is None else take(g.scale, slots)[:, None, None]
 
 
 def _forward_torch(g: Bottleneck, x: Tensor, residual: Tensor, y: Tensor) -> Tensor:
@@ -254,11 +254,10 @@ def _forward_torch(g: Bottleneck, x: Tensor, residual: Tensor, y: Tensor) -> Ten
         down, up, scale = _of_pieces(g, pieces.slots)
         down_bias = cpu.tile_matrices(g.weights.down_bias[:, :, None], pieces.slots, g.widths)  # [n, F, 1]
         z = torch.baddbmm(down_bias, down, pieces.of(x).transpose(1, 2))  # [n, F, size]
-        cpu.expand_rows_(y, pieces, scale * ACTIVATIONS[g.activation](z), up, beta=0)
+        cpu.expand_rows_(y, pieces, (scale * ACTIVATIONS[g.activation](z)).to(x.dtype), up, beta=0)
         zs.append(z.flatten())
-    slot_of_row = torch.from_numpy(np.repeat(g.segments.slots, np.diff(g.segments.starts))).to(x.device)  # [T]
-    up_bias = g.weights.up_bias if g.scale is None else g.scale.to(x.dtype)[:, None] * g.weights.up_bias
-    y += up_bias.index_select(0, slot_of_row)
+    up_bias = g.weights.up_bias if g.scale is None else g.scale[:, None] * g.weights.up_bias
+    y += up_bias.index_select(0, g.segments.slot_of_row)
     y += residual
     return torch.cat(zs)
 
@@ -277,7 +276,8 @@ def _backward_torch(
         with torch.enable_grad():
             z_part = z[start:end].view(n, F, size).detach().requires_grad_()
             h = ACTIVATIONS[g.activation](z_part)
-            (grad_z,) = torch.autograd.grad(h, z_part, scale * torch.bmm(up, grad_y_part.transpose(1, 2)))
+            grad_h = (scale * torch.bmm(up, grad_y_part.transpose(1, 2))).to(h.dtype)
+            (grad_z,) = torch.autograd.grad(h, z_part, grad_h)
         if grad_x is not None:
             cpu.expand_rows_(grad_x, pieces, grad_z, down, beta=0)
         ones = x.new_ones(n, size, 1)
@@ -341,19 +341,21 @@ def check(op: str, g: Bottleneck, x: Tensor, residual: Tensor | None) -> None:
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"{op}: residual is {tuple(residual.shape)} {residual.dtype} but x is {tuple(x.shape)} "
                          f"{x.dtype}; they must agree, or residual be None for x itself.")
+    check_dtype(op, x)
     if any(tensor.dtype != x.dtype for tensor in g.weights):
         raise ValueError(f"{op}: x and the weights must share a dtype; got {x.dtype} and "
                          f"{', '.join(str(tensor.dtype) for tensor in g.weights)}.")
-    for kind, tensors in (("weights", g.weights), ("grads", g.grads or g.weights)):
-        for name, tensor, like in zip(BottleneckTensors._fields, tensors, g.weights):
-            check_slots(op, f"{name} of the {kind}", tensor, like.shape)
+    for name, tensor, grads in zip(BottleneckTensors._fields, g.weights, g.grads or [None] * len(g.weights)):
+        check_slots(op, f"{name} of the weights", tensor, tensor.shape)
+        if grads is not None:
+            check_grads(op, f"{name} of the grads", grads, tensor.shape)
     for name, table, dtype in (("scale", g.scale, torch.float32), ("widths", g.widths, torch.int32)):
         if table is not None:
             check_table(op, f"{name} (one per slot)", table, (U,), dtype)
+            check_no_grad(op, name, table)
     if g.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {g.activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
-    if len(g.segments.slots) and g.segments.slots.max() >= U:
-        raise ValueError(f"{op}: segment of slot {g.segments.slots.max()} but the bank has {U} slots.")
+    g.segments.check_bank(op, U)
     if (backend(x.device) == "triton") != (g.segments.plan is not None):
         raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
                          "pass device=x.device to Segments.build.")
@@ -373,14 +375,14 @@ def segment_bottleneck(
         down, up:  [U, F, K], dtype of x, F from 1 to 256. up is Wu transposed. down_bias: [U, F]. up_bias: [U, K].
                    Views of the bank: contiguous within a slot, any stride between slots.
         activation: "relu", "gelu" (exact), "gelu_tanh" or "silu".
-        scale:     [U] fp32, no unit; None: 1. Contiguous, as widths is.
+        scale:     [U] fp32, no unit; None: 1. Contiguous, as widths is. It gets no gradient.
         widths:    [U] int32, a slot's own F; None: all use F. Rows of down and up past it, and of down_bias, have no
                    effect, whatever they hold, and get gradient 0.
     Returns:
         [T, K], dtype of x; sums run in fp32. Differentiable in x, residual, down, down_bias, up and up_bias; a slot
         without rows gets gradient 0.
     Raises:
-        ValueError: shapes, dtypes or layouts disagree, or the device has no implementation.
+        ValueError: shapes, dtypes or layouts disagree, scale requires grad, or the device has no implementation.
     Cost: 4 * T * F * K FLOPs, twice that backward; keeps x and z, [T, F]. Same bits on every run.
     """
     weights = BottleneckTensors(down, down_bias, up, up_bias)

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from minipeft_kernels.backend import backend, chosen
 from minipeft_kernels.dtypes import jit, store, tl
+from minipeft_kernels.layouts import check_dtype, check_grads
 from minipeft_kernels.segments import Segments, VectorRows, other_rows
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
 BLOCK_T = 64  # rows of a kernel's tile, one of segments.BLOCKS
 
 
@@ -196,8 +196,7 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
     if vectors.ndim != 2 or vectors.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but vectors is {tuple(vectors.shape)}; needs [U, "
                          f"{x.shape[1]}]. Was this adapter trained on another base?")
-    if x.dtype not in DTYPES and backend(x.device) == "triton":
-        raise ValueError(f"{op}: x is {x.dtype}; the kernels take {', '.join(str(dtype) for dtype in DTYPES)}.")
+    check_dtype(op, x)
     if vectors.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{op}: vectors are {vectors.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
     if vectors.stride(1) != 1 and vectors.shape[1] > 1:
@@ -272,8 +271,5 @@ def ia3_rows(x: Tensor, anchor: Tensor, groups: list[VectorRows]) -> Tensor:
     others = other_rows("ia3_rows", ((g.rows.start, g.segments) for g in groups), len(x))
     for g in groups:
         _check("ia3_rows", x[g.rows], g.vectors, g.segments)
-        if g.grad_vectors.shape != g.vectors.shape or (g.grad_vectors.stride(1) != 1 and x.shape[1] > 1):
-            raise ValueError(f"ia3_rows: grad_vectors is {tuple(g.grad_vectors.shape)} with strides "
-                             f"{g.grad_vectors.stride()}; it must be {tuple(g.vectors.shape)}, each vector's numbers "
-                             "side by side.")
+        check_grads("ia3_rows", "grad_vectors", g.grad_vectors, g.vectors.shape)
     return _Ia3Rows.apply(x.contiguous(), anchor, groups, others, chosen(x.device, TRITON, TORCH))

@@ -2,10 +2,11 @@
 
     y_m[t] = W_m x[t] + b_m + s_u B_um A_um x[t]        m = 1 .. M, slot u owns row t
 
-M is 1, or the number of sites that share their input (q|k|v, gate|up). The sums of segment_lora.py, with no more passes
+M is 1, or the number of sites that share their input (q|k|v, gate|up). The sums of segment_lora.py, at few more passes
 over [T, N] than the frozen product makes by itself:
 
-    on a GPU   the delta is written first and the product adds itself to it (cuBLAS with beta = 1): one more write of y
+    on a GPU   the delta is written first and the product adds itself to it (cuBLAS with beta = 1): one more write and
+               read of y; where the map has a bias, which cuBLAS then leaves to us, another of each
     on a CPU   the product is written first and the pieces' products are added in place
 
 Backward goes the same way with grad_x, and writes weight gradients straight into the bank's gradient rows.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
+from minipeft_kernels.layouts import check_dtype
 from minipeft_kernels.segment_lora import (
     Lora,
     backward_torch,
@@ -113,6 +115,26 @@ class _TorchLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, None
 
 
+def _check_frozen(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tile: int | None) -> None:
+    if x.ndim != 2 or not weights or len(biases) != len(weights):
+        raise ValueError(f"lora_linear: x is {tuple(x.shape)}, with {len(weights)} weights and {len(biases)} biases; "
+                         "give rows [T, K], a weight or several, and a bias or None for each.")
+    check_dtype("lora_linear", x)
+    for weight, bias in zip(weights, biases):
+        if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+            raise ValueError(f"lora_linear: x has {x.shape[1]} columns but a weight is {tuple(weight.shape)}; needed "
+                             f"is [N, {x.shape[1]}].")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"lora_linear: a weight is {tuple(weight.shape)} but its bias {tuple(bias.shape)}; needed "
+                             f"is ({len(weight)},).")
+        if any((frozen.dtype, frozen.device) != (x.dtype, x.device) for frozen in (weight, bias) if frozen is not None):
+            raise ValueError(f"lora_linear: x is {x.dtype} on {x.device} but a weight {weight.dtype} on {weight.device}"
+                             f"{'' if bias is None else f', its bias {bias.dtype} on {bias.device}'}; convert one.")
+    if tile is not None and (tile < 1 or len(x) % tile):
+        raise ValueError(f"lora_linear: x has {len(x)} rows, no multiple of tile {tile}; fill them up, or pass "
+                         "tile=None.")
+
+
 def lora_linear(
     x: Tensor, anchor: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     groups: Sequence[LoraRows], tile: int | None = None,
@@ -120,8 +142,9 @@ def lora_linear(
     """y_m[t] = W_m x[t] + b_m + scale[u] * B_m[u] @ A_m[u] @ x[t]: frozen linear maps and every row's own LoRA on them.
 
     Args:
-        x:       [T, K], copied unless contiguous. anchor: any tensor that requires grad, unused (see _TritonLinear).
-        weights: M of [N_m, K], frozen. biases: M of [N_m] or None, frozen.
+        x:       [T, K] fp32, bf16 or fp16 (on a CPU also fp64), copied unless contiguous.
+                 anchor: any tensor that requires grad, unused (see _TritonLinear).
+        weights: M of [N_m, K], frozen. biases: M of [N_m] or None, frozen. Both of dtype and device of x.
         groups:  the banks that act here, at all M sites, each on its own rows. Gradients are written where they say.
         tile:    None: one matrix product for all rows. A number: fixed tiles of that many rows (T a multiple of it), so
                  that a row's bits do not depend on the company (at ranks from 8 on, which banks pad to); costs a few
@@ -129,7 +152,8 @@ def lora_linear(
     Returns:
         M of [T, N_m], dtype of x. Differentiable in x.
     Raises:
-        ValueError: shapes, dtypes, layouts or devices disagree; or groups share rows or lie outside of x.
+        ValueError: shapes, dtypes, layouts or devices disagree; T is no multiple of tile; or groups share rows or lie
+            outside of x.
     """
     for g in groups:
         R = g.lora.Bts[0].shape[1]
@@ -145,6 +169,7 @@ def lora_linear(
                              "on another base?")
         if g.lora.segments.plan is not None:
             check_sites("lora_linear", g.lora.sites, g.lora.Bts)
+    _check_frozen(x, weights, biases, tile)
     others = other_rows("lora_linear", ((g.first_row, g.lora.segments) for g in groups), len(x))
     if backend(x.device) == "torch":
         return _TorchLinear.apply(x.contiguous(), anchor, groups, weights, biases, tile)

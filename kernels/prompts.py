@@ -29,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft_kernels.backend import backend, chosen
+from minipeft_kernels.backend import chosen
 from minipeft_kernels.dtypes import jit, store, tl
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
+from minipeft_kernels.layouts import DTYPES, check_dtype
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,7 @@ def _check(op: str, x: Tensor, prompts: Tensor, plan: PromptPlan) -> None:
     if x.ndim != 2 or prompts.ndim != 3 or prompts.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x is {tuple(x.shape)} and prompts is {tuple(prompts.shape)}; needs [T, K] and "
                          "[U, V, K]. Was this prompt trained on another base?")
-    if x.dtype not in DTYPES and backend(x.device) == "triton":
-        raise ValueError(f"{op}: x is {x.dtype}; the kernels take {', '.join(str(dtype) for dtype in DTYPES)}.")
+    check_dtype(op, x)
     if prompts.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{op}: prompts are {prompts.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
     if prompts.stride(2) != 1 and prompts.shape[2] > 1:
@@ -271,7 +269,8 @@ class PromptRows:
     """One bank's prompts and where they stand in the batch.
 
     prompts, plan as in `gather_prompts`. grad_prompts has the shape of prompts and is a view of the bank's gradients
-    (any strides and dtype): backward stores the gradients of the virtual tokens in use there and leaves others alone.
+    (any strides and floating dtype): backward stores the gradients of the virtual tokens in use there and leaves others
+    alone.
     """
 
     prompts: Tensor
@@ -317,6 +316,8 @@ def prompt_rows(x: Tensor, anchor: Tensor, groups: list[PromptRows]) -> Tensor:
     """
     for g in groups:
         _check("prompt_rows", x, g.prompts, g.plan)
+        if g.grad_prompts.dtype not in (*DTYPES, torch.float64):
+            raise ValueError(f"prompt_rows: grad_prompts is {g.grad_prompts.dtype}; gradients need a floating dtype.")
         if g.grad_prompts.shape != g.prompts.shape or (g.grad_prompts.stride(2) != 1 and x.shape[1] > 1):
             raise ValueError(f"prompt_rows: grad_prompts is {tuple(g.grad_prompts.shape)} with strides "
                              f"{g.grad_prompts.stride()}; it must be {tuple(g.prompts.shape)}, each row's numbers "

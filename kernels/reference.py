@@ -28,7 +28,8 @@ def segment_lora(
     As, Bts, parts = A.unbind(), Bt.unbind(), []
     for slot, rows in _by_user(x, segments):
         R = A.shape[1] if ranks is None else int(ranks[slot])
-        parts.append(scale[slot].to(x.dtype) * (rows @ As[slot][:R].T @ Bts[slot][:R]))
+        v = (scale[slot, None] * (rows @ As[slot][:R].T)).to(x.dtype)  # scale is fp32, and stays so until it is applied
+        parts.append(v @ Bts[slot][:R])
     return torch.cat(parts)
 
 
@@ -38,7 +39,7 @@ def bgmv(x: Tensor, A: Tensor, Bt: Tensor, scale: Tensor, slots: Tensor, ranks: 
     for s, slot in enumerate(slots.tolist()):
         if slot >= 0:
             R = A.shape[1] if ranks is None else int(ranks[slot])
-            y[s] = scale[slot].to(x.dtype) * (A[slot, :R] @ x[s] @ Bt[slot, :R])
+            y[s] = (scale[slot, None] * (A[slot, :R] @ x[s])).to(x.dtype) @ Bt[slot, :R]
     return y
 
 
@@ -128,6 +129,6 @@ def segment_bottleneck(
     for (slot, rows), (_, r) in zip(_by_user(x, segments), residuals):
         width = down.shape[1] if widths is None else int(widths[slot])
         h = act[activation](F.linear(rows, downs[slot][:width], down_biases[slot][:width]))
-        s = 1.0 if scale is None else scale[slot].to(x.dtype)
-        parts.append(r + s * F.linear(h, ups[slot][:width].T, up_biases[slot]))
+        s = 1.0 if scale is None else scale[slot, None]
+        parts.append(r + (s * F.linear(h, ups[slot][:width].T, up_biases[slot])).to(x.dtype))
     return torch.cat(parts)

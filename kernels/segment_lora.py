@@ -23,8 +23,9 @@ from torch import Tensor
 
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
+from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.dropout import keep_mask
-from minipeft_kernels.layouts import check_slots, check_table
+from minipeft_kernels.layouts import check_dtype, check_grads, check_no_grad, check_slots, check_table
 from minipeft_kernels.segments import RowGroups, Segments, take
 from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
@@ -38,10 +39,11 @@ class Lora:
 
     A:        [U, M * R, K]: the sites' As one below the other, so that x is read once.
     Bts:      M tensors [U, R, N_m]. A and Bts are views of the bank, contiguous within a slot, any stride between
-              slots; on a GPU several Bts lie one right after the other.
+              slots; on a GPU several Bts lie one right after the other, and M * R is at most MOST_RANKS.
     scale:    [U] fp32. ranks: [U] int32, or None where every slot uses all R. All tables are contiguous.
     grad_A, grad_Bts: where `backward` stores the gradients of slots that have rows: shapes of A and Bts, fp32 (on a
-              CPU: dtype of A). Other slots are left alone; rank rows past a slot's own get 0, or are left alone too.
+              CPU any floating dtype). Other slots are left alone; rank rows past a slot's own get 0, or are left
+              alone too.
     sites:    on a GPU shrink_expand.site_table of the widths N_m; None for one site.
     drop:     [S, 2] int64 (dropout.py): dropout of x on its way into A; None: none.
     accumulate: [U] int32: a slot where it is not 0 adds to the gradients that are there, the later micro-steps of one
@@ -108,7 +110,7 @@ def _matrices(lora: Lora, slots: slice | Tensor) -> tuple[Tensor, list[Tensor], 
     """A, Bts and scale of every piece: [n, M * R, K], M times [n, R, N_m], [n]."""
     A = cpu.tile_matrices(lora.A, slots, lora.ranks, len(lora.Bts))
     Bts = [cpu.tile_matrices(Bt, slots, lora.ranks) for Bt in lora.Bts]
-    return A, Bts, take(lora.scale, slots).to(A.dtype)
+    return A, Bts, take(lora.scale, slots)
 
 
 def forward_torch(lora: Lora, x: Tensor, ys: list[Tensor], beta: int) -> tuple[Tensor, ...]:
@@ -202,7 +204,7 @@ class _GroupedLora(torch.autograd.Function):
         if A.shape[1] * A.itemsize % 16:  # rows of v must be whole 16 bytes
             own_A, own_Bt = (F.pad(M, (0, 0, 0, -A.shape[1] % 8)) for M in (own_A, own_Bt))
         slots = groups.slots if len(groups.slots) == 1 else groups.slot_of_row
-        own_scale = scale.index_select(0, slots).to(x.dtype)[:, None]  # [T, 1], or [1, 1] of one user
+        own_scale = scale.index_select(0, slots)[:, None]  # [T, 1], or [1, 1] of one user
         v = _grouped_mm(x, own_A.transpose(1, 2), groups).mul_(own_scale)  # [T, padded R]
         ctx.save_for_backward(x, own_A, own_Bt, own_scale, v)
         ctx.groups, ctx.R, ctx.U = groups, A.shape[1], A.shape[0]
@@ -261,6 +263,10 @@ def check(op: str, x: Tensor, lora: Lora) -> None:
     if A.ndim != 3 or A.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but A is {tuple(A.shape)}, made for {A.shape[-1]}. "
                          "Was this adapter trained on another base?")
+    check_dtype(op, x)
+    if segments.plan is not None and A.shape[1] > MOST_RANKS:
+        raise ValueError(f"{op}: A has {A.shape[1]} rank rows at {len(Bts)} sites but kernels take {MOST_RANKS} at "
+                         "once; give each site a call of its own, lower the rank, or use a CPU, which takes any.")
     for Bt in Bts:
         if Bt.ndim != 3 or Bt.shape[:2] != (len(A), A.shape[1] // len(Bts)):
             raise ValueError(f"{op}: A is {tuple(A.shape)}, so Bt must be [{len(A)}, {A.shape[1] // len(Bts)}, N]; got "
@@ -274,8 +280,9 @@ def check(op: str, x: Tensor, lora: Lora) -> None:
     for name, matrices, grad in (("A", A, lora.grad_A), *(("Bt", Bt, grad) for Bt, grad in zip(Bts, lora.grad_Bts))):
         check_slots(op, name, matrices, matrices.shape)
         if grad is not matrices:
-            check_slots(op, f"grad_{name}", grad, matrices.shape)
+            check_grads(op, f"grad_{name}", grad, matrices.shape)
     check_table(op, "scale (one per slot)", lora.scale, (len(A),), torch.float32)
+    check_no_grad(op, "scale", lora.scale)
     for name, table in (("ranks", lora.ranks), ("accumulate", lora.accumulate)):
         if table is not None:
             check_table(op, f"{name} (one per slot)", table, (len(A),), torch.int32)
@@ -294,8 +301,8 @@ def segment_lora(
     Args:
         x:      [T, K] fp32, bf16 or fp16 (on a CPU also fp64). Packed rows, in segment order.
         A, Bt:  [U, R, K] and [U, R, N], dtype of x, views of the bank: contiguous within a slot, any stride between
-                slots.
-        scale:  [U] fp32, no unit. alpha / rank. Contiguous, as ranks and drop are.
+                slots. On a GPU R is at most 256.
+        scale:  [U] fp32, no unit. alpha / rank. Contiguous, as ranks and drop are. It gets no gradient.
         ranks:  [U] int32, or None where every slot uses all R. Rank rows at or past ranks[u] have no
                 effect, whatever they hold, and get gradient 0.
         drop:   [S, 2] int64, key and threshold of each segment's dropout of x (dropout.py); None: no dropout.
@@ -303,7 +310,7 @@ def segment_lora(
     Returns:
         [T, N], dtype of x; sums run in fp32. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
-        ValueError: shapes, dtypes or layouts disagree, or the device has no implementation.
+        ValueError: shapes, dtypes or layouts disagree, scale requires grad, or the device has no implementation.
     Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run; in kernels a
     user's also in any company. On a CPU libraries multiply, and company can change last bits: that it is ragged or long
     (LONG rows on average; neither matters to by_pieces of whole tiles), at odd widths, at ranks below 8.

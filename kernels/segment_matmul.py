@@ -7,38 +7,24 @@ A matrix per user is read once for few rows, so this only waits for memory and l
 on a GPU; batched products over pieces (cpu.py) on a CPU.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
 from minipeft_kernels.backend import backend
-from minipeft_kernels.layouts import check_slots
+from minipeft_kernels.layouts import check_dtype, check_grads, check_slots
 from minipeft_kernels.segments import Segments, take
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for grouped_mm; plain PyTorch takes fp64 too
-MOST_GROUPS = 1023  # users that one grouped_mm takes
 ALIGNED = 16  # bytes: it wants whole ones of these in a row
 NARROW = 16  # columns: on a CPU the last bits of narrower products change with their number; transposed they do not
-
-
-def _calls(segments: Segments, device: torch.device) -> list[tuple[slice, Tensor, Tensor]]:
-    """The segments that have rows, MOST_GROUPS at a time: their rows; slots [n]; ends [n] int32, from the first row."""
-    live, calls = np.flatnonzero(np.diff(segments.starts)), []
-    for first in range(0, len(live), MOST_GROUPS):
-        some = live[first : first + MOST_GROUPS]
-        start, ends = int(segments.starts[some[0]]), segments.starts[some + 1]
-        calls.append((slice(start, int(ends[-1])), torch.from_numpy(segments.slots[some]).to(device),
-                      torch.from_numpy((ends - start).astype(np.int32)).to(device)))  # fmt: skip
-    return calls
 
 
 def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
     """[T, K], [U, K, N] -> [T, N]."""
     if segments.plan is not None:
         parts = [F.grouped_mm(x[rows], W.index_select(0, slots), offs=ends)
-                 for rows, slots, ends in _calls(segments, x.device)]  # fmt: skip
+                 for rows, slots, ends in segments.plan.groups]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.cat([x.new_empty(0, W.shape[2]), *parts])
     y = x.new_empty(len(x), W.shape[2])
     for pieces in segments.tiles.pieces:
@@ -63,7 +49,7 @@ class _SegmentMatmul(torch.autograd.Function):
     def backward(ctx, grad_y):
         (x,), segments, grad_y = ctx.saved_tensors, ctx.segments, grad_y.contiguous()
         if segments.plan is not None:
-            for rows, slots, ends in _calls(segments, x.device):
+            for rows, slots, ends in segments.plan.groups:
                 ctx.grad_W[slots] = F.grouped_mm(x[rows].t(), grad_y[rows], offs=ends).to(ctx.grad_W.dtype)
         elif segments.tiles.pieces:
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -82,18 +68,17 @@ def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
     if W.ndim != 3 or W.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but W is {tuple(W.shape)}; needs [U, {x.shape[1]}, N]. Was "
                          "this adapter trained on another base?")
+    check_dtype(op, x)
     if x.dtype != W.dtype:
         raise ValueError(f"{op}: x and W must share a dtype; got {x.dtype} and {W.dtype}.")
     check_slots(op, "W", W, W.shape)
-    check_slots(op, "grad_W", grad_W, W.shape)
+    check_grads(op, "grad_W", grad_W, W.shape)
     segments.check_bank(op, len(W))
     if (backend(x.device) == "triton") != (segments.plan is not None):
         raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
                          "pass device=x.device to Segments.build.")
     if segments.plan is None:
         return
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{op}: x is {x.dtype}; on a GPU it takes {', '.join(str(dtype) for dtype in DTYPES)}.")
     if any(width * x.itemsize % ALIGNED for width in W.shape[1:]):
         raise ValueError(f"{op}: W is {tuple(W.shape)} in {x.dtype}; on a GPU both widths must be multiples of "
                          f"{ALIGNED // x.itemsize}, whole {ALIGNED} bytes. Pad them with zeros.")
@@ -103,10 +88,12 @@ def segment_matmul(x: Tensor, anchor: Tensor, W: Tensor, grad_W: Tensor, segment
     """y[t] = W[u]^T x[t], where slot u owns row t.
 
     Args:
-        x:      [T, K]. Packed rows, in segment order. anchor: any tensor that requires grad, unused.
-        W:      [U, K, N], dtype of x. grad_W: [U, K, N], where backward stores the gradients of slots that have rows
-                and leaves other slots alone. Both contiguous within a slot, any stride between slots. On a GPU K and N
-                are whole 16 bytes, which torch's grouped_mm wants; a CPU takes any.
+        x:      [T, K] fp32, bf16 or fp16 (on a CPU also fp64). Packed rows, in segment order. anchor: any tensor that
+                requires grad, unused.
+        W:      [U, K, N], dtype of x. grad_W: [U, K, N] fp32 (on a CPU any of these dtypes), where backward stores the
+                gradients of slots that have rows and leaves other slots alone. Both contiguous within a slot, any
+                stride between slots. On a GPU K and N are whole 16 bytes, which torch's grouped_mm wants; a CPU takes
+                any.
     Returns:
         [T, N], dtype of x. Differentiable in x.
     Raises:

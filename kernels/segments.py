@@ -20,6 +20,7 @@ from minipeft_kernels.backend import backend
 PIECES = ((512, 512), (16, 5), (4, 2), (1, 1))  # rows of a piece on the CPU; the least rest that makes one more
 TILE = 16  # rows; a batch whose segments are all multiples of it needs no gather on the CPU
 BLOCKS = (16, 32, 64)  # rows of a kernel's tile; which one a kernel takes depends on its widths, never on the batch
+MOST_GROUPS = 1023  # segments that one torch.nn.functional.grouped_mm takes
 CHUNK = 2048  # rows of a segment whose weight gradient one program sums; longer segments are summed chunk by chunk
 
 
@@ -124,6 +125,9 @@ class Plan:
     chunks:   [c, 4]: segment, first row, end row, part. Pieces of at most CHUNK rows, the longest first. part is -1
               where the segment is one chunk, else where to leave the chunk's sum among the num_parts partial sums.
     finals:   [f, 3]: segment, first part, end part, of each segment of several chunks: its parts are summed in order.
+    slots:    [S'] int64: the slots of the segments that have rows.
+    groups:   those segments, at most MOST_GROUPS at a time, for torch.nn.functional.grouped_mm: their rows, their slots
+              [n] int64 and their end rows [n], counted from the first of these rows.
     """
 
     segments: Tensor
@@ -131,6 +135,8 @@ class Plan:
     chunks: Tensor
     finals: Tensor
     num_parts: int
+    slots: Tensor
+    groups: tuple[tuple[slice, Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -151,11 +157,11 @@ class Segments:
         """The plan for segments of these slots and lengths, in row order.
 
         Raises:
-            ValueError: a slot appears twice or is negative, a length is negative, the two lists differ in size, or the
-                device has no implementation.
+            ValueError: a slot appears twice or is negative, a length is negative, they are no whole numbers, the two
+                lists differ in size, or the device has no implementation.
         """
-        slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
-        if slots.shape != lengths.shape or slots.ndim != 1:
+        slots, lengths = _whole_numbers("slots", slots), _whole_numbers("lengths", lengths)
+        if len(slots) != len(lengths):
             raise ValueError(f"Segments.build: {len(slots)} slots but {len(lengths)} lengths; give one per slot.")
         if len(slots) and (slots.min() < 0 or lengths.min() < 0):
             raise ValueError(f"Segments.build: negative slot or length (slots {slots}, lengths {lengths}).")
@@ -184,10 +190,16 @@ class Segments:
 
     @cached_property
     def slot_of_row(self) -> Tensor:
-        """[T] int64 on the device: what plain PyTorch gathers by."""
+        """[T] int64 on the device: what plain PyTorch gathers by. Made there, of the plan's own tables."""
         if self.tiles is not None:
             return self.tiles.groups.slot_of_row
-        return torch.from_numpy(np.repeat(self.slots, np.diff(self.starts))).to(self.plan.segments.device)
+        start, end, slot = self.plan.segments.unbind(1)
+        return torch.repeat_interleave(slot.long(), end - start, output_size=self.num_rows)
+
+    @property
+    def live_slots(self) -> Tensor:
+        """[S'] int64 on the device: the slots of the segments that have rows."""
+        return self.plan.slots if self.tiles is None else self.tiles.groups.slots
 
 
 @dataclass(frozen=True)
@@ -195,8 +207,8 @@ class VectorRows:
     """One bank's vectors at one site, and the rows of the batch they act on: first_row .. first_row + T_g - 1.
 
     vectors: [U, D], slot u's own. grad_vectors: [U, D], where backward stores the gradients of slots that have rows and
-    leaves other slots alone. Both views of a bank or of anything like it: any stride between slots; fp32 gradients
-    where kernels run.
+    leaves other slots alone: fp32, on a CPU any floating dtype. Both views of a bank or of anything like it: any stride
+    between slots.
     """
 
     first_row: int
@@ -227,6 +239,27 @@ def other_rows(op: str, groups: Iterable[tuple[int, Segments]], num_rows: int) -
     if end > num_rows:
         raise ValueError(f"{op}: a group ends at row {end} but x has {num_rows} rows.")
     return [rows for rows in [*others, slice(end, num_rows)] if rows.start < rows.stop]
+
+
+def _whole_numbers(name: str, numbers: Sequence[int]) -> np.ndarray:
+    """The same as [n] int64.
+
+    Raises:
+        ValueError: they are no list, or not whole numbers.
+    """
+    array = np.asarray(numbers)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"Segments.build: {name} must be a list of whole numbers; got {array.dtype} of shape "
+                         f"{array.shape}.")
+    return array.astype(np.int64)
+
+
+def to_device(table: np.ndarray, device: torch.device | str) -> Tensor:
+    """The same numbers on a device. A GPU gets them from pinned memory, and the host does not wait."""
+    tensor = torch.from_numpy(table)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _cut(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,12 +321,17 @@ def _plan(slots: np.ndarray, starts: np.ndarray, device: torch.device | str) -> 
     cut_up = np.flatnonzero(num_chunks > 1)
     end_part = np.cumsum(num_chunks[cut_up])
     tables.append(np.stack([cut_up, end_part - num_chunks[cut_up], end_part], 1))
+    live = np.flatnonzero(np.diff(starts))
+    tables.append(slots[live].view(np.int32))  # each int64 as two int32
+    grouped = [live[i : i + MOST_GROUPS] for i in range(0, len(live), MOST_GROUPS)]
+    tables += [starts[some + 1] - starts[some[0]] for some in grouped]
 
     # Every table starts at a multiple of 16 bytes: Triton compiles a kernel again for a pointer that does not.
     padded = [np.pad(table.ravel(), (0, -table.size % 4)) for table in tables]
-    flat = torch.from_numpy(np.concatenate(padded).astype(np.int32))
-    if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([len(table) for table in padded])
-    segments, *tiles, chunks, finals = [x[: table.size].view(table.shape) for x, table in zip(parts, tables)]
-    return Plan(segments, dict(zip(BLOCKS, tiles)), chunks, finals, int(several.sum()))
+    parts = to_device(np.concatenate(padded).astype(np.int32), device).split([len(table) for table in padded])
+    segments, *tables = [x[: table.size].view(table.shape) for x, table in zip(parts, tables)]
+    tiles, (chunks, finals, live_slots, *ends) = tables[: len(BLOCKS)], tables[len(BLOCKS) :]
+    live_slots = live_slots.view(torch.int64)
+    groups = tuple((slice(int(starts[some[0]]), int(starts[some[-1] + 1])), own, own_ends) for some, own, own_ends in
+                   zip(grouped, live_slots.split(MOST_GROUPS), ends))  # fmt: skip
+    return Plan(segments, dict(zip(BLOCKS, tiles)), chunks, finals, int(several.sum()), live_slots, groups)

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from minipeft_kernels.backend import backend
-from minipeft_kernels.layouts import check_slots
+from minipeft_kernels.layouts import check_dtype, check_grads, check_slots
 from minipeft_kernels.segments import Segments, VectorRows, other_rows
 from minipeft_kernels.wgrad import wgrad
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of x, for the kernels; plain PyTorch takes fp64 too
 
 
 def _sum_rows(grad_y: Tensor, segments: Segments, grad_vectors: Tensor) -> None:
@@ -67,7 +65,7 @@ def shift_rows(x: Tensor, anchor: Tensor, groups: Sequence[VectorRows]) -> Tenso
     other_rows("shift_rows", ((g.first_row, g.segments) for g in groups), len(x))
     for g in groups:
         _check("shift_rows", x[g.rows], g.vectors, g.segments)
-        check_slots("shift_rows", "grad_vectors", g.grad_vectors, g.vectors.shape)
+        check_grads("shift_rows", "grad_vectors", g.grad_vectors, g.vectors.shape)
     return _ShiftRows.apply(x, anchor, groups)
 
 
@@ -92,8 +90,7 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but vectors is {tuple(vectors.shape)}; needs [U, "
                          f"{x.shape[1]}]. Was this adapter trained on another base?")
     check_slots(op, "vectors", vectors, vectors.shape)
-    if x.dtype not in DTYPES and backend(x.device) == "triton":
-        raise ValueError(f"{op}: x is {x.dtype}; the kernels take {', '.join(str(dtype) for dtype in DTYPES)}.")
+    check_dtype(op, x)
     if vectors.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{op}: vectors are {vectors.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
     segments.check_bank(op, len(vectors))

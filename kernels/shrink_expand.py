@@ -29,7 +29,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minipeft_kernels.blocks import load_block, my_ranks, my_rows
+from minipeft_kernels.blocks import MOST_RANKS, load_block, my_ranks, my_rows
 from minipeft_kernels.dropout import drop_key, keep_block
 from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, store, tl
 from minipeft_kernels.layouts import check_table
@@ -189,10 +189,11 @@ def _expand_kernel(
 def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
     """Block sizes for this many rank rows and bytes per number: never of the batch, or bits would depend on it.
 
-    tests/test_aot.py compiles every branch for three chips, for up to 256 rank rows: no spilled register, no more
-    shared memory than the chip has, bf16 on the matrix unit. fp32 keeps full precision, which only AMD's matrix unit
-    does too: elsewhere threads multiply from their own registers, so many rank rows get smaller blocks.
+    tests/test_aot.py compiles every branch for three chips, for up to MOST_RANKS rank rows: no spilled register, no
+    more shared memory than the chip has, bf16 on the matrix unit. fp32 keeps full precision, which only AMD's matrix
+    unit does too: elsewhere threads multiply from their own registers, so many rank rows get smaller blocks.
     """
+    assert num_ranks <= MOST_RANKS
     if itemsize > 2:
         if num_ranks <= 64:
             return {"BLOCK_T": 32, "BLOCK": 64, "num_warps": 4 if num_ranks <= 16 else 8, "num_stages": 3}
@@ -205,8 +206,13 @@ def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
 
 
 def can_join(widths: Sequence[int], num_ranks: int, dtype: torch.dtype) -> bool:
-    """Whether sites of these output widths can share one launch: blocks of columns must not straddle two sites."""
-    return len(widths) == 1 or all(width % configuration(num_ranks, dtype.itemsize)["BLOCK"] == 0 for width in widths)
+    """Whether sites of these output widths and rank rows in all can share one launch.
+
+    No more than MOST_RANKS rank rows, and blocks of columns must not straddle two sites.
+    """
+    if len(widths) == 1 or num_ranks > MOST_RANKS:
+        return len(widths) == 1
+    return all(width % configuration(num_ranks, dtype.itemsize)["BLOCK"] == 0 for width in widths)
 
 
 def site_table(
@@ -219,6 +225,9 @@ def site_table(
     """
     if len(widths) == 1:
         return None
+    if num_ranks > MOST_RANKS:
+        raise ValueError(f"site_table: {len(widths)} sites of {num_ranks} rank rows in all cannot share a launch, "
+                         f"which takes {MOST_RANKS}. Give each site a launch of its own.")
     block, start, table = configuration(num_ranks, dtype.itemsize)["BLOCK"], 0, []
     if not can_join(widths, num_ranks, dtype):
         raise ValueError(f"site_table: sites of {list(widths)} columns cannot share a launch: each must be a multiple "

@@ -20,7 +20,7 @@ rows, and 8 * R * D more per part.
 import torch
 from torch import Tensor
 
-from minipeft_kernels.blocks import load_block, my_ranks
+from minipeft_kernels.blocks import MOST_RANKS, load_block, my_ranks
 from minipeft_kernels.dropout import drop_key, keep_block
 from minipeft_kernels.dtypes import jit, padded, tl
 from minipeft_kernels.segments import Plan
@@ -117,9 +117,10 @@ def _wgrad_final_kernel(
 def configuration(num_ranks: int, itemsize: int) -> dict[str, int]:
     """Block sizes for this many rank rows and bytes per number of v and x; never of the batch.
 
-    Compiled as in shrink_expand.py, up to 256 rank rows. In fp32 dropout in flight and a product's operands share the
-    registers: smaller blocks.
+    Compiled as in shrink_expand.py, up to MOST_RANKS rank rows. In fp32 dropout in flight and a product's operands
+    share the registers: smaller blocks.
     """
+    assert num_ranks <= MOST_RANKS
     if itemsize > 2:
         return {"BLOCK_T": 16, "BLOCK_D": 64 if num_ranks <= 64 else 32, "num_warps": 4 if num_ranks <= 32 else 8,
                 "num_stages": 3}  # fmt: skip

@@ -35,6 +35,7 @@ from minipeft_kernels.segments import VectorRows
 from minipeft_kernels.shift import shift_rows
 
 Found = list[tuple[Share, object]]
+TABLES = ("input_scales", "scales", "gains", "shifts", "bottlenecks", "prompts")  # an Actor's that `_found` looks into
 
 
 class Acting(Hooks):
@@ -49,7 +50,10 @@ class Acting(Hooks):
     def __init__(self, shares: Sequence[Share], under: Sequence[Share], anchor: Tensor, tile: int | None):
         self.levels = [[(share, actor) for share in level for actor in share.residents.actors]
                        for level in (under, shares)]  # fmt: skip
+        self.loras = [[(share, actor.loras_of(share)) for share, actor in level] for level in self.levels]
         self.anchor, self.tile = anchor, tile
+        actors = [actor for level in self.levels for _, actor in level]
+        self._sites = {table: set().union(*(getattr(actor, table) for actor in actors)) for table in TABLES}
 
     def linear(self, sites, x, weights, biases):
         scaled = [self._found("input_scales", site) for site in sites]
@@ -58,19 +62,18 @@ class Acting(Hooks):
                 return tuple(self.linear((site,), x, [w], [b])[0] for site, w, b in zip(sites, weights, biases))
             for found in scaled[0]:
                 x = self._scale(x, found)
-        ys = self._loras(self.levels[-1], sites, x, weights, biases)
+        ys = self._with_loras(sites, x, weights, biases)
         return tuple(self._finish(site, x, y) for site, y in zip(sites, ys))
 
-    def _loras(self, level, sites, x, weights, biases) -> tuple[Tensor, ...]:
-        """The frozen products and this level's LoRA."""
+    def _with_loras(self, sites, x, weights, biases) -> tuple[Tensor, ...]:
+        """The frozen products and the personal LoRA."""
 
         def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
             """Of each share, what acts at these sites; None for one that acts at some of them or none."""
-            found = {id(share): None for share, _ in level}
-            for share, actor in level:
-                lora = actor.lora(sites, share)
-                if lora is not None:
-                    found[id(share)] = LoraRows(share.first_row, lora)
+            found = {id(share): None for share, _ in self.loras[-1]}
+            for share, loras in self.loras[-1]:
+                if sites in loras:
+                    found[id(share)] = LoraRows(share.first_row, loras[sites])
             return list(found.values())
 
         def launch(launched: tuple[str, ...], found: list[LoraRows | None]) -> tuple[Tensor, ...]:
@@ -94,13 +97,13 @@ class Acting(Hooks):
 
     def _finish(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """What comes after the frozen product and the personal LoRA."""
+        for share, loras in self.loras[0]:
+            if lora := loras.get((site,)):  # a shared one, under the personal ones
+                delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks,
+                                     by_pieces=True)  # fmt: skip
+                y = _AddRows.apply(y, delta, share.rows)
         for level in self.levels:
             for share, actor in level:
-                lora = None if level is self.levels[-1] else actor.lora((site,), share)
-                if lora is not None:  # a shared one, under the personal ones
-                    delta = segment_lora(x[share.rows], lora.A, lora.Bts[0], lora.scale, share.segments, lora.ranks,
-                                         by_pieces=True)  # fmt: skip
-                    y = _AddRows.apply(y, delta, share.rows)
                 if site in actor.deltas:
                     y = _AddRows.apply(y, actor.deltas[site](x[share.rows], share), share.rows)
         for found in self._found("scales", site):
@@ -158,6 +161,8 @@ class Acting(Hooks):
     def _found(self, table: str, site: str) -> list[Found]:
         """What acts here, level by level; a share whose users stack methods may act several times, one by one."""
         rounds = []
+        if site not in self._sites[table]:
+            return rounds
         for level in self.levels:
             of_share: dict[int, list] = {}
             for share, actor in level:

@@ -24,6 +24,7 @@ from minipeft.models.classifier import Base
 from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
 from minipeft.models.hooks import Hooks
 from minipeft.models.t5 import T5
+from minipeft.profiling import region
 from minipeft.randomness import key_of
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
@@ -236,19 +237,27 @@ class Engine:
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
-        parts = [run.minibatch(self.labels) for run in chosen]
-        batch = pack(parts, self.model.device, self.model.causal)
-        targets, weights = [], []
-        for part in parts:
-            tokens = [token for read in part.reads for token in read.targets]
-            targets += tokens
-            weights += [1 / len(tokens)] * len(tokens)
-        log_probs = self._log_probs(batch, {(run.bank, run.slot): run.step for run in chosen})
-        of_rows = torch.tensor(targets, device=log_probs.device).view(len(log_probs), -1)  # a tag's row has C targets
-        losses = -log_probs.gather(1, of_rows).flatten()
-        (losses * torch.tensor(weights, device=log_probs.device)).sum().backward()
+        with region("plan"):
+            parts = [run.minibatch(self.labels) for run in chosen]
+            batch = pack(parts, self.model.device, self.model.causal)
+            targets, weights = [], []
+            for part in parts:
+                tokens = [token for read in part.reads for token in read.targets]
+                targets += tokens
+                weights += [1 / len(tokens)] * len(tokens)
+        with region("forward"):
+            log_probs = self._log_probs(batch, {(run.bank, run.slot): run.step for run in chosen})
+            of_rows = torch.tensor(targets, device=log_probs.device).view(len(log_probs), -1)  # a tag's row: C targets
+            losses = -log_probs.gather(1, of_rows).flatten()
+            loss = (losses * torch.tensor(weights, device=log_probs.device)).sum()
+        with region("backward"):
+            loss.backward()
+        with region("step"):
+            self._step(batch.groups, chosen)
 
-        for group in batch.groups:
+    def _step(self, groups: Sequence[Group], chosen: Sequence[Run]) -> None:
+        """The optimizer step of a pass whose gradients are there."""
+        for group in groups:
             runs = [run for run in chosen if run.bank == group.bank]
             residents, slots = self._banks[group.bank], group.segments.slots
             residents.end(slots)

@@ -74,17 +74,22 @@ def _rows(lengths: list[int], *widths: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(sum(lengths), width, dtype=dtype) for width in widths]
 
 
-def _lora(lengths: list[int], K: int, widths: list[int], R: int, dtype=bf16, drop: bool = False) -> None:
-    """Forward and backward of sites that share their input, as the engine calls them: in some later micro-step."""
+def _lora(lengths: list[int], K: int, widths: list[int], R: int, dtype=bf16, drop: bool = False, masked: bool = True,
+          later: bool = False) -> None:  # fmt: skip
+    """Forward and backward of sites that share their input, as the engine calls them.
+
+    masked: some user's rank is below R; where nobody's is, the kernels get no ranks. later: it is a later micro-step,
+    whose gradients are added to those that are there.
+    """
     M, segments = len(widths), Segments.build(range(len(lengths)), lengths)
     shapes = [(M * R, K), *((R, N) for N in widths)]
     (A, *Bts), (grad_A, *grad_Bts) = _bank(dtype, *shapes), _bank(fp32, *shapes)
-    scale, ranks = torch.ones(USERS), torch.full((USERS,), R, dtype=torch.int32)
+    scale, ranks = torch.ones(USERS), torch.full((USERS,), R, dtype=torch.int32) if masked else None
     drops = torch.zeros(len(lengths), 2, dtype=torch.int64) if drop else None
     sites = site_table(widths, M * R, dtype, "cpu")
     squares = tuple(torch.empty(USERS, num_squares(*grad.shape[1:], dtype.itemsize)) for grad in (grad_A, *grad_Bts))
-    later = torch.ones(USERS, dtype=torch.int32)
-    lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), sites, drops, later, squares)
+    accumulate = torch.ones(USERS, dtype=torch.int32) if later else None
+    lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), sites, drops, accumulate, squares)
     x, grad_x, y, *grad_ys = _rows(lengths, K, K, sum(widths), *widths, dtype=dtype)
     backward_triton(lora, x, grad_ys, forward_triton(lora, x, y), grad_x)
 
@@ -145,19 +150,23 @@ def launch_everything() -> None:
     minipeft_kernels.backend.INTERPRET = True  # a CPU's backend is now the kernels, which are not interpreted here
     for lengths in (*FEW, *MANY):
         for R, K in ((8, 768), (16, 1536), (32, 4096), (64, 4096)):
-            _lora(lengths, K, [K], R)
+            _lora(lengths, K, [K], R, masked=R in (8, 64))
         for R, K in ((8, 768), (32, 768), (64, 1024)):
-            _lora(lengths, K, [K], R, fp32)
-        _lora(lengths, 1536, [1536] * 3, 8)
+            _lora(lengths, K, [K], R, fp32, masked=R == 32)
+        _lora(lengths, 1536, [1536], 16, torch.float16, masked=False)
+        _lora(lengths, 1536, [1536] * 3, 8, masked=False)
         _lora(lengths, 1536, [1536] * 3, 16, drop=True)
         _lora(lengths, 768, [768] * 3, 8, fp32, drop=True)
         for dtype in (bf16, fp32):
             _lora(lengths, 1024, [1024], 64, dtype, drop=True)
     for lengths in MANY:  # so many rank rows are split whatever the number of tiles
-        for R, dtype, drop in itertools.product((32, 64), (bf16, fp32), (False, True)):
-            _lora(lengths, 768, [768] * 3, R, dtype, drop)
+        for dtype in (bf16, fp32):
+            _lora(lengths, 768, [768] * 3, 32, dtype, drop=True, masked=False)
+            _lora(lengths, 768, [768] * 3, 64, dtype, masked=False)
+            _lora(lengths, 768, [768] * 3, 64, dtype, drop=True, later=True)
         _bottleneck(lengths, 4096, 256, "gelu", serial=False)
     for lengths in FEW:
+        _lora(lengths, 1024, [1024], 256, drop=True)
         for F in (16, 64, 128):
             _bottleneck(lengths, 768, F, "gelu", serial=False)
         for F in (16, 32, 64, 128):

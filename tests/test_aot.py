@@ -5,7 +5,8 @@ atomic, so no sum depends on who comes first. Products of bf16 run on the matrix
 Registers and shared memory leave room for enough programs at once. And code depends on widths alone: another batch
 never waits for a compiler. aot.py finds the numbers; this file sets the budgets and prints a table.
 
-All that holds where it was compiled: every branch of every `configuration` function, in bf16 and in fp32.
+All that holds where it was compiled: every branch of every `configuration` function, in bf16 and in fp32, for as many
+rank rows as kernels take; fp16, which training does not choose, once.
 """
 
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from minipeft_kernels import bottleneck, shrink_expand, wgrad
+from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.dtypes import padded
 
 AOT = Path(__file__).with_name("aot.py")
@@ -84,11 +86,11 @@ def violations(row: dict, target: str, budget: Budget) -> list[str]:
     narrow_loads, narrow_stores = (sum(n for bits, n in x.items() if bits < wide) for x in (loads, stores))
     singles = sum(n for bits, n in loads.items() if bits < 32)
     tf32 = [op for op in row["mma"] if re.search("[TX]F32", op.upper())]
-    by_hand = budget.products and "bf16" in row["launch"].split()[0] and not row["mma"]
+    by_hand = budget.products and "16" in row["launch"].split()[0] and not row["mma"]
     rules = (
         (row["spills"] > 0, f"spills: {row['spills']} bytes of stack or scratch and instructions that use it"),
         (row["atomics"], f"atomic instructions: {' '.join(row['atomics'])}"),
-        (by_hand, "products of bf16 without the matrix unit"),
+        (by_hand, "products of bf16 or fp16 without the matrix unit"),
         (tf32, f"products of fp32 that are cut to TF32: {' '.join(tf32)}"),
         (row["regs"] > budget.regs, f"{row['regs']} registers, budget {budget.regs}"),
         (row["shared"] > SHARED[target], f"{row['shared']} bytes of shared memory, the chip has {SHARED[target]}"),
@@ -163,10 +165,10 @@ def test_every_kernel_keeps_its_promises(rows, target):
 
 
 CONFIGURED = {  # kernel -> what configures it, and the widths that it takes: rank rows or a bottleneck's F
-    "shrink_expand.shrink": (shrink_expand.configuration, range(1, 257)),
-    "shrink_expand.expand": (shrink_expand.configuration, range(1, 257)),
+    "shrink_expand.shrink": (shrink_expand.configuration, range(1, MOST_RANKS + 1)),
+    "shrink_expand.expand": (shrink_expand.configuration, range(1, MOST_RANKS + 1)),
     "shrink_expand.shrink_expand": (shrink_expand.configuration, range(1, shrink_expand.MOST_FUSED_RANKS + 1)),
-    "wgrad.wgrad": (wgrad.configuration, range(1, 257)),
+    "wgrad.wgrad": (wgrad.configuration, range(1, MOST_RANKS + 1)),
     "bottleneck.forward": (bottleneck.configuration, range(1, bottleneck.MAX_F + 1)),
     "bottleneck.backward": (bottleneck.configuration, range(1, bottleneck.MAX_F + 1)),
 }
@@ -178,7 +180,7 @@ def shape_of(row: dict) -> tuple[int, int, frozenset[str]]:
     values = dict(word.split("=") for word in words if "=" in word)
     width = int(values["F"]) if "F" in values else int(values["M"]) * int(values["R"])
     names = {"BLOCK", "BLOCK_T", "BLOCK_D", "warps", "stages"}
-    return 2 if "bf16" in types else 4, padded(width), frozenset(word for word in words if word.split("=")[0] in names)
+    return 2 if "16" in types else 4, padded(width), frozenset(word for word in words if word.split("=")[0] in names)
 
 
 @pytest.mark.parametrize("kernel", CONFIGURED)
@@ -191,6 +193,18 @@ def test_every_branch_of_every_configuration_is_compiled(rows, kernel):
             words = frozenset(f"{name}={value}" for name, value in config.items())
             shipped.add((itemsize, padded(width), words))
     assert shipped <= compiled, f"launch_everything in aot.py lacks {sorted(map(str, shipped - compiled))}"
+
+
+@pytest.mark.parametrize("kernel", ["shrink_expand.shrink", "shrink_expand.expand", "shrink_expand.shrink_expand",
+                                    "wgrad.wgrad", "wgrad.wgrad_final"])  # fmt: skip
+def test_lora_is_compiled_as_training_calls_it(rows, kernel):
+    """With users of ranks below the bank's and without, in a first micro-step and a later one."""
+    launches = [row["launch"].split() for row in rows["sm_90"] if row["kernel"] == kernel]
+    assert kernel == "wgrad.wgrad_final" or any("fp16" in types.split("+") for types, *_ in launches)
+    if kernel.startswith("wgrad"):
+        launches = [words for words in launches if "-squares" not in words]  # a bottleneck's, which have no ranks
+        assert {"-accumulate" in words for words in launches} == {False, True}
+    assert {"-ranks" in words for words in launches} == {False, True}
 
 
 def test_no_budget_is_left_over(rows):

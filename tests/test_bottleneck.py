@@ -114,6 +114,12 @@ def test_any_lengths_widths_and_dtype_match_reference(lengths, K, F, dtype, acti
     assert_matches_reference(make_inputs([33, 20, *lengths], device, dtype, K, F, activation, serial, plain, seed))
 
 
+@pytest.mark.parametrize("F", [16, 50, 100])
+def test_users_of_several_tiles_match_reference(F, device):
+    """In bf16, whose tiles are of up to 64 rows."""
+    assert_matches_reference(make_inputs([130, 65, 64], device, torch.bfloat16, F=F))
+
+
 def test_rows_in_any_layout(device):
     x, residual, *inputs, grad_y = make_inputs([33, 6], device)
     runs = [forward_backward(segment_bottleneck, layout(x), layout(residual), *inputs, layout(grad_y))
@@ -164,6 +170,16 @@ def test_weights_train_where_x_needs_no_gradient(device):
     segment_bottleneck(x, residual, *weights, *inputs[6:10]).backward(inputs[10])
     expected = forward_backward(segment_bottleneck, *inputs)[3:]
     assert x.grad is None and all(torch.equal(one.grad.cpu(), other) for one, other in zip(weights, expected))
+
+
+def test_a_scale_is_not_rounded_to_bf16(device):
+    """One that bf16 would round up by nearly 2^-8."""
+    x, _, *weights, segments, activation, scale, widths, _ = make_inputs([5, 200], device, torch.bfloat16, plain=True)
+    scale = torch.full((len(weights[0]),), 1.25 + 2**-8 + 2**-12, device=device)
+    inputs = (x, torch.zeros_like(x), *weights, segments, activation, scale, widths)
+    y = segment_bottleneck(*inputs).cpu().double()
+    exact = reference.segment_bottleneck(*in_fp64([t.cpu() if isinstance(t, torch.Tensor) else t for t in inputs]))
+    assert abs(float((y * exact).sum() / exact.square().sum()) - 1) < 1e-3
 
 
 def test_unused_parts_and_absent_slots_get_gradient_zero(device):
@@ -333,6 +349,9 @@ def wrong_inputs(device):
             scale=scale[1:]),
         "scale (one per slot) is (4,) torch.float32 with strides (2,); needed": wrong(scale=with_gaps(scale)),
         "scale (one per slot) is (4,) torch.float64 with strides (1,); needed": wrong(scale=scale.double()),
+        "scale requires grad but gets no gradient here; detach it": wrong(scale=scale.clone().requires_grad_()),
+        "x is torch.int64; ": wrong(x=x.long(), residual=None, **{
+            name: tensor.nan_to_num(1.0).long() for name, tensor in zip(BottleneckTensors._fields, right[2:6])}),
         "widths (one per slot) is (4, 1) torch.int32 with strides (1, 1); needed is (4,) torch.int32": wrong(
             widths=widths[:, None]),
         "widths (one per slot) is (4,) torch.int32 with strides (2,); needed": wrong(widths=with_gaps(widths)),

@@ -10,6 +10,7 @@ from minipeft.errors import InputError
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Residents, Share
 from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft_kernels.backend import backend
 from minipeft_kernels.segments import Segments
 
 BASE = Decoder(DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -97,8 +98,19 @@ def test_rank_is_at_most_the_width():
         LoRA(17).check(BASE)
 
 
+def test_ranks_that_kernels_do_not_take_are_refused_where_they_run(device):
+    base = Decoder(DecoderConfig(vocab_size=8, width=272, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=272,
+                                 mlp_width=8)).to(device)  # fmt: skip
+    LoRA(256, sites=("q",)).check(base)
+    if backend(device) == "torch":
+        LoRA(257, sites=("q",)).check(base)
+    else:
+        with pytest.raises(InputError, match=r"LoRA rank 257 at layers.0.attn.q: on a GPU ranks are at most 256"):
+            LoRA(257, sites=("q",)).check(base)
+
+
 def at(bank, sites, segments):
-    return bank.actors[0].lora(sites, Share(bank, 0, segments, None, None, None, None, None))
+    return bank.actors[0].loras_of(Share(bank, 0, segments, None, None, None, None, None)).get(sites)
 
 
 def test_bank_holds_each_slots_scale_and_rank():

@@ -289,6 +289,30 @@ def test_what_does_not_fit_the_frozen_maps_is_an_error(device):
             call(x, frozen, wrong)
 
 
+def test_frozen_maps_that_do_not_fit_x_are_errors(device):
+    x, _, (g,) = make_groups([[16, 32]], device)
+    weight, bias = make_weight(device, with_bias=True)
+    for frozen, biases, tile, message in (
+        ([weight], [], None, r"x is \(48, 40\), with 1 weights and 0 biases; give rows"),
+        ([], [], None, r"0 frozen maps, but a LoRA has 1 Bts"),
+        ([weight[:, 1:]], [bias], None, r"x has 40 columns but a weight is \(24, 39\); needed is \[N, 40\]"),
+        ([weight], [bias[1:]], None, r"a weight is \(24, 40\) but its bias \(23,\); needed is \(24,\)"),
+        ([weight.double()], [None], None, "x is torch.float32 on .* but a weight torch.float64 on .*; convert one"),
+        ([weight], [bias.bfloat16()], None, ".* its bias torch.bfloat16 on .*; convert one"),
+        ([weight], [bias], 32, "x has 48 rows, no multiple of tile 32; fill them up"),
+        ([weight], [bias], 0, "x has 48 rows, no multiple of tile 0; fill them up"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"lora_linear: {message}"):
+            lora_linear(x, torch.zeros((), requires_grad=True), frozen, biases, [g], tile)
+
+
+def test_gradients_that_backward_cannot_write_are_errors(device):
+    x, _, (g,) = make_groups([[16, 32]], device)
+    for dtype in (torch.int64, *([torch.bfloat16] if g.lora.segments.plan is not None else [])):
+        with pytest.raises(ValueError, match=f"lora_linear: grad_A is {dtype}; gradients are summed and kept in"):
+            call(x, [make_weight(device)[0]], replace(g.lora, grad_A=g.lora.grad_A.to(dtype)))
+
+
 def test_sites_that_kernels_cannot_take_at_once_are_errors(kernels):
     x, _, weights, _, lora, singles = three_sites(kernels, mixed_ranks=True)
     odd = replace(lora, Bts=(lora.Bts[0], lora.Bts[1][:, :, :255].contiguous(), lora.Bts[2]),

@@ -28,6 +28,7 @@ from minipeft.peftu.records import load_records, save_record
 from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.settings import load_settings
 from minipeft.peftu.tidy import tidied
+from minipeft.peftu.untrained import MADE_FROM, Untrained
 from minipeft.running import for_base, open_base
 from minipeft.schedule import Adapter, TrainConfig
 from minipeft.store import Store
@@ -122,6 +123,17 @@ def test_the_result_is_written_and_printed(finished, task, folder, bases, capsys
     assert "<html" in (finished / "report.html").read_text()
     (finished / "report.html").unlink()
     assert run("--report", finished, report=True) == 0 and (finished / "report.html").exists()
+
+
+def test_profile_says_where_the_time_goes(finished, folder, bases, capsys):
+    """Of every method, without a record or an adapter of it."""
+    before = records_of(finished)
+    argv = ("--tasks", folder, "--model", bases["bert"], "--seeds", 2, "--out", finished, "--cold-start", *few())
+    assert run(*argv, "--profile") == 0
+    names = {event.get("name") for event in json.loads((finished / "trace.json").read_text())["traceEvents"]}
+    assert {"plan", "forward", "backward", "step"} <= names
+    assert "Self CPU" in (finished / "kernels.txt").read_text() and records_of(finished) == before
+    assert not any((finished / "adapters").iterdir())
 
 
 def test_what_is_done_is_not_done_again(finished, folder, bases, monkeypatch):
@@ -320,8 +332,8 @@ def test_the_default_base_is_in_the_audit_and_knows_no_new_user(folder, task, ti
     assert set(known.users) == {*task.users} - {*new} and new
     examples = len(known.pooled("train"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["audit"]["synthetic"]["fitted_base"] == examples
-    assert {name for (name, _), record in records_of(out).items() if runner.MADE_FROM in record.notes} == {"zero_shot"}
-    assert records_of(out)["zero_shot", 0].notes[runner.MADE_FROM] == examples
+    assert {name for (name, _), record in records_of(out).items() if MADE_FROM in record.notes} == {"zero_shot"}
+    assert records_of(out)["zero_shot", 0].notes[MADE_FROM] == examples
 
 
 def test_a_test_example_in_the_default_base_is_noticed(task, tiny_default_base, tmp_path):
@@ -335,7 +347,7 @@ def test_a_test_example_in_the_default_base_is_noticed(task, tiny_default_base, 
 
 def test_a_named_base_was_not_made_from_the_task(task, bases, tmp_path):
     run_of(task.subset(task.users[:2]), open_base(bases["gpt2"], 2), tmp_path)
-    assert runner.MADE_FROM not in records_of(tmp_path)["zero_shot", 0].notes
+    assert MADE_FROM not in records_of(tmp_path)["zero_shot", 0].notes
 
 
 # ---- Several tasks -------------------------------------------------------------------------------------------------
@@ -460,7 +472,7 @@ def test_paper_mode_asks_untrained_bases_as_published_and_with_four_examples_of_
     run = TaskRun(plan, tidied(task.subset(task.users[:2])), open_base(bases["t5"], 2), tmp_path, print, print)
     heard = []
     run.decoded = lambda adapters, asked: heard.append(asked) or {user: [""] * len(own) for user, own in asked.items()}
-    run._baselines()
+    Untrained(run).save_all()
     said = [run.asking.prompts.tokenizer.decode(asked[run.users[0]][0].prompt) for asked in heard]
     counts = [[text.count(f"Label: {label}.") for label in ("no", "yes")] for text in said]
     assert counts == [[1, 1], [2, 2]], "zero-shot, few-shot"

@@ -312,6 +312,9 @@ def test_gradients_must_have_the_shape_of_the_prompts(device):
     for grads in (torch.zeros(U, V - 1, 40, device=device), torch.zeros(U, 40, V, device=device).transpose(1, 2)):
         with pytest.raises(ValueError, match=r"it must be \(7, 6, 40\), each row's numbers side by side"):
             prompt_rows(x, torch.zeros((), requires_grad=True), [PromptRows(prompts, plan, grads)])
+    whole = PromptRows(prompts, plan, torch.zeros_like(prompts, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"prompt_rows: grad_prompts is torch.int64; gradients need a floating dtype"):
+        prompt_rows(x, torch.zeros((), requires_grad=True), [whole])
 
 
 def test_fp64_is_refused_by_the_kernels_and_exact_without_them(request, device):

@@ -138,6 +138,17 @@ def test_rows_at_odd_addresses(device):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("by_pieces", [False, True])
+def test_a_scale_is_not_rounded_to_bf16(device, by_pieces):
+    """One that bf16 would round up by nearly 2^-8."""
+    x, A, Bt, scale, *rest = make_inputs([5, 200], device, False, torch.bfloat16)
+    scale.fill_(1.25 + 2**-8 + 2**-12)
+    op = partial(segment_lora, by_pieces=by_pieces)
+    y = op(x, A, Bt, scale, *rest[:2]).cpu().double()
+    exact = reference.segment_lora(*in_fp64([x.cpu(), A.cpu(), Bt.cpu(), scale.cpu(), *rest[:2]]))
+    assert abs(float((y * exact).sum() / exact.square().sum()) - 1) < 1e-3
+
+
 def test_unused_rank_rows_and_absent_slots_get_gradient_zero(device):
     inputs = make_inputs([5, 40], device)
     *_, plan, ranks, _ = inputs
@@ -218,6 +229,7 @@ def wrong_inputs(device):
     """message -> (x, A, Bt, scale, segments, ranks, drop) of which one is wrong."""
     x, A, Bt, scale, segments, ranks, _ = make_inputs([16, 32], device)
     drop = torch.tensor([[7, 64], [8, 30]], device=device)
+    whole = [tensor.nan_to_num(1.0).long() for tensor in (x, A, Bt)]
 
     def wrong(**changes):
         right = {"x": x, "A": A, "Bt": Bt, "scale": scale, "segments": segments, "ranks": ranks, "drop": drop}
@@ -229,6 +241,8 @@ def wrong_inputs(device):
         "x has 39 columns but A is (4, 8, 40), made for 40. Was this adapter trained": wrong(x=x[:, 1:]),
         "A is (4, 8, 40), so Bt must be [4, 8, N]; got (4, 7, 24)": wrong(Bt=Bt[:, 1:]),
         "must share a dtype; got torch.float32, torch.float64, torch.float32": wrong(A=A.double()),
+        "x is torch.int64; ": wrong(x=whole[0], A=whole[1], Bt=whole[2]),
+        "scale requires grad but gets no gradient here; detach it": wrong(scale=scale.clone().requires_grad_()),
         "segment of slot 9 but the bank has 4 slots": wrong(segments=Segments.build([0, 9], [16, 32], device)),
         "A is (4, 8, 40) with strides (320, 1, 8); needed is (4, 8, 40), contiguous within a slot": wrong(
             A=A.transpose(1, 2).contiguous().transpose(1, 2)),
@@ -255,6 +269,15 @@ def test_shapes_dtypes_and_layouts_that_disagree_are_errors(device, message):
     with pytest.raises(ValueError) as error:
         segment_lora(*wrong_inputs(device)[message])
     assert message in str(error.value) and str(error.value).startswith("segment_lora: ")
+
+
+def test_more_rank_rows_than_kernels_take_are_an_error_there_and_right_on_a_cpu(device):
+    inputs = make_inputs([16, 3], device, R=264, sizes=(8, 8))
+    if inputs[4].plan is None:
+        assert_matches_reference(inputs)
+    else:
+        with pytest.raises(ValueError, match="A has 264 rank rows at 1 sites but kernels take 256 at once; give each"):
+            segment_lora(*inputs[:-1])
 
 
 def test_a_device_without_an_implementation_is_an_error():

@@ -95,7 +95,11 @@ def test_slots_and_starts_are_on_the_host():
     ([0, -1], [4, 4], "negative slot or length"),
     ([0, 1], [4, -4], "negative slot or length"),
     ([0, 1], [4], "2 slots but 1 lengths"),
-    ([[0, 1]], [[4, 4]], "1 slots but 1 lengths"),
+    ([[0, 1]], [[4, 4]], r"slots must be a list of whole numbers; got int64 of shape \(1, 2\)"),
+    (5, 5, r"slots must be a list of whole numbers; got int64 of shape \(\)"),
+    ([0.7], [1], "slots must be a list of whole numbers; got float64 of shape"),
+    ([0], [1.9], "lengths must be a list of whole numbers; got float64 of shape"),
+    (["a"], [1], "slots must be a list of whole numbers"),
 ])  # fmt: skip
 def test_plans_that_make_no_sense_are_refused(slots, lengths, message):
     with pytest.raises(ValueError, match=message):
@@ -148,6 +152,35 @@ def test_kernel_chunks_cover_every_row_once_and_parts_are_summed_in_row_order(mo
             rows_of[segment] += range(*part_of[part][1:])
     for segment, (start, end, _) in enumerate(plan.segments.tolist()):
         assert rows_of[segment] == list(range(start, end))
+
+
+@settings(derandomize=True, max_examples=20, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(lengths=LENGTHS, most=st.sampled_from([1, 2, 1023]))
+def test_a_kernel_plan_has_the_tables_of_plain_pytorchs(monkeypatch, lengths, most):
+    monkeypatch.setattr(minipeft_kernels.backend, "INTERPRET", False)
+    monkeypatch.setattr(segments_module, "MOST_GROUPS", most)
+    plain = build(lengths)
+    segments, plan = interpreter_plan(monkeypatch, lengths)
+    for one, other in ((plain.live_slots, segments.live_slots), (plain.slot_of_row, segments.slot_of_row)):
+        assert torch.equal(one, other) and one.dtype == other.dtype == torch.int64
+    slots, ends = [], []
+    for rows, own, own_ends in plan.groups:
+        assert 1 <= len(own) == len(own_ends) <= most and own_ends.dtype == torch.int32
+        assert rows.start == (ends[-1] if ends else 0) and rows.stop == rows.start + own_ends[-1]
+        slots += own.tolist()
+        ends += (rows.start + own_ends).tolist()
+    assert slots == plain.tiles.groups.slots.tolist() and ends == plain.tiles.groups.ends.tolist()
+
+
+def test_a_plan_is_one_copy_to_the_device(monkeypatch):
+    """Whatever an op needs of it later is there, or is made there."""
+    copies = []
+    monkeypatch.setattr(segments_module, "to_device", lambda table, device: copies.append(1) or torch.from_numpy(table))
+    segments, plan = interpreter_plan(monkeypatch, [5, 0, 40])
+    tables = [plan.segments, *plan.tiles.values(), plan.chunks, plan.finals, plan.slots, segments.live_slots,
+              *(tensor for _, *tensors in plan.groups for tensor in tensors)]  # fmt: skip
+    assert len(copies) == 1 and len({table.untyped_storage().data_ptr() for table in tables}) == 1
 
 
 def test_the_backend_is_a_function_of_the_device_and_the_interpreter(monkeypatch):

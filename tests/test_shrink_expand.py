@@ -9,6 +9,7 @@ from accuracy import assert_as_accurate
 from test_segment_lora import make_inputs
 
 from minipeft_kernels import reference, shrink_expand
+from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.shrink_expand import can_join, configuration, site_table
 
 
@@ -56,7 +57,7 @@ def test_a_user_of_rank_zero_gets_exactly_nothing(kernels):
 
 
 def test_block_sizes_are_what_the_kernels_can_take():
-    for num_ranks, itemsize in product(range(1, 257), (2, 4)):
+    for num_ranks, itemsize in product(range(1, MOST_RANKS + 1), (2, 4)):
         config = configuration(num_ranks, itemsize)
         assert shrink_expand.PLANE % config["BLOCK"] == 0 and config["BLOCK"] % 16 == 0
         assert config["BLOCK_T"] in (16, 32, 64)
@@ -71,3 +72,10 @@ def test_only_widths_of_whole_blocks_can_be_joined(dtype):
         site_table([block, block + 16], 24, dtype, "cpu")
     table = site_table([block, 2 * block], 24, dtype, "cpu").tolist()
     assert table == [[0, 0, block], [1, block, 2 * block], [1, block, 2 * block]]
+
+
+def test_sites_of_more_rank_rows_than_a_program_takes_are_launched_one_by_one():
+    widths = [256, 256, 256]
+    assert can_join(widths, MOST_RANKS, torch.bfloat16) and not can_join(widths, MOST_RANKS + 1, torch.bfloat16)
+    with pytest.raises(ValueError, match="3 sites of 384 rank rows in all cannot share a launch, which takes 256"):
+        site_table(widths, 384, torch.bfloat16, "cpu")

@@ -14,6 +14,7 @@ from minipeft.default_base import initialise
 from minipeft.engine import Engine
 from minipeft.labels import LabelSet, Question
 from minipeft.methods import METHODS
+from minipeft.methods import lora as lora_file
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.running import for_base
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
@@ -45,9 +46,9 @@ def base():
     return initialise(Decoder(config), seed=0).requires_grad_(False)
 
 
-def ready(base, name: str, num_users: int) -> tuple[Engine, list[Run]]:
+def ready(base, name: str, num_users: int, **options) -> tuple[Engine, list[Run]]:
     """Users by a method, with as many rows each, after a first step."""
-    method = for_base(METHODS[name](), base)
+    method = for_base(METHODS[name](**options), base)
     engine, runs = Engine(base, LabelSet([[1], [2]]), PassConfig(slots=num_users)), []
     words = np.random.default_rng(0).integers(3, 100, (num_users, 2, 8)).tolist()
     for u in range(num_users):
@@ -64,8 +65,8 @@ def operations(base, name: str, num_users: int) -> Counter:
     return +counted.ops
 
 
-def python_calls(base, name: str, num_users: int) -> int:
-    engine, runs = ready(base, name, num_users)
+def python_calls(action) -> int:
+    """Calls of Python functions while action runs."""
     calls = 0
 
     def count(frame, event, arg):
@@ -75,10 +76,15 @@ def python_calls(base, name: str, num_users: int) -> int:
     before = sys.getprofile()
     sys.setprofile(count)
     try:
-        engine.train_step(runs)
+        action()
     finally:
         sys.setprofile(before)
     return calls
+
+
+def calls_of_a_step(base, name: str, num_users: int) -> int:
+    engine, runs = ready(base, name, num_users)
+    return python_calls(lambda: engine.train_step(runs))
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -88,8 +94,32 @@ def test_more_users_are_no_more_operations(base, name):
     assert sum(many.values()) <= MOST[name], f"{sum(many.values())} operations: {many.most_common()}"
 
 
+def test_dropout_is_drawn_once_for_every_input_of_a_step_and_copied_at_once(base, monkeypatch):
+    """q, k and v share an input, gate and up too, whether they are launched together or not."""
+    engine, runs = ready(base, "lora", 4, dropout=0.5)
+    inputs, copies, keys_of, to_device = [], [], lora_file.keys_of, lora_file.to_device
+    monkeypatch.setattr(lora_file, "keys_of", lambda *args: inputs.append(args[2]) or keys_of(*args))
+    monkeypatch.setattr(lora_file, "to_device", lambda *args: copies.append(args) or to_device(*args))
+    engine.train_step(runs)
+    assert sorted(inputs) == sorted(group[0] for group in base.shared_inputs) and len(copies) == 1
+    assert len(inputs) == 4 * LAYERS
+
+
 @pytest.mark.parametrize("name", ["lora", "houlsby", "prefix"])
 def test_a_user_costs_few_calls_of_python_whatever_the_layers(base, name):
     """What is done per user, is done once per step: the minibatch, packing, settings."""
-    few, many = (python_calls(base, name, number) for number in (8, 40))
+    few, many = (calls_of_a_step(base, name, number) for number in (8, 40))
     assert (many - few) / 32 <= 60, f"{(many - few) / 32} calls per user"
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_admitting_a_user_costs_few_calls_of_python(base, name):
+    """What a method looks up in the base, it does not look up again for every user."""
+    method = for_base(METHODS[name](), base)
+    engine = Engine(base, LabelSet([[1], [2]]), PassConfig(slots=4))
+    questions = [Question((3, 4, 5), 0)]
+    jobs = [Job(f"user {u}", questions, questions, TrainConfig(method)) for u in range(4)]
+    for job in jobs[:3]:
+        engine.begin(job)
+    calls = python_calls(lambda: engine.begin(jobs[3]))
+    assert calls <= 100 + 30 * len(method.shapes(base)), f"{calls} calls"

@@ -1,9 +1,11 @@
 """Do passes that start from kept states give what passes through all layers give, and is only the top trained?"""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from small_bases import make_bert
 from test_classifier import CONFIG, C, make_jobs, make_model
 
 from minipeft.engine import Engine, label_scores
@@ -11,17 +13,23 @@ from minipeft.errors import InputError
 from minipeft.labels import Classes
 from minipeft.methods.bottleneck import Houlsby
 from minipeft.methods.head import Head
+from minipeft.methods.lora import LoRA
+from minipeft.methods.prompt import PromptTuning
 from minipeft.methods.stack import Stack
 from minipeft.models import trunk
-from minipeft.models.classifier import POOLINGS
-from minipeft.models.trunk import Trunk, keep_top
+from minipeft.models.trunk import Trunk, above_frozen, keep_top
 from minipeft.peftu.features import features
+from minipeft.running import evaluate, for_base, open_base
+from minipeft.schedule import PassConfig
+from minipeft.store import Store
+from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
+from minipeft.training import Training
 
 METHODS = {"lora": CONFIG.method, "houlsby": Stack((Houlsby(reduction=3), Head())), "head": Head()}
 
 
-def made(jobs, pooling="mean"):
-    whole = make_model(pooling)
+def made(jobs):
+    whole = make_model()
     keep_top(whole, 1)
     return whole, Trunk(whole, (q.prompt for job in jobs for q in (*job.train, *job.val)))
 
@@ -39,12 +47,11 @@ def test_the_top_layers_are_what_is_left():
         keep_top(make_model(), 3)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_kept_states_train_and_answer_as_all_layers_do(method, pooling, monkeypatch):
+def test_kept_states_train_and_answer_as_all_layers_do(method, monkeypatch):
     monkeypatch.setattr(trunk, "TOKEN_BUDGET", 64)  # several passes
     jobs = [replace(job, config=replace(job.config, method=method)) for job in make_jobs(3)]
-    whole, top = made(jobs, pooling)
+    whole, top = made(jobs)
     assert top.first == 1 and len(top.starts) == len({q.prompt for job in jobs for q in (*job.train, *job.val)})
     slow, quick = (Engine(model, Classes(C)).train(jobs) for model in (whole, top))
     for user in slow:
@@ -62,14 +69,78 @@ def test_kept_states_train_and_answer_as_all_layers_do(method, pooling, monkeypa
 def test_the_lower_layers_do_not_run(monkeypatch):
     jobs = make_jobs(2)
     _, top = made(jobs)
+    Engine(top, Classes(C)).train(jobs)  # which keeps what fills users up to whole tiles, too
     monkeypatch.setattr(top.encoder.layers[0], "forward", lambda *args: pytest.fail("a frozen layer ran"))
     Engine(top, Classes(C)).train(jobs)
 
 
-def test_an_unknown_text_is_an_error():
-    jobs = make_jobs(1)
-    _, top = made(jobs)
-    asked = {jobs[0].user: [replace(jobs[0].val[0], prompt=(1, 2, 3))]}
-    adapters = Engine(top, Classes(C)).train(jobs)
-    with pytest.raises(ValueError, match="has no kept states"):
-        label_scores(top, Classes(C), adapters, asked)
+def test_texts_are_kept_when_they_are_first_asked_about():
+    jobs = make_jobs(3)
+    whole, at_once = made(jobs)
+    later = Trunk(whole)
+    assert later.num_rows == 0 and not later.starts
+    rows = [Engine(base, Classes(C)).train(jobs)["user 1"].row for base in (at_once, later)]
+    assert (rows[0] - rows[1]).norm() <= 1e-5 * rows[0].norm()
+    assert {q.prompt for job in jobs for q in (*job.train, *job.val)} <= later.starts.keys()
+    assert sum(map(len, later.starts)) == later.num_rows <= len(later.states)
+
+
+def test_states_that_would_be_too_many_are_computed_again():
+    jobs = make_jobs(4)
+    whole, kept = made(jobs)
+    text_bytes = whole.config.width * 4
+    forgetful = Trunk(whole, most_bytes=100 * text_bytes)
+    slots = PassConfig(slots=2, token_budget=64)
+    rows = [Engine(base, Classes(C), slots).train(jobs)["user 3"].row for base in (kept, forgetful)]
+    assert (rows[0] - rows[1]).norm() <= 1e-5 * rows[0].norm()
+    assert forgetful.num_rows < kept.num_rows and len(forgetful.states) < kept.num_rows / 2
+
+
+@pytest.mark.parametrize("method, first", [
+    (LoRA(2, sites=("layers.1.attn.q",)), 1), (LoRA(2, sites=("layers.1.attn.q", "layers.0.mlp.down")), 0),
+    (Head(), 2), (LoRA(2, sites=("q",)), 0), (PromptTuning(2), 0), (LoRA(2, sites=("layers.1.attn.v", "embed")), 0),
+], ids=["top", "both", "head", "all", "prompt", "embedding"])  # fmt: skip
+def test_a_method_that_leaves_the_lowest_layers_alone_starts_above_them(method, first):
+    """On an encoder, without being told."""
+    whole = make_model()
+    method = for_base(method, whole)
+    base = above_frozen(whole, method)
+    assert getattr(base, "first", 0) == first
+    assert method.shapes(base) == method.shapes(whole)
+    jobs = [replace(job, config=replace(job.config, method=method)) for job in make_jobs(2)]
+    slow, quick = (Engine(each, Classes(C)).train(jobs) for each in (whole, base))
+    for user in slow:
+        assert (slow[user].row - quick[user].row).norm() <= 1e-5 * slow[user].row.norm()
+    if first:
+        with pytest.raises(InputError, match="no site of this base"):
+            for_base(LoRA(2, sites=("layers.0.attn.q",)), base).check(base)
+
+
+def test_what_reads_the_pooler_still_does():
+    whole = make_model("pooler")
+    method = for_base(LoRA(2, sites=("layers.1.attn.q",)), whole)
+    jobs = [replace(job, config=replace(job.config, method=method)) for job in make_jobs(2)]
+    slow, quick = (Engine(each, Classes(C)).train(jobs) for each in (whole, above_frozen(whole, method)))
+    for user in slow:
+        assert (slow[user].row - quick[user].row).norm() <= 1e-5 * slow[user].row.norm()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_training_into_a_store_starts_above_frozen_layers(deterministic, tmp_path):
+    """Adapters are those of the whole base, which the store's users are asked on. Deterministic mode goes without."""
+    task, _ = make_synthetic(SyntheticConfig(users=3, max_examples=24, test_examples=5, texts=30))
+    model = make_bert(task, tmp_path / "bert")
+    config = replace(CONFIG, method=LoRA(2, sites=("layers.1.attn.q",)), epochs=2)
+    passes = PassConfig(deterministic=deterministic)
+    plan = Training.plan(model, task, config, tmp_path / "store", passes=passes)
+    assert plan.run().trained == 3
+    (start,) = (line for line in map(json.loads, (tmp_path / "store" / "log.jsonl").read_text().splitlines())
+                if line["event"] == "start")  # fmt: skip
+    assert start["frozen_layers"] == (not deterministic)
+    base, store = open_base(model, len(task.labels)), Store(tmp_path / "store")
+    expected = Engine(base, plan.prompts.labels, passes).train([plan.job(user)[0] for user in plan.users])
+    for user, adapter in expected.items():
+        row = store.get(user, base).row
+        assert (row - adapter.row).norm() <= 1e-5 * adapter.row.norm()
+        assert torch.equal(row, adapter.row) or not deterministic
+    assert 0 <= evaluate(base, store, task).mean <= 100

@@ -45,7 +45,6 @@ class EmbeddingUpdate:
 
     def __call__(self, tokens: Tensor, share: Share) -> Tensor:
         segments, anchor = share.segments, share.anchor
-        slots = torch.from_numpy(segments.slots).to(tokens.device)
-        v = _Gather.apply(anchor, *self.At, slots, segments.slot_of_row, tokens)
-        v = v * self.scale.index_select(0, segments.slot_of_row)[:, None].to(v.dtype)
+        v = _Gather.apply(anchor, *self.At, segments.live_slots, segments.slot_of_row, tokens)
+        v = (v * self.scale.index_select(0, segments.slot_of_row)[:, None]).to(v.dtype)
         return segment_matmul(v, anchor, *self.Bt, segments)

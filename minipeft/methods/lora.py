@@ -30,7 +30,9 @@ from minipeft.models.hooks import Sites
 from minipeft.models.t5 import T5
 from minipeft.randomness import keys_of
 from minipeft_kernels.backend import backend
+from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.segment_lora import Lora
+from minipeft_kernels.segments import to_device
 from minipeft_kernels.shrink_expand import can_join, site_table
 
 SCALINGS = ("lora", "rslora")
@@ -40,7 +42,7 @@ SCALINGS = ("lora", "rslora")
 class LoRA(Method):
     """One user's LoRA configuration.
 
-    rank:  inner width of the update, no unit.
+    rank:  inner width of the update, no unit; at linear maps at most 256 on a GPU.
     alpha: the update is scaled by alpha / rank.
     sites: last words of the site names it acts at, e.g. ("q", "v"); a full name like "layers.3.attn.q" picks one;
            "embed" is the token embedding, "head" the map to the vocabulary.
@@ -78,6 +80,10 @@ class LoRA(Method):
             if self.rank_of(site) > min(K, N):
                 raise InputError(f"LoRA rank {self.rank_of(site)} is above the width of {site} ({K} in, {N} out); "
                                  "lower it")  # fmt: skip
+        for site in self.linear(base):
+            if self.rank_of(site) > MOST_RANKS and backend(base.linears[site].weight.device) == "triton":
+                raise InputError(f"LoRA rank {self.rank_of(site)} at {site}: on a GPU ranks are at most {MOST_RANKS}; "
+                                 "lower it, or use a CPU")  # fmt: skip
 
     def chosen(self, base: Sites) -> dict[str, tuple[int, int]]:
         """The sites it acts at, with their (K, N)."""
@@ -93,10 +99,16 @@ class LoRA(Method):
         return {site: size for site, size in self.chosen(base).items() if site not in base.embeddings}
 
     def rank_of(self, site: str) -> int:
-        return next((rank for name, rank in self.ranks if picks(name, site)), self.rank)
+        for name, rank in self.ranks:
+            if picks(name, site):
+                return rank
+        return self.rank
 
     def alpha_of(self, site: str) -> float:
-        return next((alpha for name, alpha in self.alphas if picks(name, site)), self.alpha)
+        for name, alpha in self.alphas:
+            if picks(name, site):
+                return alpha
+        return self.alpha
 
     def scale_of(self, site: str) -> float:
         rank = self.rank_of(site)
@@ -242,17 +254,23 @@ class LoraActor(Actor):
             scale[slot] = method.scale_of(site)
             ranks[slot] = host_ranks[slot] = method.rank_of(site)
 
-    def lora(self, sites: tuple[str, ...], share: Share) -> Lora | None:
-        if sites not in self.loras:
-            return None
-        slots, (_, ranks, host_ranks) = share.segments.slots, self.settings[sites[0]]
-        masked = (host_ranks[slots] < self.bank.layout.shapes[f"{sites[0]}.A"][0]).any()
-        return Lora(segments=share.segments, ranks=ranks if masked else None, drop=self._drop(sites[0], share),
-                    **self.loras[sites])  # fmt: skip
+    def loras_of(self, share: Share) -> dict[tuple[str, ...], Lora]:
+        loras, drops, slots = {}, self._drops(share), share.segments.slots
+        for sites, view in self.loras.items():
+            _, ranks, host_ranks = self.settings[sites[0]]
+            masked = (host_ranks[slots] < self.bank.layout.shapes[f"{sites[0]}.A"][0]).any()
+            loras[sites] = Lora(segments=share.segments, ranks=ranks if masked else None,
+                                drop=drops.get(self.input_of[sites[0]]), **view)  # fmt: skip
+        return loras
 
-    def _drop(self, site: str, share: Share) -> Tensor | None:
-        """[S, 2] int64: each segment's dropout, see dropout.py. Sites that share their input share the mask."""
-        if share.steps is None or not self.thresholds.any():
-            return None
-        keys = keys_of(share.keys, share.steps, self.input_of[site])
-        return torch.from_numpy(np.stack([keys, self.thresholds[share.segments.slots]], 1)).to(self.bank.weights.device)
+    def _drops(self, share: Share) -> dict[str, Tensor]:
+        """By input, each segment's dropout there, [S, 2] int64 (dropout.py), in one copy; {} where nothing is dropped.
+
+        An input has the name of the first site that reads it: sites that share it share the mask.
+        """
+        inputs = {self.input_of[sites[0]] for sites in self.loras}
+        if share.steps is None or not inputs or not self.thresholds.any():
+            return {}
+        thresholds = self.thresholds[share.segments.slots]
+        tables = [np.stack([keys_of(share.keys, share.steps, name), thresholds], 1) for name in inputs]
+        return dict(zip(inputs, to_device(np.stack(tables), self.bank.weights.device)))

@@ -10,6 +10,7 @@ A method never runs over users. It says where in the base each of its parameters
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -150,6 +151,11 @@ def choose(method: str, names: tuple[str, ...], places: dict) -> dict:
     Raises:
         InputError: no name, or one that is nowhere in this base; says what there is.
     """
+    return {place: places[place] for place in _chosen(method, tuple(names), tuple(places))}
+
+
+@lru_cache(1024)  # every user who is admitted asks several times
+def _chosen(method: str, names: tuple[str, ...], places: tuple[str, ...]) -> list[str]:
     if not names:
         raise InputError(f"{method}: no sites, so nothing would be trained; name at least one, e.g. "
                          f"{next(iter(places), 'q').rsplit('.', 1)[-1]}")
@@ -157,7 +163,7 @@ def choose(method: str, names: tuple[str, ...], places: dict) -> dict:
         if not any(picks(name, place) for place in places):
             kinds = sorted({place.rsplit(".", 1)[-1] for place in places}) or ["none that it could act at"]
             raise InputError(f"{method}: no site of this base is called {name!r}; it has {', '.join(kinds)}")
-    return {place: size for place, size in places.items() if any(picks(name, place) for name in names)}
+    return [place for place in places if any(picks(name, place) for name in names)]
 
 
 def picks(name: str, place: str) -> bool:
@@ -248,9 +254,9 @@ class Actor:
     def admit(self, slot: int, method: Method) -> None:
         """Note what is the user's own besides the row: a scale, a rank."""
 
-    def lora(self, sites: tuple[str, ...], share: Share) -> Lora | None:
-        """The LoRA at these sites, which share their input; None if there is none at all of them, or not at once."""
-        return Lora(segments=share.segments, ranks=None, **self.loras[sites]) if sites in self.loras else None
+    def loras_of(self, share: Share) -> dict[tuple[str, ...], Lora]:
+        """A share's LoRA of a pass, by the sites it acts at: at each by itself, and at those that can go at once."""
+        return {sites: Lora(segments=share.segments, ranks=None, **view) for sites, view in self.loras.items()}
 
 
 class Residents:

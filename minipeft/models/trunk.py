@@ -1,4 +1,4 @@
-"""Adapters in the top layers only, and an encoder whose frozen lower layers have run already.
+"""Adapters in the top layers only, and an encoder whose frozen lower layers run once for each text.
 
     h = layers k .. L - 1 of (the state of each text after layer k - 1)        as if all layers ran, to the last bit's
                                                                                rounding
@@ -8,7 +8,8 @@ users, and training over epochs: so they are computed once per distinct text, ke
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,11 +17,16 @@ from torch import Tensor
 
 from minipeft.errors import InputError
 from minipeft.models.classifier import Base, Classifier
-from minipeft.models.hooks import BASE, Hooks, Sites
+from minipeft.models.hooks import BASE, Hooks
 from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
 
+if TYPE_CHECKING:
+    from minipeft.methods.method import Method
+
 TOKEN_BUDGET = 4096  # rows in a pass that computes states
+MOST_BYTES = 1 << 30  # of kept states
+TABLES = ("sites", "linears", "norms", "blocks", "attentions")  # of a base, by site
 
 Tokens = tuple[int, ...]
 
@@ -40,13 +46,16 @@ def keep_top(base: Base, num_layers: int) -> None:
     if not 1 <= num_layers <= 1 + min(last.values()):
         raise InputError(f"--top-layers {num_layers}: this base has {1 + min(last.values())} layers")
 
-    def stays(site: str) -> bool:
-        found = _layer_of(site)
-        return found is not None and found[1] > last[found[0]] - num_layers
+    _leave(base, lambda stack, layer: layer > last[stack] - num_layers)
 
-    for table in ("sites", "linears", "norms", "blocks", "attentions"):
-        setattr(base, table, {site: what for site, what in getattr(base, table).items() if stays(site)})
-    base.shared_inputs = tuple(group for group in base.shared_inputs if stays(group[0]))
+
+def _leave(base: Base, stays: Callable[[str, int], bool]) -> None:
+    """Take sites away: those outside the layers and of layers that do not stay. stays: (stack, layer) -> whether."""
+    there = {site for table in TABLES for site in getattr(base, table)
+             if (found := _layer_of(site)) is not None and stays(*found)}  # fmt: skip
+    for table in TABLES:
+        setattr(base, table, {site: what for site, what in getattr(base, table).items() if site in there})
+    base.shared_inputs = tuple(group for group in base.shared_inputs if group[0] in there)
     base.embeddings = {}
 
 
@@ -56,71 +65,87 @@ def _layer_of(site: str) -> tuple[str, int] | None:
     return None if found is None else (found[1], int(found[2]))
 
 
-def first_acting_layer(base: Sites) -> int:
-    """The lowest layer that has a site."""
-    return min(_layer_of(site)[1] for site in base.sites)
+def first_acting_layer(places: Iterable[str], num_layers: int) -> int:
+    """The lowest layer among these sites or parameters; num_layers if all stand at the head, 0 if one is elsewhere."""
+    layers = {place: _layer_of(place) for place in places}
+    return min(found[1] if found else num_layers if "head." in place else 0 for place, found in layers.items())
+
+
+def above_frozen(base: Base, method: "Method") -> Base:
+    """What users of this method train on: a Trunk where the base is an encoder and the method leaves its lowest layers
+    alone, else the base."""
+    if not isinstance(base, Classifier) or base.lockstep is not None or any(method.virtual(base)):
+        return base
+    first = first_acting_layer(method.shapes(base), len(base.encoder.layers))
+    return Trunk(base, first=first) if first else base
 
 
 class Trunk(Classifier):
-    """A classifier that starts from kept states. Only the texts it was made with can be asked about.
+    """A classifier that starts from kept states. A text's are computed when it is first asked about.
 
     Args:
-        whole: the classifier; its sites may lie in any layers, the lowest of them says where passes start.
-        texts: the token ids of every text that will be asked about.
+        whole: the classifier.
+        texts: token ids of texts whose states are computed at once.
+        first: the layer that passes start at, below which there are no sites; None: the lowest of whole's that has one.
+        most_bytes: of kept states. Where they would be more, all are forgotten, and computed again when asked about.
     """
 
-    def __init__(self, whole: Classifier, texts: Iterable[Sequence[int]]):
+    def __init__(
+        self, whole: Classifier, texts: Iterable[Sequence[int]] = (), first: int | None = None,
+        most_bytes: int = MOST_BYTES,
+    ):  # fmt: skip
         super().__init__(whole.encoder, whole.head_size[1], whole.pooling)
-        for table in ("sites", "shared_inputs", "linears", "norms", "blocks", "attentions", "embeddings"):
+        for table in (*TABLES, "shared_inputs"):
             setattr(self, table, getattr(whole, table))
-        self.first = first_acting_layer(whole)
+        self.first = first_acting_layer(whole.sites, len(whole.encoder.layers)) if first is None else first
+        _leave(self, lambda stack, layer: layer >= self.first)
         self.starts: dict[Tokens, int] = {}  # text -> its first row in `states`
-        self.states = torch.cat([self._zero(), *self._computed(dict.fromkeys(map(tuple, texts)))])  # [rows, width]
+        self.states = torch.zeros(0, self.config.width, device=self.device, dtype=self.dtype)
+        self.num_rows = 0  # of `states` that hold some; the rest is room
+        self.most_rows = most_bytes // (self.config.width * self.dtype.itemsize)
+        self.keep(dict.fromkeys(map(tuple, texts)))
 
-    @property
-    def num_rows(self) -> int:
-        """Of all distinct texts together."""
-        return len(self.states) - 1
-
-    def _zero(self) -> Tensor:
-        """Row 0: what filler starts from, which nothing reads."""
-        return torch.zeros(1, self.config.width, device=self.device, dtype=self.dtype)
+    def keep(self, texts: Collection[Tokens]) -> None:
+        """Have the states of these distinct texts."""
+        new = [text for text in texts if text not in self.starts]
+        if self.num_rows + sum(map(len, new)) > self.most_rows:
+            self.starts, self.num_rows, new = {}, 0, list(texts)
+        needed = self.num_rows + sum(map(len, new))
+        if needed > len(self.states):
+            grown = self.states.new_zeros(max(needed, min(2 * len(self.states), self.most_rows)), self.config.width)
+            grown[: self.num_rows] = self.states[: self.num_rows]
+            self.states = grown
+        for group in groups_within(sorted(new, key=len), TOKEN_BUDGET):
+            self._compute(group)
 
     @torch.no_grad()
-    def _computed(self, texts: Iterable[Tokens]) -> Iterable[Tensor]:
-        end = 1
-        for group in groups_within(sorted(texts, key=len), TOKEN_BUDGET):
-            rows = Rows.pack(group, self.device, causal=False)
-            x = self.encoder.embedded(rows)
-            for layer in self.encoder.layers[: self.first]:
-                x = layer(x, rows, BASE)
-            for text in group:
-                self.starts[text] = end
-                end += len(text)
-            yield x
+    def _compute(self, texts: list[Tokens]) -> None:
+        rows = Rows.pack(texts, self.device, causal=False)
+        x = self.encoder.embedded(rows)
+        for layer in self.encoder.layers[: self.first]:
+            x = layer(x, rows, BASE)
+        self.states[self.num_rows :][: len(x)] = x
+        for text in texts:
+            self.starts[text] = self.num_rows
+            self.num_rows += len(text)
 
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
-        """As Classifier's. Raises ValueError for a text it was not made with, or rows with virtual tokens."""
-        x = self.states.index_select(0, self._rows_of(rows))
+        """As Classifier's. Raises ValueError for rows with virtual tokens."""
+        places = self._places(rows)
+        x = self.states.index_select(0, places)
         for layer in self.encoder.layers[self.first :]:
             x = run(self.encoder, layer, x, rows, hooks)
         return x
 
-    def _rows_of(self, rows: Rows) -> Tensor:
-        """[T] rows of `states`."""
+    def _places(self, rows: Rows) -> Tensor:
+        """Where in `states` each row's state is, [T], once it is there."""
         if rows.virtual is not None:
             raise ValueError("Trunk: virtual tokens have no kept states; use a method without, or all layers.")
-        tokens, places, at = rows.tokens.tolist(), np.zeros(len(rows.tokens), dtype=np.int64), 0
-        for length in rows.lengths.tolist():
-            text = tuple(tokens[at : at + length])
-            start = self.starts.get(text)
-            if start is not None:
-                places[at : at + length] = np.arange(start, start + length)
-            elif any(text):  # filler is token 0
-                raise ValueError(f"Trunk: a text of {length} tokens has no kept states; make the trunk with "
-                                 "every text that will be asked about.")  # fmt: skip
-            at += length
-        return torch.from_numpy(places).to(self.device)
+        tokens, ends = rows.tokens.tolist(), np.cumsum(rows.lengths).tolist()
+        texts = [tuple(tokens[start:end]) for start, end in zip([0, *ends], ends)]
+        self.keep(dict.fromkeys(texts))
+        places = [np.arange(len(text)) + self.starts[text] for text in texts]
+        return torch.from_numpy(np.concatenate(places)).to(self.device)
 
 
 def groups_within(texts: Iterable[Tokens], budget: int) -> Iterable[list[Tokens]]:

@@ -30,10 +30,12 @@ from minipeft.peftu.cold_start import cold_start, new_users
 from minipeft.peftu.cold_start import planned_examples as cold_examples
 from minipeft.peftu.protocol import PROTOCOLS
 from minipeft.peftu.records import BASELINES, load_records
-from minipeft.peftu.runner import BASE_MADE, SHARED, SHARED_USER, Plan, TaskRun, audit_of
+from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun, audit_of
 from minipeft.peftu.settings import load_settings, told
 from minipeft.peftu.summary import summarise
 from minipeft.peftu.tidy import Tidied, load_tidied, tidied
+from minipeft.peftu.untrained import BASE_MADE
+from minipeft.profiling import profiled
 from minipeft.running import open_base
 from minipeft.schedule import PassConfig
 from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_shared, make_synthetic
@@ -79,6 +81,7 @@ def run_peftu(argv: Sequence[str]) -> None:
         show, update = bar
         runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name))
                 for each, base in zip(tasks, bases)]  # fmt: skip
+        first = runs[0].task.name
         facts: dict[str, dict] = {"ceilings": ceilings, "audit": {}, "left_out": {}}
         names: dict[str, set[str]] = {}
         while runs:
@@ -87,6 +90,9 @@ def run_peftu(argv: Sequence[str]) -> None:
             run.run(later[name])
             if new:
                 cold_start(run, new[name])
+            if args.profile and name == first:
+                with profiled(args.out):
+                    run.train_a_little()
             run.finish()
             facts["audit"][name], facts["left_out"][name] = run.audit.report(), run.left_out
             names[name] = {*BASELINES, *run.methods, SHARED, SHARED_USER}
@@ -165,6 +171,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--split", choices=KINDS, default="leaked", help="which split of the tasks (default: leaked)")
     parser.add_argument("--instructions", type=Path, metavar="FILE", help="the published repository's config.json")
     parser.add_argument("--report", type=Path, metavar="OUT", help="only write the report of a finished run again")
+    parser.add_argument("--profile", action="store_true",
+                        help="also train a few users of the first task under the profiler: trace.json, kernels.txt")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"), metavar="DIR",
                         help="folder for records and result; a run that was killed continues (default: runs/<time>)")

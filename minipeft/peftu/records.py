@@ -20,6 +20,7 @@ from minipeft.files import write_file
 KINDS = ("baseline", "shared", "personal")
 BASELINES = ("global_majority", "own_majority", "others_vote", "zero_shot", "few_shot", "retrieval", "probe_pooled",
              "probe_user", "probe_pooled_user")  # fmt: skip
+UNANSWERED = "test examples without an answer"  # in `notes`
 
 
 @dataclass(frozen=True)

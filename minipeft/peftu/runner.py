@@ -9,7 +9,6 @@ A learning rate is chosen by the validation loss, averaged over users, of the fi
 again.
 """
 
-import math
 import resource
 import shutil
 import time
@@ -23,7 +22,7 @@ import torch
 
 from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
-from minipeft.labels import LabelSet, Question, Tags
+from minipeft.labels import Question, Tags
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
@@ -31,28 +30,25 @@ from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.asking import Asking, Questions
 from minipeft.peftu.audit import Audit
-from minipeft.peftu.baselines import BASELINES, Answers
+from minipeft.peftu.baselines import Answers
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
-from minipeft.peftu.features import features
 from minipeft.peftu.metrics import Labels, Scored, label_metrics, scores
-from minipeft.peftu.probes import Probed, chosen_labels, probe_scores
+from minipeft.peftu.probes import chosen_labels
 from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
-from minipeft.peftu.records import Record, file_name, load_record, record_path, save_record
+from minipeft.peftu.records import UNANSWERED, Record, file_name, load_record, record_path, save_record
 from minipeft.peftu.scoring import published_reading, published_right
 from minipeft.peftu.settings import Settings, check_settings, keep_settings
 from minipeft.peftu.tidy import Tidied
+from minipeft.peftu.untrained import Untrained
 from minipeft.prompts import JOINED_BY
 from minipeft.running import for_base, pooled
-from minipeft.schedule import Adapter, PassConfig
+from minipeft.schedule import Adapter, Job, PassConfig
 from minipeft.tasks.task import SPLITS, Task
 from minipeft.training import EVERYONE
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
-FEW_SHOT = 4  # examples in the prompt of the few-shot baseline
-BASE_MADE = "base"  # what an audit calls the making of a base
-MADE_FROM = "training examples that this base was made from, labels and all: it is one model for all, not a stranger"
-UNANSWERED = "test examples without an answer"
+FEW = 4  # users who are trained for a profile
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ class TaskRun:
         for line in self.left_out.values():
             self.show(f"{self.task.name}: left out: {line}")
         self._run_lower_layers()
-        self._baselines()
+        Untrained(self).save_all()
         names = (*self.methods, SHARED, SHARED_USER)
         self._planned = later + sum(self.plan.examples(self.task, name, self._epochs(name)) for name in names)
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
@@ -189,6 +185,13 @@ class TaskRun:
         self.base = Trunk(self.base, (each.prompt for split in questions.values() for each in pooled(split)))
         of_training = sum(map(len, {each.prompt for each in pooled(questions["train"])})) / self.base.num_rows
         self.lower_seconds = (time.perf_counter() - began) * of_training
+
+    def train_a_little(self) -> None:
+        """A few users by every method for an epoch, all at once, of which nothing is kept: for --profile."""
+        cells = [self.cell(name, self.chosen[name], self.plan.seeds[0]) for name in self.methods]
+        jobs = [Job(user.user, user.train, user.val, replace(cell.config, epochs=1), f"{cell.name} {user.user}")
+                for cell in cells for user in cell.learners[:FEW]]  # fmt: skip
+        Engine(self.base, self.asking.prompts.labels, self.plan.passes).train(jobs)
 
     def finish(self) -> None:
         """Nothing more is planned, and records are all that is kept: adapters are deleted."""
@@ -221,7 +224,7 @@ class TaskRun:
             for name in names:
                 rates = self.plan.grid(name, first, self.chosen)
                 cells = [self.cell(name, rate, seed) for rate in rates]
-                record = self._existing(name, seed, self._digest(cells))
+                record = self.existing(name, seed, self._digest(cells))
                 if record is None:
                     todo.append((name, seed, cells))
                 else:
@@ -316,7 +319,7 @@ class TaskRun:
         asked = {user: questions[user] for user in self.users if user in adapters}
         return label_scores(self.base, self.asking.prompts.labels, adapters, asked, self.plan.passes)
 
-    def _scored(self, scored: dict[str, np.ndarray]) -> Scored:
+    def scored(self, scored: dict[str, np.ndarray]) -> Scored:
         prompts, independent = self.asking.prompts, isinstance(self.asking.prompts.labels, Tags)
         return Scored(scored, [(label,) for label in self.task.labels] if independent else prompts.sets, independent)
 
@@ -343,7 +346,7 @@ class TaskRun:
                 speaking.evict(*place)
         return found
 
-    def _record(
+    def record(
         self, name: str, kind: str, seed: int, digest: str, answers: Answers, *,
         scored: Scored | None = None, decoded: dict[str, list[str]] | None = None, **facts,
     ) -> Record:  # fmt: skip
@@ -396,9 +399,9 @@ class TaskRun:
                 "steps skipped, gradient not finite": skipped,
                 "users who could not be trained, answered by the start value": len(best.failed),
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
-        return self._record(
+        return self.record(
             name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
-            scored=self._scored(scored),
+            scored=self.scored(scored),
             decoded=self.decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
             train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=seconds,
@@ -414,85 +417,6 @@ class TaskRun:
         curves = [[loss if np.isfinite(loss) else None for loss in curve] for curve in best.curves]
         return curves * len(self.users) if name == SHARED else curves
 
-    # ---- Baselines -------------------------------------------------------------------------------------------------
-
-    def _baselines(self) -> None:
-        for name, baseline in BASELINES.items():
-            self._baseline(name, lambda name=name, baseline=baseline: {
-                "answers": baseline(self.task, self.audit), "bytes_per_user": self._bytes_kept(name)})  # fmt: skip
-        if self.asking.prompts.instructed or isinstance(self.asking.prompts.labels, LabelSet):
-            zero = self.protocol.examples if self.protocol.zero_shot_examples else 0
-            self._baseline("zero_shot", lambda: self._untrained(self.asking, zero))
-        if self.asking.prompts.instructed:  # ours, in either mode: of what was published it would repeat `zero_shot`
-            balanced = replace(self.protocol, first_labels_only=False)
-            asking = Asking(self.asking.base, self.task, balanced, self.audit, self.asking.prompts)
-            self._baseline("few_shot", lambda: self._untrained(asking, FEW_SHOT))
-        for name in ("probe_pooled", "probe_user", "probe_pooled_user"):
-            self._baseline(name, lambda name=name: self._probed(name))
-
-    def _baseline(self, name: str, make: Callable[[], dict]) -> None:
-        digest = digest_of([name, asdict(self.protocol), self._task_digest, self._base_digest])
-        record = self._existing(name, self.plan.seeds[0], digest)
-        if record is None or (UNANSWERED in record.notes and record.answered is None):  # of before that was recorded
-            made = make()
-            if any(answer is not None for user in self.users for answer in made["answers"][user]):
-                self.save(self._record(name, "baseline", self.plan.seeds[0], digest, **made))
-            self.show(f"{self.task.name}: {name}: done")
-
-    def _bytes_kept(self, name: str) -> int:
-        """What a baseline has to keep of a user: a label number, the labelled texts, or nothing; mean over users."""
-        return self._bytes_of_texts() if name == "retrieval" else int(name == "own_majority")
-
-    def _bytes_of_texts(self, most: float = math.inf) -> int:
-        """Of a user's labelled texts, or of so many of them of mean length; mean over users."""
-        kept = 0.0
-        for user in self.users:
-            own = self.task.train[user]
-            kept += sum(len(example.text.encode()) + 1 for example in own) * min(1, most / len(own))
-        return round(kept / len(self.users))
-
-    def _untrained(self, asking: Asking, shots: int) -> dict:
-        """The base alone: a LoRA changes nothing at its start value."""
-        silent = for_base(LoRA(rank=1), self.base)
-        adapters = {user: Adapter(user, silent, silent.initial_row(self.base, 0, user)) for user in self.users}
-        questions = asking.questions(shots=shots)["test"]
-        scored = self.score(adapters, questions)
-        decoded = self.decoded(adapters, questions) if isinstance(self.base, T5) else None
-        made_from = self.audit.report().get(f"fitted_{BASE_MADE}", 0)
-        return {"answers": self.answers(scored), "decoded": decoded, "bytes_per_user": self._bytes_of_texts(shots),
-                "more_notes": asking.notes_of(shots=shots) | ({MADE_FROM: made_from} if made_from else {}),
-                "scored": self._scored(scored)}  # fmt: skip
-
-    def _probed(self, name: str) -> dict:
-        probed, scored = self._probes[name], self._probes[name].scores
-        answers = {user: chosen_labels(self.task.labels, own, self.task.multi_label) for user, own in scored.items()}
-        labels = [(label,) for label in self.task.labels]
-        return {"answers": answers, "scored": Scored(scored, labels, self.task.multi_label),
-                "trainable": probed.trainable, "bytes_per_user": 4 * probed.trainable,
-                "more_notes": self.asking.notes_of(),
-                "train_seconds": self.lower_seconds + self._features[1] + probed.seconds}  # fmt: skip
-
-    @cached_property
-    def _probes(self) -> dict[str, Probed]:
-        feature, _ = self._features
-        return probe_scores(self.task, self.audit, lambda example: feature[example.text])
-
-    @cached_property
-    def _features(self) -> tuple[dict[str, np.ndarray], float]:
-        """Each distinct text's feature, and the seconds that those of the training texts took."""
-        found: dict[str, np.ndarray] = {}
-        seconds = 0.0
-        for split, of_users in self.asking.questions().items():  # training first
-            tokens = {example.text: question.prompt for user, questions in of_users.items()
-                      for example, question in zip(self.task.split(split)[user], questions)
-                      if example.text not in found}  # fmt: skip
-            began = time.perf_counter()
-            known = features(self.base, tokens.values())
-            if split == "train":
-                seconds = time.perf_counter() - began
-            found |= {text: known[prompt] for text, prompt in tokens.items()}
-        return found, seconds
-
     # ---- What is there already -------------------------------------------------------------------------------------
 
     @property
@@ -503,23 +427,23 @@ class TaskRun:
         return {
             "--mode": plan.mode, "--epochs": plan.epochs, "--top-layers": plan.top_layers,
             "--equal": f"time of {next(iter(self.methods))}" if plan.equal == "time" else plan.equal,
-            "--lrs": plan.rates, "--lrs-from": carried, "the base (--model)": self._base_digest[:12],
-            "the data (--tasks, --split, --users, --instructions)": self._task_digest,
+            "--lrs": plan.rates, "--lrs-from": carried, "the base (--model)": self.base_digest[:12],
+            "the data (--tasks, --split, --users, --instructions)": self.task_digest,
         }  # fmt: skip
 
     def _digest(self, cells: Sequence[Cell]) -> str:
-        return digest_of([[cell.digest() for cell in cells], asdict(self.protocol), self._task_digest,
-                          self._base_digest, self.plan.top_layers])  # fmt: skip
+        return digest_of([[cell.digest() for cell in cells], asdict(self.protocol), self.task_digest,
+                          self.base_digest, self.plan.top_layers])  # fmt: skip
 
     @cached_property
-    def _task_digest(self) -> str:
+    def task_digest(self) -> str:
         return digest_of([asdict(self.task.header), *(asdict(e) for split in SPLITS for e in self.task.pooled(split))])
 
     @cached_property
-    def _base_digest(self) -> str:
+    def base_digest(self) -> str:
         return self.base.origin.fingerprint
 
-    def _existing(self, name: str, seed: int, digest: str) -> Record | None:
+    def existing(self, name: str, seed: int, digest: str) -> Record | None:
         """The record of an earlier run. InputError if other settings made it."""
         path = record_path(self.out, self.task.name, name, seed)
         if not path.exists():
