@@ -7,12 +7,15 @@ fast is training? Run by gpu.sh, one part per process:
     sweep   time over block configurations at three shapes: which is best, and how far is ours from it?
     train   what LoRA adds to a Llama-3.1-8B layer; every method's gradients in the engine against the CPU's; then
             `python -m minipeft.bench quick` on the GPU
+    models  whole models of random weights (gpu_models.py): the contenders of `python -m minipeft.bench train` on
+            Flan-T5-base's and Qwen2.5-1.5B's shapes; what LoRA adds to Llama-3.1-8B's forward and backward
 
 Each part writes <out>/<part>.json after every item, so a part that is stopped leaves what it has. No item starts later
 than LIMIT_S. The exit code says how it went: 0 all of it, and well; 1 an item failed; 3 something was left out.
 --rehearse runs the same lines on a CPU in Triton's interpreter (gpu.sh sets TRITON_INTERPRET=1), tiny.
 
-It needs torch, NumPy and Triton; only the engine needs the rest of what minipeft needs, and is left out without it.
+It needs torch, NumPy and Triton; only the engine needs the rest of what minipeft needs, and is left out without it; so
+are transformers and peft.
 """
 
 import argparse
@@ -28,11 +31,15 @@ from itertools import product
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-import torch
-import triton
-from torch import Tensor
-from triton.errors import TritonError
+try:
+    import numpy as np
+    import torch
+    import triton
+    from torch import Tensor
+    from triton.errors import TritonError
+except ImportError as error:
+    print(f"gpu.sh: {error.name} is not installed; torch, NumPy and Triton are needed", file=sys.stderr)
+    sys.exit(2)
 
 from minipeft import timing
 from minipeft.kernel_cases import (
@@ -55,7 +62,9 @@ from minipeft_kernels import backend as backends
 from minipeft_kernels import reference, shrink_expand, wgrad
 from minipeft_kernels.backend import backend
 
+PACKAGES = "it needs safetensors, tokenizers and tqdm"  # what models and tasks are read with
 LIMIT_S = 420  # of a part
+QUICK_S = MODEL_S = 120  # so much earlier the quick suite must begin, and a whole model: they take minutes
 WIDEST = {torch.bfloat16: 1 << 30, torch.float32: 1024, torch.float16: 512}  # K to check in: each is compiled anew
 LLAMA, QWEN, T5 = "llama-3.1-8b", "qwen2.5-1.5b", "flan-t5-base"
 
@@ -133,9 +142,9 @@ class Report:
                        "python": platform.python_version(), "items": [], "failed": 0, "left_out": 0}  # fmt: skip
         self.write()
 
-    def time_is_up(self) -> bool:
-        """Counts what is left out, too."""
-        late = time.perf_counter() - self.began > LIMIT_S
+    def time_is_up(self, ahead_s: float = 0) -> bool:
+        """Whether what must begin ahead_s before LIMIT_S is late. Counts what is left out, too."""
+        late = time.perf_counter() - self.began + ahead_s > LIMIT_S
         self.result["left_out"] += late
         return late
 
@@ -443,6 +452,8 @@ def sweep(sizes: Sizes, report: Report) -> None:
 def train(sizes: Sizes, report: Report, out: Path) -> None:
     clock, totals = clock_of(sizes.device), {"ours": 0.0, "frozen": 0.0}
     for point in sizes.layer:
+        if report.time_is_up():
+            continue
         inputs = make(LORA_LINEAR, point, sizes.device, torch.bfloat16)
         error = relative_error(run(LORA_LINEAR, "ours", inputs, True), exactly(LORA_LINEAR, inputs, True), inputs)
         calls = {way: lambda way=way: LORA_LINEAR.ways[way](inputs, True) for way in totals}  # noqa: B023
@@ -453,17 +464,20 @@ def train(sizes: Sizes, report: Report, out: Path) -> None:
         report.add(error <= tolerance(LORA_LINEAR, inputs), f"{shape}: with LoRA {times['ours']:.3f} ms, frozen "
                    f"{times['frozen']:.3f} ms, forward+backward", shape=shape, rank=point.rank, T=point.T,
                    users=point.users, error=error, **times)  # fmt: skip
-    added = 100 * (totals["ours"] / totals["frozen"] - 1)
-    report.note(layer_ms=totals, added_percent=added)
-    print(f"all-linear LoRA adds {added:.1f} % to the layer's frozen products, forward+backward")
+    if not report.result["left_out"]:
+        added = 100 * (totals["ours"] / totals["frozen"] - 1)
+        report.note(layer_ms=totals, added_percent=added)
+        print(f"all-linear LoRA adds {added:.1f} % to the layer's frozen products, forward+backward")
 
     try:
         from minipeft import bench  # it reads and writes models and tasks
     except ImportError as error:
-        report.leave_out(f"methods and quick: {error}; it needs safetensors, tokenizers and tqdm")
+        report.leave_out(f"methods and quick: {error}; {PACKAGES}")
         return
     options = rehearsal(out) if sizes is TINY else []
     every_method(sizes, report)
+    if report.time_is_up(QUICK_S):
+        return
     code = bench.main(["quick", "--device", sizes.device, "--out", str(out / "quick"), *options])
     result = json.loads((out / "quick" / "result.json").read_text()) if code == 0 else {}
     report.add(code == 0, f"quick: exit code {code}, {result.get('speedup', 0):.2f}x one by one", code=code,
@@ -512,23 +526,44 @@ def rehearsal(out: Path) -> list[str]:
     return ["--task", str(out / "task")]
 
 
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+def models(sizes: Sizes, report: Report) -> None:
+    try:
+        import gpu_models
+    except ImportError as error:
+        report.leave_out(f"all models: {error}; {PACKAGES}")
+        return
+    whole = gpu_models.TINY if sizes is TINY else gpu_models.REAL
+    items = [lambda name=name: gpu_models.contenders(name, whole, sizes.device, report) for name in whole.contenders]
+    for item in (*items, lambda: gpu_models.overhead(whole, sizes.device, report)):
+        if not report.time_is_up(MODEL_S):
+            item()
+            gpu_models.release(sizes.device)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["check", "soak", "sweep", "train"])
+    parser.add_argument("part", choices=["check", "soak", "sweep", "train", "models"])
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("gpu-%Y%m%d-%H%M%S"))
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in the interpreter, tiny")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     sizes = TINY if args.rehearse else REAL
     if args.rehearse:
         timing.MATMUL_SIZE["cpu"], timing.COPY_BYTES["cpu"] = 128, 1 << 20
-    assert backend(sizes.device) == "triton"  # compiled on a GPU, interpreted in a rehearsal
+    try:
+        assert backend(sizes.device) == "triton"  # compiled on a GPU, interpreted in a rehearsal
+    except (ValueError, RuntimeError) as error:
+        print(f"gpu.sh: {str(error).splitlines()[0]} Without a GPU: --rehearse", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out, args.part, sizes)
     print(f"{args.part}: {report.result['device']}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     if args.part == "train":
         train(sizes, report, args.out)
     else:
-        {"check": check, "soak": soak, "sweep": sweep}[args.part](sizes, report)
+        {"check": check, "soak": soak, "sweep": sweep, "models": models}[args.part](sizes, report)
     result = report.result
     report.note(finished=True)
     print(f"{args.part}: {len(result['items'])} items, {result['failed']} failed, {result['left_out']} left out, "

@@ -26,6 +26,7 @@ import torch
 from minipeft.bench_kernels import run_kernels
 from minipeft.bench_train import run_train
 from minipeft.console import POOLING, RECOMPUTE, OneLineParser, add_dtype, check_device, plain_warnings, progress
+from minipeft.contenders import Apart
 from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
@@ -68,7 +69,8 @@ ACTIVE = 100  # training examples from which a user counts as active in the tabl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """The command. Returns the exit code: 0, 2 for bad input and 1 if contenders of `train` trained different adapters
+    (one line on stderr), 130 after Ctrl-C."""
     finished: list[str] = []
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -83,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"minipeft.bench: {error}", file=sys.stderr)
         return 2
+    except Apart as error:
+        print(f"minipeft.bench: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if argv and argv[0] in OWN_OPTIONS:
             print(f"\nminipeft.bench: interrupted. {OWN_OPTIONS[argv[0]][1]}", file=sys.stderr)

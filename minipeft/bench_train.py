@@ -5,9 +5,10 @@
     peft        transformers and peft, a user at a time, tuned (peers.py)
     published   the same as PEFT-U's code does it: every text padded to 512 tokens
 
-The same base, LoRA, users, minibatches, learning rates and steps, fp32. A contender that goes user by user is timed on
-a few of them. Before a time counts, every contender's adapters are compared with those of one by one, and the losses
-that they reach. Then the curves: who wins where, over tokens per user and step, and over users.
+The same base, LoRA, users, minibatches, learning rates and precision. Contenders that go user by user are timed on 8 of
+the users, the published protocol on fewer steps; who was timed on what is printed. Before a time counts, those users'
+adapters are compared: fused with one by one, kept states with all layers, and their losses with the peers'. Then the
+curves: who wins where, over tokens per user and step, and over users.
 """
 
 import argparse
@@ -24,24 +25,27 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import nn
 
-from minipeft.console import OneLineParser, check_device
-from minipeft.contenders import PASSES, PUBLISHED_STEPS, Work, compared
+from minipeft.console import OneLineParser, add_dtype, check_device
+from minipeft.contenders import FEW, PASSES, PUBLISHED_STEPS, Work, compared
 from minipeft.default_base import SHAPE, default_base, initialise
 from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.labels import LabelSet, Question
 from minipeft.methods.lora import LoRA
-from minipeft.models.classifier import Classifier
+from minipeft.models.classifier import Base, Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
-from minipeft.models.loading import load_model, load_tokenizer, save_model
+from minipeft.models.loading import Origin, load_model, load_shape, load_tokenizer, read_config, save_model
+from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
-from minipeft.peers import Peft
+from minipeft.peers import PUBLISHED_LENGTH, Peft, Published
 from minipeft.profiling import profiled
-from minipeft.running import first_users, for_base, open_base, prompts_of
+from minipeft.prompts import Prompts
+from minipeft.running import first_users, for_base, open_base, prompts_of, tokenizer_of
 from minipeft.schedule import Job, TrainConfig
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
-from minipeft.tasks.task import load_task
+from minipeft.tasks.task import Task, load_task
 
 METHOD = LoRA(rank=8, alpha=16, sites=("q", "v"))
 STEPS = 5  # of each user in one turn
@@ -51,6 +55,7 @@ CURVE_TOKENS = {False: (16, 64, 256, 1024), True: (16, 32, 64, 128, 256, 512, 10
 CURVE_USERS = {False: (1, 8, 64, 512), True: (1, 4, 16, 64, 256, 1024, 4096)}
 CURVE_AT = (64, 64)  # users of the curve over tokens, tokens of the curve over users
 CURVE_STEPS = 2
+MEMORY_LIMIT = 1.5  # times peft's, beside the resident users' rows
 CURVE_LONGEST = 64  # tokens of one text of the curves
 BASES = {"1M": {}, "8M": dict(width=320, num_layers=6, num_heads=10, num_kv_heads=10, mlp_width=1024),
          "25M": dict(width=512, num_layers=8, num_heads=16, num_kv_heads=16, mlp_width=1536)}  # fmt: skip
@@ -65,54 +70,98 @@ def measured(work: Work, contenders: Sequence[str]) -> dict:
             began = time.perf_counter()
             getattr(work, name)()
             seconds[name].append(time.perf_counter() - began)
+    timed = {name: {"users": len(work.jobs if name == "fused" else work.few),
+                    "steps": work.published_steps if name == "published" else work.steps}
+             for name in contenders}  # fmt: skip
     entry = {
-        "base": work.name, "device": str(work.base.device), "users": len(work.jobs), "steps": work.steps,
+        "base": work.name, "device": str(work.base.device), "dtype": str(work.base.dtype).removeprefix("torch."),
+        "users": len(work.jobs), "steps": work.steps, "timed": timed, "num_cut": work.num_cut,
+        "num_cut_published": work.num_short_cut,
+        "published_reload_seconds": work.peer(Published).load_seconds if "published" in contenders else None,
         "method": work.jobs[0].config.method.described(), "numbers": work.jobs[0].config.method.count(work.base),
         "tokens_per_user_step": work.tokens(work.jobs, work.steps) / work.steps / len(work.jobs),
         "tokens_per_user_step_few": work.tokens(work.few, work.steps) / work.steps / len(work.few),
+        "planned_steps": sum(job.steps_per_epoch * job.config.epochs for job in work.jobs) / len(work.jobs),
         "frozen_trunk": work.trunk_seconds is not None, "trunk_seconds": work.trunk_seconds,
+        "fused_with_states_users_per_s": None, "fused_over_plan_users_per_s": None,
     }  # fmt: skip
     for name in CONTENDERS:
-        users = len(work.jobs) if name == "fused" else len(work.few)
-        steps = PUBLISHED_STEPS if name == "published" else work.steps
-        per_user = median(seconds[name]) / users * work.steps / steps if name in contenders else None
-        entry[f"{name}_users_per_s"] = None if per_user is None else 1 / per_user
-        entry[f"{name}_seconds"] = seconds.get(name)
+        entry[f"{name}_users_per_s"], entry[f"{name}_seconds"] = None, seconds.get(name)
+        if name in contenders:
+            users, steps = timed[name]["users"], timed[name]["steps"]
+            entry[f"{name}_users_per_s"] = users * steps / work.steps / median(seconds[name])
+    if work.trunk_seconds is not None:  # all at these steps' charge, and their share of it
+        per_user, states = 1 / entry["fused_users_per_s"], work.trunk_seconds / len(work.jobs)
+        entry["fused_with_states_users_per_s"] = 1 / (per_user + states)
+        entry["fused_over_plan_users_per_s"] = 1 / (per_user + states * work.steps / entry["planned_steps"])
     tokens = entry["tokens_per_user_step"] * work.steps
     return entry | found | {
         "tokens_per_s": entry["fused_users_per_s"] * tokens,
         "updates_per_s": entry["fused_users_per_s"] * work.steps,
-        "fused_peak_mb": None, "peft_peak_mb": None, "fused_grown_mb": None, "peft_grown_mb": None, "resident_mb": None,
+        "fused_peak_mb": None, "peft_peak_mb": None, "fused_grown_mb": None, "peft_grown_mb": None,
+        "resident_mb": None, "peak_within_limit": None, "grown_within_limit": None,
     }  # fmt: skip
 
 
 # ---- What is trained -----------------------------------------------------------------------------------------------
 
 
-def main_work(args: argparse.Namespace) -> Work:
-    """The users of --task on --model, or synthetic users on the default base."""
+def main_work(args: argparse.Namespace, weights: bool = True) -> Work:
+    """The users of --task on --model, or synthetic users on the default base.
+
+    weights: False for a process of the peers, which load their own: our base is on the meta device, nothing is kept.
+    """
     task = load_task(args.task) if args.task else make_synthetic(SyntheticConfig(users=args.users or 128))[0]
     if args.task and args.users:
         task = first_users(task, args.users)
     folder = args.model or default_base(task, 0)
-    base = open_base(load_model(folder, device=args.device), len(task.labels))
-    encoded = prompts_of(base, task.header).encode(task)
-    seconds = None
+    model = load_model(folder, args.dtype, args.device) if weights else unloaded(folder)
+    base, whole, seconds = open_base(model, len(task.labels)), None, None
+    prompts = prompts_of(base, task.header)
+    train, num_cut = training_questions(prompts, task)
+    short, num_short_cut = training_questions(shortened(prompts, base), task)
     if args.top_layers is not None:
         keep_top(base, args.top_layers)
-        if isinstance(base, Classifier):
-            began = time.perf_counter()
-            base = Trunk(base, (q.prompt for own in encoded.train.values() for q in own))
+        if isinstance(base, Classifier) and weights:
+            began, whole = time.perf_counter(), base
+            base = Trunk(whole, (q.prompt for own in train.values() for q in own))
+            base.states[0, 0].item()  # a GPU has computed them by then
             seconds = time.perf_counter() - began
     config = TrainConfig(for_base(args.method, base))
     config.method.check(base)
-    jobs = [Job(user, encoded.train[user], encoded.train[user][:1], config) for user in task.users]
+    jobs = [Job(user, train[user], train[user][:1], config) for user in task.users]
     jobs.sort(key=lambda job: -sum(len(question.prompt) for question in job.train) / len(job.train))
-    name = args.model.name if args.model else "default"
-    return Work(name, base, encoded.labels, jobs, STEPS, args.passes, seconds)
+    return Work(base_name(args.model), base, prompts.labels, jobs, STEPS, args.passes, whole, seconds, short, num_cut,
+                num_short_cut, args.published_steps)  # fmt: skip
 
 
-def curve_work(name: str, base: Decoder, users: int, tokens: int) -> Work:
+def unloaded(folder: str | Path) -> nn.Module:
+    """As load_model gives it, but on the meta device, without weights."""
+    base, folder = load_shape(folder), Path(folder).absolute()
+    base.family, base.origin = read_config(folder)[0], Origin(folder, folder.name, base)
+    return base
+
+
+def training_questions(prompts: Prompts, task: Task) -> tuple[dict[str, list[Question]], int]:
+    """User -> their training questions; and how many texts were cut."""
+    asked = {user: prompts.questions(examples) for user, examples in task.train.items()}
+    return {user: own for user, (own, _) in asked.items()}, sum(num_cut for _, num_cut in asked.values())
+
+
+def shortened(prompts: Prompts, base: Base) -> Prompts:
+    """These prompts, answers included, in what the published protocol pads to."""
+    tokenizer, start = tokenizer_of(base)
+    longest = min(PUBLISHED_LENGTH, base.config.max_positions or PUBLISHED_LENGTH)
+    return Prompts(prompts.task, tokenizer, longest, base.causal, start)
+
+
+def base_name(folder: Path | None) -> str:
+    """What result.json calls a base: all-MiniLM-L6-v2 is "minilm", and "." is the folder we are in."""
+    name = "default" if folder is None else folder.resolve().name
+    return "minilm" if "minilm" in name.lower() else name
+
+
+def curve_work(name: str, base: Decoder | T5, users: int, tokens: int) -> Work:
     """Made-up texts: so many users, so many tokens each in every step."""
     number = max(1, tokens // CURVE_LONGEST)
     config = TrainConfig(for_base(METHOD, base), batch_size=number)
@@ -122,7 +171,8 @@ def curve_work(name: str, base: Decoder, users: int, tokens: int) -> Work:
         return [Question(tuple(text), i % 2) for i, text in enumerate(words.tolist())]
 
     jobs = [Job(f"user {u}", own := questions(u), own[:1], config) for u in range(users)]
-    return Work(name, base, LabelSet([[1], [2]]), jobs, CURVE_STEPS)
+    labels = LabelSet([[1], [2]], base.config.start_token if isinstance(base, T5) else None)
+    return Work(name, base, labels, jobs, CURVE_STEPS)
 
 
 def curve_works(work: Work, full: bool) -> Iterator[Work]:
@@ -134,7 +184,7 @@ def curve_works(work: Work, full: bool) -> Iterator[Work]:
         with tempfile.TemporaryDirectory() as folder:
             config = DecoderConfig(**{**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "tied_head": True, **shape})
             save_model(initialise(Decoder(config), seed=0), tokenizer, folder)
-            base = load_model(folder, device=work.base.device)
+            base = load_model(folder, work.base.dtype, work.base.device)
             for point in points:
                 yield curve_work(f"random {name}", base, *point)
 
@@ -142,30 +192,69 @@ def curve_works(work: Work, full: bool) -> Iterator[Work]:
 # ---- Memory --------------------------------------------------------------------------------------------------------
 
 
+def memory(work: Work, argv: Sequence[str]) -> dict:
+    """The fields of an entry that are about memory, of ours fused and of peft, in MB."""
+    found = {"resident_mb": resident_mb(work)}
+    for name in ("fused", "peft"):
+        own = memory_on_gpu(work, name) if work.base.device.type == "cuda" else memory_of(name, argv)
+        found |= {f"{name}_{what}": value for what, value in own.items()}
+    for what in ("peak", "grown"):
+        found[f"{what}_within_limit"] = found[f"fused_{what}_mb"] <= memory_limit(found, what)
+    return found
+
+
+def memory_limit(entry: dict, what: str) -> float:
+    """What ours may take, in MB: MEMORY_LIMIT times peft's, and the resident users' rows. what: "peak" or "grown"."""
+    return MEMORY_LIMIT * entry[f"peft_{what}_mb"] + entry["resident_mb"]
+
+
 def memory_of(contender: str, argv: Sequence[str]) -> dict[str, float]:
-    """A contender's memory in a process of its own, that imports what it needs.
+    """A contender's memory in a process of its own, that imports and loads what it needs and nothing else.
 
     Returns:
-        peak_mb: of the process. grown_mb: by how much training alone, and the base, make it grow.
+        peak_mb: of the process, from its start. grown_mb: by how much training makes it grow, the base and states that
+        are kept included.
     """
     command = [sys.executable, "-m", "minipeft.bench", "train", *argv, "--memory-of", contender]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise InputError(f"measuring the memory of {contender} failed: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip().splitlines() or [f"its process ended with code {run.returncode}, without a word"]
+        raise InputError(f"measuring the memory of {contender} failed: {said[-1]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def print_memory(contender: str, args: argparse.Namespace) -> None:
-    work = replace(main_work(args), steps=1)
-    if contender == "peft":  # which has a base of its own, and nothing of ours
-        work.peer(Peft)
-        work.base.to("meta")
-    before = _status("VmRSS")
+    work = replace(main_work(args, weights=contender == "fused"), steps=1)
+    if contender == "peft":
+        work.peers[Peft] = Peft(work.base, work.labels, work.jobs[0].config.method, args.device, args.dtype)
+    for weight in base_of(work, contender).parameters():
+        weight.sum()  # a mapped file's pages count once they were read
+    before, peak_before = _status("VmRSS"), _status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     getattr(work, contender)()
     peak = _status("VmHWM")
-    base = sum(weight.nbytes for weight in work.base.parameters())
-    print(json.dumps({"peak_mb": peak / 2**20, "grown_mb": (peak - before + base) / 2**20}))
+    grown = peak - before + held(work, contender)
+    print(json.dumps({"peak_mb": max(peak, peak_before) / 2**20, "grown_mb": grown / 2**20}))
+
+
+def memory_on_gpu(work: Work, contender: str) -> dict[str, float]:
+    """As memory_of, of what is allocated on the GPU, in this process: there is no code in it, so both are the same."""
+    torch.cuda.reset_peak_memory_stats(work.base.device)
+    before = torch.cuda.memory_allocated(work.base.device)
+    getattr(work, contender)()
+    grown = torch.cuda.max_memory_allocated(work.base.device) - before + held(work, contender)
+    return {"peak_mb": grown / 2**20, "grown_mb": grown / 2**20}
+
+
+def base_of(work: Work, contender: str) -> nn.Module:
+    return work.base if contender == "fused" else work.peer(Peft).model
+
+
+def held(work: Work, contender: str) -> int:
+    """Bytes that a contender holds before it trains: the base, and what a Trunk keeps."""
+    base = base_of(work, contender)
+    states = base.states.nbytes if isinstance(base, Trunk) else 0
+    return states + sum(weight.nbytes for weight in base.parameters())
 
 
 def _status(field: str) -> int:
@@ -197,7 +286,11 @@ def run_train(argv: Sequence[str]) -> dict:
     work = main_work(args)
     peers, why = contenders_of(work)
     print(f"{work.name}: {len(work.jobs)} users, {work.steps} steps each; {args.device}, {torch.get_num_threads()} "
-          f"threads, torch {torch.__version__}, fp32" + (f"; without peers: {why}" if why else ""), flush=True)
+          f"threads, torch {torch.__version__}, {str(args.dtype).removeprefix('torch.')}"
+          + (f"; without peers: {why}" if why else ""), flush=True)  # fmt: skip
+    if work.num_cut or work.num_short_cut:
+        print(f"texts cut at their end: {work.num_cut} to fit the base, {work.num_short_cut} to fit the published "
+              f"protocol's {PUBLISHED_LENGTH} tokens", flush=True)  # fmt: skip
     result = {
         "suite": "train", "command": "python -m minipeft.bench train " + " ".join(map(str, argv)), "full": args.full,
         "versions": versions(args.device), "peers": why or "measured", "runs": [],
@@ -211,12 +304,12 @@ def run_train(argv: Sequence[str]) -> dict:
 
     print(HEADING, flush=True)
     entry = measured(work, ["fused", "one_by_one", *peers])
-    if peers and work.base.device.type == "cpu":
-        for name in ("fused", "peft"):
-            entry |= {f"{name}_{what}": value for what, value in memory_of(name, argv).items()}
-        entry["resident_mb"] = resident_mb(work)
+    if peers:
+        entry |= memory(work, argv)
     note(entry)
+    print(*details(entry), sep="\n", flush=True)
     if not args.no_curves:
+        print(f"curves: {CURVE_STEPS} steps of each user; one by one and peft of {FEW} users at most", flush=True)
         for each in curve_works(work, args.full):
             note(measured(each, ["fused", "one_by_one", *(name for name in peers if name == "peft")]))
         plot(args.out / "train.png", result["runs"][1:])
@@ -249,6 +342,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="act in the last N layers only; an encoder's lower ones run once per distinct text")
     parser.add_argument("--token-budget", type=int, default=PASSES.token_budget, metavar="N",
                         help=f"rows of a fused pass at most (default: {PASSES.token_budget}); fewer take less memory")
+    parser.add_argument("--published-steps", type=int, default=PUBLISHED_STEPS, metavar="N",
+                        help=f"steps of each user by the published protocol, 1 to {STEPS}: it is slow (default: "
+                             f"{PUBLISHED_STEPS})")
+    add_dtype(parser)
     parser.add_argument("--full", action="store_true", help="every point of the curves, larger bases too: an hour")
     parser.add_argument("--no-curves", action="store_true", help="the users alone, no curves")
     parser.add_argument("--profile", action="store_true", help="also write trace.json and a table of kernels")
@@ -259,6 +356,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.users is not None and args.users < 1:
         parser.error(f"--users must be at least 1, got {args.users}")
+    if not 1 <= args.published_steps <= STEPS:
+        parser.error(f"--published-steps must be 1 to {STEPS}, got {args.published_steps}")
     args.method = replace(METHOD, sites=args.sites)
     args.passes = replace(PASSES, token_budget=args.token_budget)
     args.passes.check()
@@ -283,22 +382,42 @@ HEADING = (f"\n{'base':<22}{'users':>6}{'tokens':>8}{'users/s':>10}{'tokens/s':>
            f"{'times as fast as':>20}")  # fmt: skip
 
 
-def faster(entry: dict, than: str) -> float | None:
+def faster(entry: dict, than: str, ours: str = "fused") -> float | None:
     other = entry[f"{than}_users_per_s"]
-    return None if other is None else entry["fused_users_per_s"] / other
+    return None if other is None else entry[f"{ours}_users_per_s"] / other
 
 
 def line(entry: dict) -> str:
     ratios = "".join(f"{'-' if (ratio := faster(entry, than)) is None else f'{ratio:.2f}x':>{width}}"
                      for than, width in (("one_by_one", 12), ("peft", 8), ("published", 11)))  # fmt: skip
     name = entry["base"] + (", trunk" if entry["frozen_trunk"] else "")
-    text = (f"{name:<22}{entry['users']:>6}{entry['tokens_per_user_step']:>8.0f}{entry['fused_users_per_s']:>10.2f}"
+    return (f"{name:<22}{entry['users']:>6}{entry['tokens_per_user_step']:>8.0f}{entry['fused_users_per_s']:>10.2f}"
             f"{entry['tokens_per_s']:>10,.0f}{ratios}{entry['max_relative_difference']:>9.0e}")
+
+
+def details(entry: dict) -> list[str]:
+    """Lines below the main one: what its figures leave out, and memory."""
+    timed = ", ".join(f"{name.replace('_', ' ')} {on['users']} users x {on['steps']} steps"
+                      for name, on in entry["timed"].items())  # fmt: skip
+    lines = [f"timed: {timed}; {entry['tokens_per_user_step']:.0f} tokens a user and step, "
+             f"{entry['tokens_per_user_step_few']:.0f} of those who go one by one"]  # fmt: skip
+    if entry["published_reload_seconds"] is not None:
+        lines.append("left out: the published protocol loads the base anew for each user, here "
+                     f"{entry['published_reload_seconds']:.2f} s, timed once")  # fmt: skip
+    if entry["frozen_trunk"]:
+        for what, over in (("with_states", f"these {entry['steps']} steps"),
+                           ("over_plan", f"the plan's {entry['planned_steps']:.0f} steps")):  # fmt: skip
+            ratios = [f"{ratio:.2f}x {than.replace('_', ' ')}" for than in CONTENDERS[1:]
+                      if (ratio := faster(entry, than, f"fused_{what}")) is not None]
+            lines.append(f"kept states' own {entry['trunk_seconds']:.2f} s included, spread over {over}: "
+                         + ", ".join(ratios))  # fmt: skip
     if entry["fused_peak_mb"] is not None:
-        peak, grown = ((entry[f"fused_{what}_mb"], entry[f"peft_{what}_mb"]) for what in ("peak", "grown"))
-        text += (f"\n  peak memory: fused {peak[0]:.0f} MB, peft {peak[1]:.0f} MB; without code: fused {grown[0]:.0f} "
-                 f"MB, {entry['resident_mb']:.0f} of them resident users' rows, peft {grown[1]:.0f} MB")
-    return text
+        for what, title in (("peak", "peak memory"), ("grown", "memory without code")):
+            ours, theirs, limit = entry[f"fused_{what}_mb"], entry[f"peft_{what}_mb"], memory_limit(entry, what)
+            lines.append(f"{title}: fused {ours:.0f} MB, peft {theirs:.0f} MB; {MEMORY_LIMIT} x peft's and "
+                         f"{entry['resident_mb']:.0f} MB of resident users' rows are {limit:.0f} MB: "
+                         f"{'within' if entry[f'{what}_within_limit'] else 'ABOVE'}")  # fmt: skip
+    return [f"  {text}" for text in lines]
 
 
 def plot(path: Path, runs: Sequence[dict]) -> None:

@@ -2,18 +2,23 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_bases import MAKERS
 
-from minipeft import bench, bench_train, default_base, peers
-from minipeft.bench_train import main_work, parse
-from minipeft.contenders import SAME_LOSS, Apart, compared
+from minipeft import bench, bench_train, contenders, default_base, peers
+from minipeft.bench_train import base_name, main_work, parse
+from minipeft.contenders import SAME, SAME_LOSS, Apart, compared
 from minipeft.errors import InputError
 from minipeft.methods.ia3 import IA3
+from minipeft.models.trunk import Trunk
+from minipeft.schedule import Run
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
-from minipeft.tasks.task import save_task
+from minipeft.tasks.task import load_task, save_task
 
 MEMORY_OF = bench_train.memory_of
 
@@ -55,6 +60,9 @@ def test_the_default_run_measures_every_contender_and_the_curves(tmp_path, capsy
     assert first["base"] == "default" and first["users"] == 3 and first["resident_mb"] > 0
     assert all(first[f"{name}_users_per_s"] > 0 for name in bench_train.CONTENDERS)
     assert len(first["fused_seconds"]) == 2 and first["max_loss_difference"] <= SAME_LOSS
+    assert first["timed"]["peft"] == {"users": 3, "steps": 3} and first["timed"]["published"]["steps"] == 1
+    assert first["published_reload_seconds"] > 0 and first["num_cut"] == first["num_cut_published"] == 0
+    assert first["peak_within_limit"] and first["grown_within_limit"]
     assert [(run["users"], run["tokens_per_user_step"]) for run in curve] == [(3, 16), (3, 128), (1, 16)]
     assert {run["published_users_per_s"] for run in curve} == {None}
     assert (tmp_path / "out" / "train.png").stat().st_size and (tmp_path / "out" / "kernels.txt").stat().st_size
@@ -66,6 +74,12 @@ def test_an_encoder_with_kept_states_trains_what_peft_trains(folders, tmp_path, 
     assert bench.main([*argv, "--out", str(tmp_path)]) == 0
     (run,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
     assert run["frozen_trunk"] and run["trunk_seconds"] > 0 and run["users"] == 4
+    assert run["max_trunk_difference"] <= SAME
+    with_states, over_plan = (run[f"fused_{what}_users_per_s"] for what in ("with_states", "over_plan"))
+    assert with_states < over_plan < run["fused_users_per_s"]
+    per_user, planned = 1 / run["fused_users_per_s"], run["planned_steps"]
+    assert 4 * (1 / with_states - per_user) == pytest.approx(run["trunk_seconds"])
+    assert 4 * (1 / over_plan - per_user) == pytest.approx(run["trunk_seconds"] * run["steps"] / planned)
     work = main_work(parse(argv[1:]))
     assert {site.split(".")[1] for site in work.base.sites} == {str(len(work.base.encoder.layers) - 1)}
     ours, theirs = work.one_by_one(), work.peft()
@@ -83,10 +97,80 @@ def test_a_contender_that_trains_something_else_is_noticed(folders, who, monkeyp
         compared(work, ["fused", "one_by_one", "peft", "published"])
 
 
+def test_states_that_are_not_those_of_the_layers_below_are_noticed(folders):
+    task, model = folders
+    work = main_work(parse(["--task", str(task), "--model", str(model), "--top-layers", "1"]))
+    assert compared(work, ["fused", "one_by_one"])["max_trunk_difference"] <= SAME
+    work.base.states *= 1 + 1e-3 * torch.randn(work.base.states.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(Apart, match="kept states"):
+        compared(work, ["fused", "one_by_one"])
+
+
+@pytest.mark.parametrize("kind, sites", [("t5", "q,v"), ("gpt2", "o,up,down")])
+def test_other_kinds_of_base_train_what_peft_and_the_published_protocol_train(kind, sites, folders, tmp_path):
+    task, _ = folders
+    model = MAKERS[kind](load_task(task), tmp_path)
+    work = main_work(parse(["--task", str(task), "--model", str(model), "--sites", sites]))
+    found = compared(work, bench_train.CONTENDERS)
+    assert max(found["max_loss_difference"], found["max_published_loss_difference"]) <= SAME_LOSS
+    ours = work.one_by_one()
+    for user, row in work.peft().items():
+        torch.testing.assert_close(row, ours[user], rtol=1e-3, atol=1e-5)
+    if kind == "t5":  # inputs count as well
+        asked = sum(len(q.prompt) for job in work.jobs for q in [job.train[i] for i in Run(job, 0, 0).upcoming])
+        assert work.tokens(work.jobs, 1) > asked
+    else:
+        with pytest.raises(InputError, match="is a part of one in their GPT2"):
+            peers.Peft(work.base, work.labels, bench_train.METHOD)
+
+
+def test_a_base_in_bf16_is_one_in_bf16_to_peft_whatever_the_file_holds(folders, tmp_path):
+    task, _ = folders
+    model = MAKERS["decoder"](load_task(task), tmp_path / "base")
+    weights = load_file(model / "model.safetensors")
+    save_file({key: weight.bfloat16() for key, weight in weights.items()}, model / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    for dtype in ("float32", "bfloat16"):
+        work = main_work(parse(["--task", str(task), "--model", str(model), "--dtype", dtype]))
+        theirs = work.peer(peers.Peft).model
+        assert {theirs.dtype, theirs.lm_head.weight.dtype, work.base.dtype} == {getattr(torch, dtype)}
+        compared(work, bench_train.CONTENDERS)
+    start = {job.user: job.config.method.initial_row(work.base, 0, job.user) for job in work.few}
+    work.peft = lambda: start
+    with pytest.raises(Apart, match="peft and one by one differ"):
+        compared(work, bench_train.CONTENDERS)
+
+
+def test_texts_that_are_too_long_for_the_published_protocol_are_cut_and_counted(folders, tmp_path, capsys, monkeypatch):
+    task, _ = folders
+    model = MAKERS["decoder"](load_task(task), tmp_path / "base")
+    for where in (bench_train, peers):
+        monkeypatch.setattr(where, "PUBLISHED_LENGTH", 8)
+    argv = ["--task", str(task), "--model", str(model), "--no-curves"]
+    assert bench.main(["train", *argv, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    (run,) = json.loads(out.splitlines()[-1])["runs"]
+    assert run["num_cut"] == 0 < run["num_cut_published"] and run["max_published_loss_difference"] is not None
+    assert f"0 to fit the base, {run['num_cut_published']} to fit the published protocol's 8 tokens" in out
+    work = main_work(parse(argv))
+    cut = [q for own in work.short.values() for q in own]
+    answers = {work.labels.labels[q.label] for q in cut}
+    assert max(len(q.prompt) for q in cut) == 7 and {len(answer) for answer in answers} == {1}
+    assert len({q.prompt[-1] for q in cut}) == 1  # what asks for the answer is never cut
+
+
+def test_adapters_that_differ_are_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contenders, "SAME", -1.0)
+    assert bench.main(["train", "--users", "2", "--no-curves", "--out", str(tmp_path)]) == 1
+    assert "fused and one by one differ" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_padding_to_512_changes_no_gradient(folders):
     task, model = folders
     work = main_work(parse(["--task", str(task), "--model", str(model)]))
-    tuned, published = work.peft(1), work.published()
+    tuned, published = replace(work, steps=1).peft(), work.published()
     for user, row in tuned.items():
         torch.testing.assert_close(published[user], row, rtol=1e-4, atol=1e-6)
 
@@ -96,6 +180,40 @@ def test_a_process_of_its_own_says_what_memory_a_contender_takes(folders, who):
     task, model = folders
     found = MEMORY_OF(who, ["--task", str(task), "--model", str(model)])
     assert 0 < found["grown_mb"] < 200 < found["peak_mb"] < 3000
+
+
+def test_a_process_that_ends_without_a_word_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setattr(bench_train.sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match="ended with code 1, without a word"):
+        MEMORY_OF("peft", [])
+
+
+def test_peers_load_no_weights_of_ours_and_kept_states_count_as_memory(folders):
+    task, model = folders
+    args = parse(["--task", str(task), "--model", str(model), "--top-layers", "1"])
+    theirs, ours = main_work(args, weights=False), main_work(args)
+    assert {weight.device.type for weight in theirs.base.parameters()} == {"meta"}
+    assert theirs.base.sites == ours.base.sites and not isinstance(theirs.base, Trunk)
+    peer = peers.Peft(theirs.base, theirs.labels, theirs.jobs[0].config.method, "cpu", torch.float32)
+    own = peer.train(theirs.few[0], 2)
+    torch.testing.assert_close(own, replace(ours, steps=2).one_by_one()[theirs.few[0].user], rtol=1e-3, atol=1e-5)
+    weights = sum(weight.nbytes for weight in ours.base.parameters())
+    assert bench_train.held(ours, "fused") == weights + ours.base.states.nbytes
+
+
+def test_memory_above_the_limit_is_said(monkeypatch):
+    sizes = {"fused": 400.0, "peft": 200.0}
+    monkeypatch.setattr(bench_train, "memory_of", lambda who, _: {"peak_mb": 100.0, "grown_mb": sizes[who]})
+    monkeypatch.setattr(bench_train, "resident_mb", lambda work: 50.0)
+    found = bench_train.memory(SimpleNamespace(base=SimpleNamespace(device=torch.device("cpu"))), [])
+    assert found["peak_within_limit"] and not found["grown_within_limit"]
+    assert bench_train.memory_limit(found, "grown") == 350.0
+
+
+def test_a_base_is_called_by_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert base_name(None) == "default" and base_name(Path("/models/all-MiniLM-L6-v2")) == "minilm"
+    assert base_name(Path(".")) == tmp_path.name
 
 
 def test_without_peers_ours_is_measured_and_it_is_said(tmp_path, monkeypatch, capsys):
@@ -118,6 +236,7 @@ def test_peers_refuse_what_they_cannot_train(folders, method):
 
 
 @pytest.mark.parametrize("argv, message", [
+    (["--published-steps", "4"], "--published-steps must be 1 to 3, got 4"),
     (["--users", "0"], "--users must be at least 1, got 0"),
     (["--token-budget", "0"], "token_budget must be at least 1, got 0"),
     (["--users", "3", "--sites", "nowhere"], "nowhere"),

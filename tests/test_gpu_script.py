@@ -12,6 +12,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from minipeft import bench
+from minipeft.bench_train import CONTENDERS
 from minipeft.kernel_cases import Outputs, Point, make
 from minipeft.kernel_ops import ADAMW, OPS, SEGMENT_LORA, SEGMENT_LORA_DROPOUT, WGRAD_LATER
 from minipeft.models.attention import Packed
@@ -241,38 +243,46 @@ def gpu_sh(python: Path, *argv) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("codes, worst", [("0 0 0 0", 0), ("0 3 0 0", 3), ("1 3 0 0", 1), ("3 0 0 1", 1)])
+def python_without(folder, modules):
+    """A Python in which importing these modules raises."""
+    starter, python = folder / "starter.py", folder / "python"
+    starter.write_text(f"""
+import runpy, sys
+sys.modules |= dict.fromkeys({modules.split()})
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{starter}" "$@"\n')
+    return python
+
+
+@pytest.mark.parametrize("codes, worst", [("0 0 0 0 0", 0), ("0 3 0 0 0", 3), ("1 3 0 0 0", 1), ("3 0 0 0 1", 1)])
 def test_all_goes_on_and_ends_with_the_worst_code(tmp_path, codes, worst):
     python = tmp_path / "python"
     python.write_text(f"""#!/usr/bin/env bash
         echo "$2" "${{@:3}}"
         declare -A codes
-        read -r codes[check] codes[soak] codes[sweep] codes[train] <<< "{codes}"
+        read -r codes[check] codes[soak] codes[sweep] codes[train] codes[models] <<< "{codes}"
         exit "${{codes[$2]}}"
     """)
     for out in (["--out", "here"], ["--out=here"]):  # no other --out is added
         done = gpu_sh(python, "all", *out)
-        assert done.stdout.splitlines() == [f"{part} {' '.join(out)}" for part in ("check", "soak", "sweep", "train")]
+        parts = ("check", "soak", "sweep", "train", "models")
+        assert done.stdout.splitlines() == [f"{part} {' '.join(out)}" for part in parts]
         assert done.returncode == worst and not done.stderr
     assert gpu_sh(python, *out).returncode == worst
 
 
-@pytest.mark.parametrize("part, code", [("soak", 0), ("train", 3)])
+@pytest.mark.parametrize("part, code", [("soak", 0), ("train", 3), ("models", 3)])
 def test_runs_without_the_packages_that_only_models_and_tasks_need(tmp_path, part, code):
-    blocker, python = tmp_path / "blocker.py", tmp_path / "python"
-    blocker.write_text("""
-import runpy, sys
-sys.modules |= dict.fromkeys(("safetensors", "tokenizers", "tqdm"))  # importing them raises
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-""")
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{blocker}" "$@"\n')
+    python = python_without(tmp_path, "safetensors tokenizers tqdm")
     done = gpu_sh(python, part, "--rehearse", f"--out={tmp_path}")
     assert done.returncode == code, done.stderr
     written = json.loads((tmp_path / f"{part}.json").read_text())
     assert written["failed"] == 0 and written["finished"]
     lines = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
-    assert len(lines) == (part == "train") and all("it needs safetensors, tokenizers and tqdm" in one for one in lines)
+    assert len(lines) == (part != "soak") and all("it needs safetensors, tokenizers and tqdm" in one for one in lines)
 
 
 def test_the_report_is_whole_after_every_item_and_time_is_kept(gpu, tmp_path, monkeypatch):
@@ -298,4 +308,62 @@ def test_configurations_are_overridden_and_restored(gpu):
 
 def test_an_unknown_part_is_a_usage_line():
     done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", "cheque"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("usage: benchmarks/gpu.sh [check|soak|sweep|train|all]")
+    usage = "usage: benchmarks/gpu.sh [check|soak|sweep|train|models|all]"
+    assert done.returncode == 2 and done.stderr.startswith(usage)
+
+
+def test_whole_models_are_measured_and_compared(tmp_path):
+    for peer in ("transformers", "peft"):
+        pytest.importorskip(peer)
+    done = subprocess.run(["env", f"PYTHON={sys.executable}", "bash", BENCHMARKS / "gpu.sh", "models", "--rehearse",
+                           f"--out={tmp_path}"], capture_output=True, text=True)  # fmt: skip
+    written = json.loads((tmp_path / "models.json").read_text())
+    assert done.returncode == 0 == written["failed"] and written["finished"], done.stdout + done.stderr
+    *contenders, overhead = written["items"]
+    for item in contenders:
+        assert item["dtype"] == "bfloat16" and item["users"] == 2
+        assert {name: on["steps"] for name, on in item["timed"].items()} == dict.fromkeys(CONTENDERS, 2)
+        assert max(item["max_loss_difference"], item["max_published_loss_difference"]) < 0.05
+        assert all(item[f"{name}_users_per_s"] > 0 for name in CONTENDERS)
+    assert overhead["ours_ms"] > 0 < overhead["frozen_ms"] and not overhead["recompute"]
+
+
+def test_where_memory_does_not_hold_activations_it_is_said_and_both_compute_them_again(gpu, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_models
+
+    tried = []
+
+    def timed(ours, frozen, device, timed_s):
+        ours()
+        frozen()
+        tried.append(None)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"ours_ms": 2.0, "frozen_ms": 1.0}
+
+    monkeypatch.setattr(gpu_models, "timed", timed)
+    one = report(gpu, tmp_path, "models")
+    gpu_models.overhead(gpu_models.TINY, "cpu", one)
+    first, second = one.result["items"]
+    assert first["cannot"] == "out of memory" and not first["recompute"] and second["recompute"]
+    assert second["ok"] and second["added_percent"] == 100.0
+
+
+def test_train_begins_nothing_once_the_time_is_up(gpu, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(gpu, "LIMIT_S", -1)
+    monkeypatch.setattr(gpu, "LORA_LINEAR", None)
+    monkeypatch.setattr(bench, "main", None)
+    one = report(gpu, tmp_path, "train")
+    gpu.train(replace(gpu.TINY), one, tmp_path)
+    assert not one.result["items"] and one.exit_code() == 3 and "added_percent" not in one.result
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_or_triton_it_says_so_in_one_line(tmp_path):
+    done = gpu_sh(python_without(tmp_path, ""), "check", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and "this PyTorch sees no GPU" in done.stderr and not (tmp_path / "out").exists()
+    assert len(done.stderr.splitlines()) == 1
+    done = gpu_sh(python_without(tmp_path, "triton"), "check", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and "triton is not installed" in done.stderr and len(done.stderr.splitlines()) == 1
