@@ -19,8 +19,8 @@ def rms(x: Tensor) -> float:
 def assert_as_accurate(name: str, kernel: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The op errs at most twice as much as plain PyTorch in the same dtype, both against fp64.
 
-    Root mean square, not the worst number: one row of one rank leaves few numbers, and their worst is luck. Of few numbers
-    plain PyTorch may round all well, so one unit in the last place of fp32 is allowed beside.
+    Root mean square, not the worst number: one row of one rank leaves few numbers, and their worst is luck. Plain
+    PyTorch may be lucky with few numbers too, so one unit in the last place of fp32 is allowed beside.
     """
     assert kernel.shape == exact.shape, f"{name}: shape {tuple(kernel.shape)}, not {tuple(exact.shape)}"
     allowed = 2 * rms(plain.detach().cpu().double() - exact) + 1.2e-7 * max(1.0, rms(exact))
