@@ -65,11 +65,13 @@ def measured(work: Work, contenders: Sequence[str]) -> dict:
     """Compare, then time all contenders in turns. Returns an entry of result.json's `runs`, without memory."""
     found = compared(work, contenders)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    planning = []
     for turn in range(TURNS):
         for name in contenders if turn % 2 else reversed(contenders):
             began = time.perf_counter()
             getattr(work, name)()
             seconds[name].append(time.perf_counter() - began)
+            planning += [work.planning / seconds[name][-1]] if name == "fused" else []
     timed = {name: {"users": len(work.jobs if name == "fused" else work.few),
                     "steps": work.published_steps if name == "published" else work.steps}
              for name in contenders}  # fmt: skip
@@ -84,6 +86,7 @@ def measured(work: Work, contenders: Sequence[str]) -> dict:
         "planned_steps": sum(job.steps_per_epoch * job.config.epochs for job in work.jobs) / len(work.jobs),
         "frozen_trunk": work.trunk_seconds is not None, "trunk_seconds": work.trunk_seconds,
         "fused_with_states_users_per_s": None, "fused_over_plan_users_per_s": None,
+        "planning_share": median(planning),
     }  # fmt: skip
     for name in CONTENDERS:
         entry[f"{name}_users_per_s"], entry[f"{name}_seconds"] = None, seconds.get(name)
@@ -175,14 +178,15 @@ def curve_work(name: str, base: Decoder | T5, users: int, tokens: int) -> Work:
     return Work(name, base, labels, jobs, CURVE_STEPS)
 
 
-def curve_works(work: Work, full: bool) -> Iterator[Work]:
-    """Every point of the curves on a decoder of the default shape; with `full` on larger ones too."""
+def curve_works(work: Work, full: bool, bases: Sequence[str]) -> Iterator[Work]:
+    """Every point of the curves, on decoders of these sizes."""
     users, tokens = CURVE_AT
     points = dict.fromkeys([*((users, t) for t in CURVE_TOKENS[full]), *((u, tokens) for u in CURVE_USERS[full])])
     tokenizer = load_tokenizer(work.base.origin.folder)
-    for name, shape in BASES.items() if full else [("1M", {})]:
+    for name in bases:
         with tempfile.TemporaryDirectory() as folder:
-            config = DecoderConfig(**{**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "tied_head": True, **shape})
+            shape = {**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "tied_head": True, **BASES[name]}
+            config = DecoderConfig(**shape)
             save_model(initialise(Decoder(config), seed=0), tokenizer, folder)
             base = load_model(folder, work.base.dtype, work.base.device)
             for point in points:
@@ -310,7 +314,7 @@ def run_train(argv: Sequence[str]) -> dict:
     print(*details(entry), sep="\n", flush=True)
     if not args.no_curves:
         print(f"curves: {CURVE_STEPS} steps of each user; one by one and peft of {FEW} users at most", flush=True)
-        for each in curve_works(work, args.full):
+        for each in curve_works(work, args.full, args.bases):
             note(measured(each, ["fused", "one_by_one", *(name for name in peers if name == "peft")]))
         plot(args.out / "train.png", result["runs"][1:])
     if args.profile:
@@ -347,6 +351,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                              f"{PUBLISHED_STEPS})")
     add_dtype(parser)
     parser.add_argument("--full", action="store_true", help="every point of the curves, larger bases too: an hour")
+    parser.add_argument("--bases", type=lambda text: tuple(text.split(",")), metavar="NAME,...",
+                        help=f"sizes of the curves' bases, of {', '.join(BASES)} (default: 1M, with --full all)")
     parser.add_argument("--no-curves", action="store_true", help="the users alone, no curves")
     parser.add_argument("--profile", action="store_true", help="also write trace.json and a table of kernels")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
@@ -358,6 +364,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--users must be at least 1, got {args.users}")
     if not 1 <= args.published_steps <= STEPS:
         parser.error(f"--published-steps must be 1 to {STEPS}, got {args.published_steps}")
+    args.bases = args.bases or (tuple(BASES) if args.full else ("1M",))
+    if unknown := [name for name in args.bases if name not in BASES]:
+        parser.error(f"--bases: there is no {unknown[0]!r}; choose of {', '.join(BASES)}")
     args.method = replace(METHOD, sites=args.sites)
     args.passes = replace(PASSES, token_budget=args.token_budget)
     args.passes.check()
@@ -378,7 +387,7 @@ def versions(device: str) -> dict:
 # ---- What is shown -------------------------------------------------------------------------------------------------
 
 HEADING = (f"\n{'base':<22}{'users':>6}{'tokens':>8}{'users/s':>10}{'tokens/s':>10}{'one by one':>12}{'peft':>8}"
-           f"{'published':>11}{'same':>9}\n{'':<22}{'':>6}{'a step':>8}{'':>10}{'':>10}"
+           f"{'published':>11}{'same':>9}{'plan':>7}\n{'':<22}{'':>6}{'a step':>8}{'':>10}{'':>10}"
            f"{'times as fast as':>20}")  # fmt: skip
 
 
@@ -392,7 +401,8 @@ def line(entry: dict) -> str:
                      for than, width in (("one_by_one", 12), ("peft", 8), ("published", 11)))  # fmt: skip
     name = entry["base"] + (", trunk" if entry["frozen_trunk"] else "")
     return (f"{name:<22}{entry['users']:>6}{entry['tokens_per_user_step']:>8.0f}{entry['fused_users_per_s']:>10.2f}"
-            f"{entry['tokens_per_s']:>10,.0f}{ratios}{entry['max_relative_difference']:>9.0e}")
+            f"{entry['tokens_per_s']:>10,.0f}{ratios}{entry['max_relative_difference']:>9.0e}"
+            f"{entry['planning_share']:>7.1%}")
 
 
 def details(entry: dict) -> list[str]:

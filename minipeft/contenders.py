@@ -40,6 +40,7 @@ class Work:
            them has none that is longer.
     num_cut, num_short_cut: training texts that were cut to fit the base, and to fit the published protocol.
     published_steps: of each user, by the published protocol; at most `steps`.
+    planning: seconds that the last training by our engine planned and packed.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Work:
     num_cut: int = 0
     num_short_cut: int = 0
     published_steps: int = PUBLISHED_STEPS
+    planning: float = 0.0
 
     @cached_property
     def few(self) -> list[Job]:
@@ -110,8 +112,11 @@ class Work:
             while len(runs) < passes.slots and (job := next(waiting, None)) is not None:
                 runs.append(engine.begin(job))
             if not runs:
+                self.planning = engine.totals.planning
                 return rows
-            engine.train_step(choose(runs, self.labels, passes.token_budget))
+            with engine.totals.planned():
+                chosen = choose(runs, self.labels, passes.token_budget)
+            engine.train_step(chosen)
             for run in [run for run in runs if run.step == self.steps]:
                 rows[run.job.user] = engine.row(run)
                 engine.evict(run.bank, run.slot)

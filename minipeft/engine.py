@@ -8,7 +8,9 @@
 `score` asks trained users' models questions. Where memory does not hold a pass, its halves go one after the other.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,13 +42,22 @@ NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [
 class Totals:
     """What a call did: passes run, rows in them (training and evaluation) and how many of those were real tokens.
 
-    splits: passes that memory did not hold.
+    splits: passes that memory did not hold. planning: seconds of training passes before anything is computed.
     """
 
     passes: int = 0
     rows: int = 0
     tokens: int = 0
     splits: int = 0
+    planning: float = 0.0
+
+    @contextmanager
+    def planned(self) -> Iterator[None]:
+        """What runs inside is planning."""
+        began = time.perf_counter()
+        with region("plan"):
+            yield
+        self.planning += time.perf_counter() - began
 
     def count(self, batch: Batch) -> None:
         self.passes += 1
@@ -237,7 +248,7 @@ class Engine:
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
-        with region("plan"):
+        with self.totals.planned():
             parts = [run.minibatch(self.labels) for run in chosen]
             batch = pack(parts, self.model.device, self.model.causal)
             targets, weights = [], []
@@ -493,7 +504,9 @@ class Engine:
         training = [run for run in runs if not run.wants_evaluation]
         # Evaluations wait until they fill a pass or nobody can train.
         if len(training) > len(runs) // 2:
-            self._step_in_parts(choose(training, self.labels, self._token_budget))
+            with self.totals.planned():
+                chosen = choose(training, self.labels, self._token_budget)
+            self._step_in_parts(chosen)
             return []
         evaluating = [run for run in runs if run.wants_evaluation]
         self._evaluate(evaluating)

@@ -56,7 +56,8 @@ def test_the_default_run_measures_every_contender_and_the_curves(tmp_path, capsy
     first, *curve = result["runs"]
     assert {"base", "device", "users", "tokens_per_user_step", "method", "fused_users_per_s", "one_by_one_users_per_s",
             "peft_users_per_s", "published_users_per_s", "fused_peak_mb", "peft_peak_mb", "max_relative_difference",
-            "frozen_trunk"} <= set(first)  # fmt: skip
+            "frozen_trunk", "planning_share"} <= set(first)  # fmt: skip
+    assert all(0 < run["planning_share"] < 1 for run in result["runs"])
     assert first["base"] == "default" and first["users"] == 3 and first["resident_mb"] > 0
     assert all(first[f"{name}_users_per_s"] > 0 for name in bench_train.CONTENDERS)
     assert len(first["fused_seconds"]) == 2 and first["max_loss_difference"] <= SAME_LOSS
@@ -237,6 +238,7 @@ def test_peers_refuse_what_they_cannot_train(folders, method):
 
 @pytest.mark.parametrize("argv, message", [
     (["--published-steps", "4"], "--published-steps must be 1 to 3, got 4"),
+    (["--bases", "1M,2M"], "--bases: there is no '2M'; choose of 1M, 8M, 25M"),
     (["--users", "0"], "--users must be at least 1, got 0"),
     (["--token-budget", "0"], "token_budget must be at least 1, got 0"),
     (["--users", "3", "--sites", "nowhere"], "nowhere"),
