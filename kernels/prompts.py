@@ -221,7 +221,6 @@ def _check(op: str, x: Tensor, prompts: Tensor, plan: PromptPlan) -> None:
     if x.ndim != 2 or prompts.ndim != 3 or prompts.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x is {tuple(x.shape)} and prompts is {tuple(prompts.shape)}; needs [T, K] and "
                          "[U, V, K]. Was this prompt trained on another base?")
-    check_dtype(op, x)
     if prompts.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{op}: prompts are {prompts.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
     if prompts.stride(2) != 1 and prompts.shape[2] > 1:
@@ -238,6 +237,7 @@ def _check(op: str, x: Tensor, prompts: Tensor, plan: PromptPlan) -> None:
     if plan.rows.device != x.device:
         raise ValueError(f"{op}: the plan is on {plan.rows.device} but x is on {x.device}; pass "
                          f"device={str(x.device)!r} to PromptPlan.build.")
+    check_dtype(op, x)
 
 
 def gather_prompts(x: Tensor, prompts: Tensor, plan: PromptPlan) -> Tensor:
