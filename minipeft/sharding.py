@@ -59,9 +59,9 @@ def shard(base: Base, device: torch.device | str, ranks: Ranks) -> None:
     base.lockstep = Lockstep(base)
 
 
-def check_sharded(method: Method, passes: PassConfig | None) -> None:
+def check_sharded(method: Method, passes: PassConfig) -> None:
     """Raises InputError for a method that reads matrices beside the layers that own them, or slots "auto"."""
-    if passes is not None and passes.slots == "auto":
+    if passes.slots == "auto":
         raise InputError("--shard-base: how many slots fit is not measured where ranks share the base; give --slots N")
     if any(isinstance(part, DoRA) for part in method.parts):
         raise InputError("--shard-base: dora needs the norms of whole matrices, which no process has; take lora")

@@ -28,7 +28,7 @@ from minipeft.memory import fitted
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
-from minipeft.models.trunk import above_frozen
+from minipeft.models.trunk import Trunk, above_frozen
 from minipeft.prompts import Prompts
 from minipeft.ranks import Gone, Ranks, share_out
 from minipeft.resume import FORMAT, State, difference, packed, unpacked
@@ -127,11 +127,11 @@ class Training:
             raise InputError(f"epochs must be at most {MOST_EPOCHS} where a store keeps what came of each, got "
                              f"{config.epochs}")  # fmt: skip
         config.method.check(base)
-        if not (passes and passes.deterministic):  # a kept state's last bits depend on whose texts it was computed with
+        passes = passes or PassConfig()
+        if not passes.deterministic:  # a kept state's last bits depend on whose texts it was computed with
             base = above_frozen(base, config.method)
         if base.lockstep is not None:
             check_sharded(config.method, passes)
-        passes = passes or PassConfig()
         replace(passes, slots=1 if passes.slots == "auto" else passes.slots).check()
         virtual = config.method.virtual(base)
         prompts.question("", virtual=virtual[0])
@@ -296,9 +296,10 @@ class Training:
             if not self.state.begun["again"]:
                 kept.update(self.store.users())
             desk.summary.skipped = len(kept.intersection(self.users) - desk.summary.quarantined.keys())
+            frozen_layers = self.base.first if isinstance(self.base, Trunk) else 0
             desk.log("start", users=len(self.users), skipped=desk.summary.skipped, ranks=self.ranks.number,
-                     slots=self.passes.slots, token_budget=self.passes.token_budget,
-                     frozen_layers=getattr(self.base, "first", 0), **self.described())  # fmt: skip
+                     slots=self.passes.slots, token_budget=self.passes.token_budget, frozen_layers=frozen_layers,
+                     **self.described())  # fmt: skip
             left = bytes(user not in kept for user in self.users)
         self.state.name = self.ranks.tell(self.state.name.encode()).decode()
         todo = [user for user, wanted in zip(self.users, self.ranks.tell(left)) if wanted]

@@ -122,7 +122,7 @@ def test_one_process_has_nobody_to_share_with(task, model, tmp_path, capsys):  #
 
 def test_methods_and_bases_that_need_whole_matrices_are_refused():
     with pytest.raises(InputError, match="take lora"):
-        check_sharded(DoRA(), None)
+        check_sharded(DoRA(), PassConfig())
     with pytest.raises(InputError, match="give --slots N"):
         check_sharded(CONFIG.method, PassConfig(slots="auto"))
     with pytest.raises(InputError, match="takes decoders, not a Tensor"):
