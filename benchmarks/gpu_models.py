@@ -26,6 +26,7 @@ from minipeft.contenders import SAME_CHANGE, Apart
 from minipeft.engine import Engine
 from minipeft.methods.lora import LoRA
 from minipeft.models.loading import load_model, load_shape, read_config
+from minipeft.models.top import Top
 from minipeft.schedule import PassConfig
 from minipeft.timing import Call, clock_of, side_by_side
 
@@ -120,8 +121,8 @@ def overhead(sizes: Sizes, device: str, report: "Report") -> None:
     def frozen() -> None:
         """Gradients down to the embedded tokens, where the lowest LoRA needs none: what is added is not understated."""
         batch = pack([run.minibatch(work.labels) for run in runs], device, base.causal)
-        base.recompute = engine.passes.recompute
-        logits = base.head(base.read(batch.rows, batch.head_rows, ToEmbedded()))
+        base.recompute, hooks = engine.passes.recompute, ToEmbedded()
+        logits = base.head(base.read(batch.rows, Top(batch.head_rows, batch.head_attend, hooks), hooks))
         work.labels.log_probs(logits)[:, 1].sum().backward()
 
     for recompute in (False, True):

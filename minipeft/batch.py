@@ -7,8 +7,9 @@ sequence (token 0, no target), so every tile of rows belongs to one user and the
 sees only itself, nothing reads it, and its gradient is exactly 0. Virtual tokens (prompts, prefixes) are rows of their
 sequence like any other, in front: placeholders here, filled in where the method acts.
 
-The LM head runs on the rows that are read (those that predict a target or a label), also filled up per user. For an
-encoder-decoder these are target rows; its inputs are a second set of rows, packed in the same way (`Batch.inputs`).
+The LM head, and most of a decoder's last layer (models/top.py), run on the rows that are read (those that predict a
+target or a label), also filled up per user. For an encoder-decoder these are target rows; its inputs are a second set
+of rows, packed in the same way (`Batch.inputs`).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minipeft.models.attention import Packed
+from minipeft.models.attention import Packed, Spans
 from minipeft.models.rows import Rows
 from minipeft_kernels.prompts import PromptPlan
 from minipeft_kernels.segments import TILE, Segments
@@ -107,6 +108,7 @@ class Batch:
     rows, groups: what is read: a decoder's or encoder's sequences, or an encoder-decoder's targets.
     inputs:    an encoder-decoder's inputs, and cross: which of them each sequence of rows sees; None for other bases.
     head_rows: [M'] int64. Rows the head runs on: each user's read rows, filled up to a multiple of TILE.
+    head_attend: attention of head_rows to all rows, where a decoder's last layer runs on them; None for other bases.
     owners:    (bank number, slot) of each part. head_lengths: each part's number of head_rows.
     read:      [M] int64. Which of head_rows is each row that was asked for: parts, sequences and rows in order.
     num_rows:  rows in all. num_real_rows: those that are not filler.
@@ -117,6 +119,7 @@ class Batch:
     inputs: Side | None
     cross: Packed | None
     head_rows: Tensor
+    head_attend: Packed | None
     owners: list[tuple[int, int]]
     head_lengths: list[int]
     read: Tensor
@@ -124,7 +127,7 @@ class Batch:
     num_real_rows: int
 
     def head_groups(self) -> tuple[Group, ...]:
-        """As groups, of head_rows: for bases at whose head adapters act."""
+        """As groups, of head_rows."""
         return groups_of(self.owners, self.head_lengths, self.head_rows.device)
 
 
@@ -136,6 +139,7 @@ class _Packer:
         self.prefixes: list[int] = []
         self.virtual: list[int] = []
         self.first_rows: list[int] = []
+        self.reads: list[tuple[int, int, int]] = []  # a sequence's number, its first of the head's rows and how many
         self.lengths: list[int] = []  # rows of each part
         self.num_rows = self.num_filler = 0
 
@@ -161,6 +165,15 @@ class _Packer:
         ends = np.cumsum(self.lengths)
         part = np.searchsorted(ends, self.first_rows, side="right")  # of each sequence
         return Side(rows, groups_of(owners, self.lengths, device, (part, self.first_rows, self.virtual)))
+
+    def head_attend(self, num_head_rows: int, device: torch.device | str) -> Packed:
+        """Attention of the rows that the head runs on."""
+        number, first_head_row, num_read = np.array([read for read in self.reads if read[2]]).T
+        first, prefix = np.array(self.first_rows), np.array(self.prefixes)[number]
+        lengths = np.array([len(sequence) for sequence in self.sequences])
+        before = Spans(np.where(prefix < 0, 0, first[prefix]), np.where(prefix < 0, 0, lengths[prefix]))
+        return Packed.of_last(Spans(first_head_row, num_read), num_head_rows, Spans(first[number], lengths[number]),
+                              self.num_rows, before, device)  # fmt: skip
 
 
 def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool = True) -> Batch:
@@ -190,6 +203,7 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool
             else:
                 own.add(sequence.tokens, part.virtual[0])
                 sees.append(inputs.add(sequence.inputs, part.virtual[1]) if sequence.inputs else -1)
+            own.reads.append((len(own.sequences) - 1, len(head_rows), sequence.num_read))
             read.extend(range(len(head_rows), len(head_rows) + sequence.num_read))
             head_rows.extend(range(own.num_rows - sequence.num_read, own.num_rows))
         if own.num_rows == first_row:
@@ -211,6 +225,7 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool
         source,
         cross,
         torch.tensor(head_rows, device=device),
+        own.head_attend(len(head_rows), device) if causal and not inputs.sequences else None,
         owners,
         head_lengths,
         torch.tensor(read, device=device),

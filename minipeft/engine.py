@@ -26,6 +26,7 @@ from minipeft.models.classifier import Base
 from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
 from minipeft.models.hooks import Hooks
 from minipeft.models.t5 import T5
+from minipeft.models.top import Top
 from minipeft.profiling import region
 from minipeft.randomness import key_of
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, choose
@@ -234,16 +235,14 @@ class Engine:
         self.model.recompute = self.passes.recompute
         self._begin(batch.groups, steps is not None)
         hooks = self._hooks(batch.groups, steps)
+        top = Top(batch.head_rows, batch.head_attend, self._hooks(batch.head_groups(), steps))
         if batch.inputs is None:
-            read = self.model.read(batch.rows, batch.head_rows, hooks)  # [M', width]
+            read = self.model.read(batch.rows, top, hooks)  # [M', width]
         else:
             reading = self._hooks(batch.inputs.groups, steps)
             keys = self.model.cross_keys(self.model.encode_rows(batch.inputs.rows, reading), reading)
             read = self.model.decode_rows(batch.rows, keys, batch.cross, hooks).index_select(0, batch.head_rows)
-        acting = [table[group.bank] for group in batch.groups for table in (self._banks, self._under)]
-        at_head = any(residents is not None and residents.at_head for residents in acting)
-        head_groups = batch.head_groups() if at_head else ()
-        logits = self.model.head(read, self._hooks(head_groups, steps))  # [M', vocab]
+        logits = self.model.head(read, top.hooks)  # [M', vocab]
         return self.labels.log_probs(logits).index_select(0, batch.read)
 
     def train_step(self, chosen: Sequence[Run]) -> None:

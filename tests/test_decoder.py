@@ -19,6 +19,7 @@ from minipeft.models.layers import HeadRMSNorm, stable_sigmoid
 from minipeft.models.loading import FAMILIES, fingerprint, load_model, save_model
 from minipeft.models.rotary import CHUNK, Rotary, rope_frequencies
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 
 SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
          "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
@@ -198,10 +199,11 @@ def test_gradients_of_a_layer_match_finite_differences(window):
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     angles = torch.randn(5, 1, 4, dtype=torch.float64, generator=generator)
+    rope = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
     norms = [m.weight for m in layer.modules() if isinstance(m, HeadRMSNorm)]
     assert len(norms) == 4
     assert torch.autograd.gradcheck(
-        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), PLAIN), (x, *norms), fast_mode=True)
+        lambda x, *norms: layer(x, rope, PLAIN, Top.all(rows, PLAIN)), (x, *norms), fast_mode=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (400, 100), (999, 33), (2048, 64)], ids=str)
@@ -332,7 +334,7 @@ def test_a_positions_angles_do_not_depend_on_the_company():
     for one, other in zip(alone, with_a_long_one):
         assert torch.equal(one, other[:7])
     position = torch.tensor(float(CHUNK + 299), dtype=torch.float64)
-    exact = (position * rope_frequencies(10, 10000.0, {}).double()).cos()
+    exact = (position * rope_frequencies(10, 10000.0, {}).double()).cos().repeat(2)
     assert (with_a_long_one[0][-1, 0] - exact).abs().max() < 1e-4
 
 

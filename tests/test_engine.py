@@ -16,7 +16,7 @@ from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import LabelSet, Question
 from minipeft.methods.lora import LoRA
-from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.models.decoder import MLP, Decoder, DecoderConfig
 from minipeft.models.loading import fingerprint
 from minipeft.models.rows import Rows
 from minipeft.randomness import generator
@@ -531,53 +531,53 @@ def test_scores_come_in_pieces_in_order_whose_sizes_depend_on_the_user_alone(mod
         assert sizes([user])[user] == pieces
 
 
-def test_the_head_runs_only_on_rows_that_are_read(model, jobs, monkeypatch):
+def test_the_head_and_the_last_mlp_run_only_on_rows_that_are_read(model, jobs, monkeypatch):
     heads, bodies = [], []
-    head, hidden = Decoder.head, Decoder.hidden
+    head, mlp = Decoder.head, MLP.forward
     monkeypatch.setattr(Decoder, "head", lambda self, h, *fn: heads.append(len(h)) or head(self, h, *fn))
-    monkeypatch.setattr(Decoder, "hidden", lambda self, r, *fn: bodies.append(len(r.tokens)) or hidden(self, r, *fn))
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *fn: bodies.append(len(x)) or mlp(self, x, *fn))
     engine = Engine(model, LABELS)
     runs = admit(engine, jobs, [None] * len(jobs))
     read = [sum(len(LABELS.labels[q.label]) for q in first_minibatch(job)) for job in jobs]
     num_rows = [run.minibatch(LABELS).num_rows for run in runs]
     engine.train_step(in_order(runs))
     assert heads == [sum(filled(n) for n in read)]
-    assert bodies == [sum(num_rows)] and heads[0] < bodies[0]
+    assert bodies == [sum(num_rows), heads[0]] and heads[0] < bodies[0]
     list(engine.score([(run.bank, run.slot, run.job.val) for run in runs]))
-    assert heads[1] == sum(filled(len(job.val) * LABELS.rows_per_question) for job in jobs) < bodies[1]
+    assert heads[1] == sum(filled(len(job.val) * LABELS.rows_per_question) for job in jobs) == bodies[3] < bodies[2]
 
 
 # ---- Memory that does not hold a pass -------------------------------------------------------------------------------
 
 
-def short_of_memory(monkeypatch, most_rows, at="hidden"):
+def short_of_memory(monkeypatch, most_rows, at="read"):
     """No pass of more rows than this from now on: as PyTorch says it on a CPU, in the middle of the forward pass, or
     after it, in the step of the pass's last bank. Returns the numbers of rows that did not fit."""
-    hidden, step, refused = Decoder.hidden, engine_module.adamw_, []
+    read, step, refused = Decoder.read, engine_module.adamw_, []
 
     def refuse(num_rows):
         refused.append(num_rows)
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
 
-    def cramped_hidden(model, rows, *hooks):
-        cramped_hidden.rows = len(rows.tokens)
-        if at == "hidden" and len(rows.tokens) > most_rows:
+    def cramped_read(model, rows, *more):
+        cramped_read.rows = len(rows.tokens)
+        if at == "read" and len(rows.tokens) > most_rows:
             refuse(len(rows.tokens))
-        return hidden(model, rows, *hooks)
+        return read(model, rows, *more)
 
     def cramped_step(weights, *rest, **more):
-        if at == "step" and cramped_hidden.rows > most_rows and weights.shape[1] == cramped_step.width:
-            refuse(cramped_hidden.rows)
+        if at == "step" and cramped_read.rows > most_rows and weights.shape[1] == cramped_step.width:
+            refuse(cramped_read.rows)
         return step(weights, *rest, **more)
 
     method = LoRA(RANKS[3], sites=SITES[0])
     cramped_step.width = method.layout(make_model()).row_size  # of the last user's bank
-    monkeypatch.setattr(Decoder, "hidden", cramped_hidden)
+    monkeypatch.setattr(Decoder, "read", cramped_read)
     monkeypatch.setattr(engine_module, "adamw_", cramped_step)
     return refused
 
 
-@pytest.mark.parametrize("at", ["hidden", "step"])
+@pytest.mark.parametrize("at", ["read", "step"])
 def test_a_pass_that_memory_does_not_hold_goes_in_parts_and_changes_nobody(model, jobs, exactly_alone, monkeypatch, at):
     """In the step: some banks' users have stepped by then and must not step twice."""
     refused = short_of_memory(monkeypatch, 250, at)
@@ -626,7 +626,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model, jobs, monkeypatc
     def broken(*args):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Decoder, "hidden", broken)
+    monkeypatch.setattr(Decoder, "read", broken)
     with pytest.raises(RuntimeError, match="something else"):
         train(model, jobs[:3], 3)
 

@@ -98,7 +98,7 @@ def test_gradients_at_every_site_match_transformers(changes, tmp_path):
 @pytest.mark.parametrize("angles", [1, 3, 5])
 def test_only_the_first_features_turn(angles):
     generator = torch.Generator().manual_seed(0)
-    x, (cos, sin) = torch.randn(4, 3, 10, generator=generator), torch.randn(2, 4, 1, angles, generator=generator)
+    x, (cos, sin) = torch.randn(4, 3, 10, generator=generator), torch.randn(2, 4, 1, 2 * angles, generator=generator)
     y = rotate_first(x, cos, sin)
     assert torch.equal(y[..., : 2 * angles], rotate(x[..., : 2 * angles], cos, sin))
     assert torch.equal(y[..., 2 * angles :], x[..., 2 * angles :])

@@ -133,9 +133,11 @@ def test_pack_lays_out_every_row_once(sequences):
     assert rows.tokens.tolist() == [token for s in sequences for token in s]
     assert rows.positions.tolist() == [i for s in sequences for i in range(len(s))]
     plan, padded = rows.attend, padded_length(lengths).sum()
-    assert plan.q_index[plan.q_places].tolist() == plan.k_index[plan.k_places].tolist() == list(range(T))
+    for layout in (plan.q, plan.k):
+        assert layout.index[layout.places].tolist() == list(range(T))
+        assert layout.absent is layout.copies is None
     assert sum(bucket.num for bucket in plan.buckets) == len(sequences) == len(rows.split(rows.tokens))
-    assert len(plan.q_index) == sum(bucket.num * bucket.q_width for bucket in plan.buckets) == padded
+    assert len(plan.q.index) == sum(bucket.num * bucket.q_width for bucket in plan.buckets) == padded
 
 
 @settings(max_examples=40, derandomize=True, database=None, deadline=None)

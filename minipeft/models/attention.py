@@ -8,6 +8,7 @@ belong together. `Packed.plan` says it for a batch:
     cross-attention      each row sees all rows of another sequence: T5's decoder, its encoder's
     a shared prefix      each row sees a prefix's rows first, then its own sequence's up to itself: several labels
                          after one prompt
+    the last layer       the same, of a sequence's last rows alone: those that are read (top.py)
 
 Attention gathers sequences of similar length into padded buckets, runs `scaled_dot_product_attention` on each, and
 gathers the results back. The padded length of a sequence depends on its own length alone, never on the company, so its
@@ -65,6 +66,13 @@ class Bucket:
         return places[: self.k_width], self.before + places[: self.q_width]
 
 
+class Spans(NamedTuple):
+    """Rows of sequences, on the host: the first one and how many, [n] int64 each."""
+
+    first: np.ndarray
+    lengths: np.ndarray
+
+
 class Stretches(NamedTuple):
     """Sequences that see one stretch of rows each, in the same order: what flash attention wants to know.
 
@@ -78,24 +86,47 @@ class Stretches(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Who sees whom in a batch. A padding place repeats its sequence's last row, which is finite and never seen.
+class Layout:
+    """Rows in padded places, buckets one after another, and the way back.
 
-    q_index: [M] int64. Padded layout -> row: buckets one after another, each [num, q_width] flattened.
-    q_places: [T] int64. Row -> its place in the padded layout. q_pads: [M - T] int64, the places that are no row's.
-    k_index, k_places: the same of the rows that are seen; a prefix's rows are at home in its own sequence. k_places is
-             None where sequences see others, and one of these may be seen by several or by none.
-    copies:  where a prefix's rows are seen besides; None: there is no prefix.
+    index:  [M] int64. Place -> row. A padding place repeats its sequence's last row, which is finite and never seen.
+    places: [T] int64. Row -> the place where it is at home; 0 of a row that is nowhere.
+    absent: [a] int64, the rows that are nowhere; None: there are none.
+    copies: where rows stand besides at home; None: nowhere.
+    """
+
+    index: Tensor
+    places: Tensor
+    absent: Tensor | None
+    copies: "Copies | None"
+
+    @staticmethod
+    def plan(index: np.ndarray, rows: np.ndarray, places: np.ndarray, num_rows: int, on: Callable) -> "Layout":
+        """rows, places: [m] each, which row stands where, padding places left out; a row's first is its home."""
+        home, number, copies = np.zeros(num_rows, dtype=np.int64), np.bincount(rows, minlength=num_rows), None
+        if number.max() > 1:
+            _, first = np.unique(rows, return_index=True)
+            others = np.delete(np.arange(len(rows)), first)
+            copies = Copies.plan(rows[others], places[others], on)
+            rows, places = rows[first], places[first]
+        home[rows] = places
+        absent = np.flatnonzero(number == 0)
+        return Layout(on(index), on(home), on(absent) if len(absent) else None, copies)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Who sees whom in a batch.
+
+    q, k:    where the rows that see, and those that are seen, stand. A prefix's rows are at home in its own sequence.
+    q_pads:  [M - T] int64, the places of q that are no row's.
     square:  each sequence sees itself and nothing else.
     stretches: None where a sequence sees a prefix too, or sequences see others than in their order.
     """
 
-    q_index: Tensor
-    q_places: Tensor
+    q: Layout
+    k: Layout
     q_pads: Tensor
-    k_index: Tensor
-    k_places: Tensor | None
-    copies: "Copies | None"
     buckets: tuple[Bucket, ...]
     causal: bool
     square: bool
@@ -113,55 +144,69 @@ class Packed:
             sees:      [n] which of those each sequence sees; None: its own number.
             shared:    first row and length, [n] each, of the rows that a sequence sees before its own; length 0: none.
         """
-        on = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
-        starts = _starts(q_lengths)
-        q_first, k_first, k_own = starts, starts, q_lengths
-        if k_lengths is not None:
-            sees = np.arange(len(q_lengths)) if sees is None else sees
-            k_first, k_own = _starts(k_lengths)[sees], k_lengths[sees]
-        prefix_first, prefix = (np.zeros_like(q_lengths),) * 2 if shared is None else shared
-        square = k_lengths is None and not prefix.any()
-        k_own_lengths = q_lengths if k_lengths is None else k_lengths
-        all_home = sees is None or np.array_equal(np.sort(sees), np.arange(len(k_own_lengths)))
-        in_order = sees is None or np.array_equal(sees, np.arange(len(k_own_lengths)))
+        of_keys = q_lengths if k_lengths is None else k_lengths
+        in_order = sees is None or np.array_equal(sees, np.arange(len(of_keys)))
+        sees = np.arange(len(of_keys)) if sees is None else sees
+        prefix = (np.zeros_like(q_lengths),) * 2 if shared is None else shared
+        q, k = Spans(_starts(q_lengths), q_lengths), Spans(_starts(of_keys)[sees], of_keys[sees])
+        has_prefix = bool(prefix[1].any())
         stretches = None
-        if in_order and not prefix.any():
-            ends = [on(np.append(0, np.cumsum(lengths)).astype(np.int32)) for lengths in (q_lengths, k_own)]
-            stretches = Stretches(*ends, int(q_lengths.max()), int(k_own.max()))
-        q_widths = padded_length(q_lengths)
-        k_widths = q_widths if square else padded_length(prefix + k_own)
+        if in_order and not has_prefix:
+            ends = [torch.from_numpy(np.append(0, np.cumsum(n)).astype(np.int32)).to(device) for n in (q[1], k[1])]
+            stretches = Stretches(*ends, int(q_lengths.max()), int(of_keys.max()))
+        square = k_lengths is None and not has_prefix
+        return Packed._plan(q, int(q_lengths.sum()), k, int(of_keys.sum()), Spans(*prefix), causal, square, stretches,
+                            device)  # fmt: skip
 
-        q_index, k_index, buckets, copied, copies = [], [], [], [], []
-        q_places, k_places = (np.empty(int(lengths.sum()), dtype=np.int64) for lengths in (q_lengths, k_own_lengths))
+    @staticmethod
+    def of_last(
+        q: Spans, num_q: int, k: Spans, num_k: int, prefix: Spans, device: torch.device | str
+    ) -> "Packed":  # fmt: skip
+        """The plan of a decoder for the last rows of sequences alone, as they see when all rows are there.
+
+        q: where those rows stand among num_q rows. k: their sequences, whole, among num_k rows. prefix: the rows that
+        each sequence goes on from; length 0: none. For other rows of q attention gives 0, and no gradient.
+        """
+        return Packed._plan(q, num_q, k, num_k, prefix, True, False, None, device)
+
+    @staticmethod
+    def _plan(
+        q: Spans, num_q: int, k: Spans, num_k: int, prefix: Spans, causal: bool, square: bool,
+        stretches: Stretches | None, device: torch.device | str,
+    ) -> "Packed":  # fmt: skip
+        on = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
+        q_widths, k_widths = padded_length(q.lengths), padded_length(prefix.lengths + k.lengths)
+        before_own = prefix.lengths + (k.lengths - q.lengths if causal else 0)
+        q_index, k_index, buckets = [], [], []
+        of_q, of_k, of_prefix = [], [], []  # pairs of (rows, places)
         q_filled = k_filled = 0
         for q_width, k_width in np.unique(np.stack([q_widths, k_widths], 1), axis=0).tolist():
             members = np.flatnonzero((q_widths == q_width) & (k_widths == k_width))
             column = lambda per_sequence: per_sequence[members][:, None]  # noqa: B023, E731  # [n, 1]
             q_cols, k_cols = np.arange(q_width), np.arange(k_width)
-            q_rows = column(q_first) + np.minimum(q_cols, column(q_lengths) - 1)  # [n, q_width]
-            real = q_cols < column(q_lengths)
-            q_places[q_rows[real]] = q_filled + np.flatnonzero(real)
+            q_rows = column(q.first) + np.minimum(q_cols, column(q.lengths) - 1)  # [n, q_width]
+            real = q_cols < column(q.lengths)
+            of_q.append((q_rows[real], q_filled + np.flatnonzero(real)))
             q_filled += q_rows.size
-            own = column(k_first) + np.minimum(k_cols - column(prefix), column(k_own) - 1)
-            k_rows = np.where(k_cols < column(prefix), column(prefix_first) + k_cols, own)  # [n, k_width]
+            own = column(k.first) + np.minimum(k_cols - column(prefix.lengths), column(k.lengths) - 1)
+            k_rows = np.where(k_cols < column(prefix.lengths), column(prefix.first) + k_cols, own)  # [n, k_width]
+            foreign = k_cols < column(prefix.lengths)
+            seen = k_cols < column(prefix.lengths + k.lengths)
+            of_k.append((k_rows[seen & ~foreign], k_filled + np.flatnonzero(seen & ~foreign)))
+            of_prefix.append((k_rows[foreign], k_filled + np.flatnonzero(foreign)))
+            k_filled += k_rows.size
             q_index.append(q_rows.ravel())
             k_index.append(k_rows.ravel())
-            before = column(prefix).astype(np.int32)
+            before = column(before_own).astype(np.int32)
             before = before[:1] if (before == before[0]).all() else before
-            seen, foreign = k_cols < column(prefix + k_own), k_cols < column(prefix)
-            if all_home:
-                k_places[k_rows[seen & ~foreign]] = k_filled + np.flatnonzero(seen & ~foreign)
-            copied.append(k_rows[foreign])
-            copies.append(k_filled + np.flatnonzero(foreign))
-            k_filled += k_rows.size
             buckets.append(Bucket(len(members), q_width, k_width, on(before), None if seen.all() else on(seen)))
         q_index, k_index = np.concatenate(q_index), np.concatenate(k_index)
+        q_rows, q_places = map(np.concatenate, zip(*of_q))
+        k_rows, k_places = map(np.concatenate, zip(*of_k, *of_prefix))
         is_pad = np.ones(len(q_index), dtype=bool)
         is_pad[q_places] = False
-        arrays = q_index, q_places, np.flatnonzero(is_pad), k_index, k_places
-        q_index, q_places, q_pads, k_index, k_places = map(on, arrays)
-        copies = Copies.plan(np.concatenate(copied), np.concatenate(copies), on) if prefix.any() else None
-        return Packed(q_index, q_places, q_pads, k_index, k_places if all_home else None, copies, tuple(buckets),
+        return Packed(Layout.plan(q_index, q_rows, q_places, num_q, on),
+                      Layout.plan(k_index, k_rows, k_places, num_k, on), on(np.flatnonzero(is_pad)), tuple(buckets),
                       causal, square, stretches)  # fmt: skip
 
     def __call__(
@@ -213,15 +258,14 @@ class Packed:
     ) -> Tensor:  # fmt: skip
         """A call by scaled_dot_product_attention, bucket by bucket."""
         grouped = q.shape[1] != k.shape[1]
-        q = _Regroup.apply(q, self.q_index, self.q_places)  # [M, H, D]
-        k, v = (x.index_select(0, self.k_index) if self.k_places is None else
-                _Regroup.apply(x, self.k_index, self.k_places, self.copies) for x in (k, v))  # fmt: skip
-        outputs, q_end, k_end = [], 0, 0
+        q, k, v = (_Regroup.apply(x, layout) for x, layout in ((q, self.q), (k, self.k), (v, self.k)))  # [M, H, D]
+        # Split and not sliced: a slice's gradient is as large as all buckets, zeros but for its own.
+        q = q.split([bucket.num * bucket.q_width for bucket in self.buckets])
+        k, v = (x.split([bucket.num * bucket.k_width for bucket in self.buckets]) for x in (k, v))
+        outputs = []
         for i, bucket in enumerate(self.buckets):
-            q_start, q_end = q_end, q_end + bucket.num * bucket.q_width
-            k_start, k_end = k_end, k_end + bucket.num * bucket.k_width
-            own_q = q[q_start:q_end].unflatten(0, (bucket.num, bucket.q_width)).transpose(1, 2)  # [n, H, q_width, D]
-            own_k, own_v = (x[k_start:k_end].unflatten(0, (bucket.num, bucket.k_width)).transpose(1, 2) for x in (k, v))
+            own_q = q[i].unflatten(0, (bucket.num, bucket.q_width)).transpose(1, 2)  # [n, H, q_width, D]
+            own_k, own_v = (x[i].unflatten(0, (bucket.num, bucket.k_width)).transpose(1, 2) for x in (k, v))
             if softcap is not None:
                 assert biases is None, "no base has both"
                 mask = self._mask(bucket, window, always=True)
@@ -231,9 +275,8 @@ class Packed:
                 is_causal = self.causal and mask is None
                 y = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask, is_causal=is_causal,
                                                    scale=scale, enable_gqa=grouped)  # fmt: skip
-            outputs.append(y.transpose(1, 2).reshape(q_end - q_start, -1, v.shape[-1]))
-        return _Ungroup.apply(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.q_places, self.q_index,
-                              self.q_pads)  # fmt: skip
+            outputs.append(y.transpose(1, 2).flatten(0, 1))  # [n * q_width, H, D]
+        return _Ungroup.apply(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.q, self.q_pads)
 
     def _mask(self, bucket: Bucket, window: int | None, always: bool = False) -> Tensor | None:
         """[n or 1, 1, q_width, k_width] bool, what is seen; None where the causal kernel or no mask says the same."""
@@ -326,35 +369,39 @@ class Copies:
 
 
 class _Regroup(torch.autograd.Function):
-    """x[index] where the gradient is another gather, not a scatter: back[j] is where row j is at home.
+    """x in padded places, where the gradient is another gather, not a scatter.
 
     Padding places copy a row too, but nothing depends on them, so their gradient is zero and may be dropped.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: Copies | None = None) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.copies = copies
-        return x.index_select(0, index)
+    def forward(ctx, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x.index_select(0, layout.index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.contiguous()
-        grad_rows = grad.index_select(0, ctx.saved_tensors[0])
-        if ctx.copies is not None:
-            ctx.copies.add_(grad_rows, grad)
-        return grad_rows, None, None, None
+        grad, layout = grad.contiguous(), ctx.layout
+        grad_rows = _rows(grad, layout)
+        if layout.copies is not None:
+            layout.copies.add_(grad_rows, grad)
+        return grad_rows, None
 
 
 class _Ungroup(torch.autograd.Function):
-    """x[places], whose gradient is another gather, and zero at the padding places `pads`."""
+    """Padded places -> rows, whose gradient is another gather, and zero at the padding places `pads`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, places: Tensor, index: Tensor, pads: Tensor) -> Tensor:
-        ctx.save_for_backward(index, pads)
-        return x.index_select(0, places)
+    def forward(ctx, x: Tensor, layout: Layout, pads: Tensor) -> Tensor:
+        ctx.layout, ctx.pads = layout, pads
+        return _rows(x, layout)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        index, pads = ctx.saved_tensors
-        return grad.index_select(0, index).index_fill_(0, pads, 0.0), None, None, None
+        return grad.index_select(0, ctx.layout.index).index_fill_(0, ctx.pads, 0.0), None, None
+
+
+def _rows(x: Tensor, layout: Layout) -> Tensor:
+    """What stands at the rows' homes: [M, ...] -> [T, ...], 0 of a row that is nowhere."""
+    rows = x.index_select(0, layout.places)
+    return rows if layout.absent is None else rows.index_fill_(0, layout.absent, 0.0)

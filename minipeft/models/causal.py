@@ -1,6 +1,7 @@
 """What all decoders have in common: the three plain functions for people, and how the engine calls them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,11 @@ from minipeft.errors import InputError
 from minipeft.models.generate import Sampling, generate
 from minipeft.models.hooks import BASE, Hooks, Sites
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 
 
 class Causal(Sites, nn.Module):
-    """A frozen decoder on packed rows: `hidden`, then `head` at the rows that are wanted.
+    """A frozen decoder on packed rows: `read`, then `head` at the rows that are read.
 
     A subclass sets, besides its weights:
 
@@ -25,17 +27,23 @@ class Causal(Sites, nn.Module):
     recompute = False  # see recompute.py
     stop_tokens: tuple[int, ...] = ()
 
-    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
-        """Last hidden states after the final norm. Returns [T, width], dtype of the weights.
+    def read(self, rows: Rows, top: Top, hooks: Hooks = BASE) -> Tensor:
+        """Last hidden states after the final norm, of top's rows [n, width], dtype of the weights.
 
         Raises:
-            ValueError: a sequence is longer than the base has positions.
+            InputError: a sequence is longer than the base has positions.
         """
         raise NotImplementedError
 
-    def read(self, rows: Rows, wanted: Tensor, hooks: Hooks = BASE) -> Tensor:
-        """`hidden` of some rows: wanted [n] int64 -> [n, width]."""
-        return self.hidden(rows, hooks).index_select(0, wanted)
+    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+        """Those of all rows: [T, width]."""
+        return self.read(rows, Top.all(rows, hooks), hooks)
+
+    def layers_to(self, top: Top, rows: Rows, hooks: Hooks) -> Iterator[tuple[nn.Module, Top]]:
+        """Each layer, and what it hands on: all rows, the last one top's."""
+        *lower, last = self.layers
+        whole = Top.all(rows, hooks)
+        return chain(((layer, whole) for layer in lower), [(last, top)])
 
     def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         """Hidden states of chosen rows [rows, width] -> logits [rows, vocab_size]."""

@@ -18,6 +18,7 @@ from minipeft.models.causal import Causal
 from minipeft.models.hooks import BASE, Hooks, Linear, Sites
 from minipeft.models.rows import Rows
 from minipeft.models.t5 import T5
+from minipeft.models.top import Top
 
 POOLINGS = ("mean", "pooler")
 
@@ -72,17 +73,17 @@ class Classifier(Sites, nn.Module):
 
     def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """Every row's text in one vector: [T, width + 1], its last hidden states pooled, and 1."""
-        return self.read(rows, torch.arange(len(rows.tokens), device=self.device), hooks)
+        return self.read(rows, Top.all(rows, hooks), hooks)
 
-    def read(self, rows: Rows, wanted: Tensor, hooks: Hooks = BASE) -> Tensor:
-        """`hidden` of some rows, [len(wanted), width + 1]: a text is read once or twice, not at all of its rows."""
+    def read(self, rows: Rows, top: Top, hooks: Hooks = BASE) -> Tensor:
+        """`hidden` of top's rows, [n, width + 1]: a text is read once or twice, not at all of its rows."""
         how = "first" if self.pooling == "pooler" else "mean"
         pooled = self.encoder.pool(self.last_hidden(rows, hooks), rows, how)  # [sequences, width]
         text_of_row = torch.from_numpy(np.repeat(np.arange(len(rows.lengths)), rows.lengths)).to(pooled.device)
         if self.pooling == "pooler":  # hooks know packed rows alone
-            pooled = self.encoder.pooled(pooled.index_select(0, text_of_row), hooks).index_select(0, wanted)
+            pooled = top.of(self.encoder.pooled(pooled.index_select(0, text_of_row), hooks))
         else:
-            pooled = pooled.index_select(0, text_of_row.index_select(0, wanted))
+            pooled = pooled.index_select(0, top.of(text_of_row))
         return F.pad(pooled, (0, 1), value=1.0)
 
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:

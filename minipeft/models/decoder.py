@@ -19,6 +19,7 @@ from minipeft.models.layers import HeadRMSNorm, RMSNorm, SwiGLU
 from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ class Attention(nn.Module):
         self.q_norm = HeadRMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = HeadRMSNorm(D, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, hooks)
-        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], hooks: Hooks, top: Top) -> Tensor:
+        qkv = top.qkv((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in qkv)  # [T, H, D], fewer of q where few rows are read
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         k, v = hooks.keys(self.site, rotate(k, *rope), v)
-        return self.o(rows.attend(self.layer, rotate(q, *rope), k, v, self.window).flatten(1), hooks)
+        q = rotate(q, *map(top.of, rope))
+        return self.o(top.attend(self.layer, q, k, v, self.window).flatten(1), top.hooks)
 
 
 class MLP(nn.Module):
@@ -86,9 +88,11 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], hooks: Hooks, top: Top) -> Tensor:
         h = hooks.norm(self.attn_norm, x)
-        x = x + hooks.block(self.attn.site, self.attn(h, rows, rope, hooks), h, x)
+        y = self.attn(h, rope, hooks, top)
+        hooks, h, x = top.hooks, top.of(h), top.of(x)
+        x = x + hooks.block(self.attn.site, y, h, x)
         h = hooks.norm(self.mlp_norm, x)
         return x + hooks.block(self.mlp.site, self.mlp(h, hooks), h, x)
 
@@ -113,10 +117,10 @@ class Decoder(Causal):
         self.name_sites(groups, self.head_linear)
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+    def read(self, rows: Rows, top: Top, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
         x = hooks.embed(self.embed(rows.tokens), rows.tokens)  # [T, width]
         rope = self.rotary(rows, x.dtype)
-        for layer in self.layers:
-            x = run(self, layer, x, rows, rope, hooks)
-        return hooks.norm(self.norm, x)
+        for layer, at in self.layers_to(top, rows, hooks):
+            x = run(self, layer, x, rope, hooks, at)
+        return top.hooks.norm(self.norm, x)

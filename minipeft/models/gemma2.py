@@ -25,6 +25,7 @@ from minipeft.models.layers import RMSNorm, gelu_tanh, rms_norm
 from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 
 OUR_KEY_PARTS = KEY_PARTS | {
     "attn_out_norm": "post_attention_layernorm",
@@ -80,12 +81,13 @@ class Attention(nn.Module):
         self.v = Linear(f"{site}.v", K, config.num_kv_heads * D, config.attn_bias)
         self.o = Linear(f"{site}.o", config.num_heads * D, K, config.attn_bias)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, hooks)
-        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], hooks: Hooks, top: Top) -> Tensor:
+        qkv = top.qkv((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in qkv)  # [T, H, D], fewer of q where few rows are read
         k, v = hooks.keys(self.site, rotate(k, *rope), v)
-        y = rows.attend(self.layer, rotate(q, *rope), k, v, self.window, scale=self.score_scale, softcap=self.score_cap)
-        return self.o(y.flatten(1), hooks)
+        q = rotate(q, *map(top.of, rope))
+        y = top.attend(self.layer, q, k, v, self.window, scale=self.score_scale, softcap=self.score_cap)
+        return self.o(y.flatten(1), top.hooks)
 
 
 class MLP(nn.Module):
@@ -111,10 +113,11 @@ class Layer(nn.Module):
         self.mlp = MLP(f"layers.{layer}.mlp", config)
         self.mlp_out_norm = OffsetRMSNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], hooks: Hooks, top: Top) -> Tensor:
         h = hooks.norm(self.attn_norm, x)
-        y = hooks.norm(self.attn_out_norm, self.attn(h, rows, rope, hooks))
-        x = x + hooks.block(self.attn.site, y, h, x)
+        y = self.attn(h, rope, hooks, top)
+        hooks, h, x = top.hooks, top.of(h), top.of(x)
+        x = x + hooks.block(self.attn.site, hooks.norm(self.attn_out_norm, y), h, x)
         h = hooks.norm(self.mlp_norm, x)
         y = hooks.norm(self.mlp_out_norm, self.mlp(h, hooks))
         return x + hooks.block(self.mlp.site, y, h, x)
@@ -140,15 +143,15 @@ class Gemma2(Causal):
         self.embed_scale = config.width**0.5
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+    def read(self, rows: Rows, top: Top, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
         x = self.embed(rows.tokens)
         scale = torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded: it was trained so in bf16
         x = hooks.embed(x, rows.tokens, scale)  # [T, width]
         rope = self.rotary(rows, x.dtype)
-        for layer in self.layers:
-            x = run(self, layer, x, rows, rope, hooks)
-        return hooks.norm(self.norm, x)
+        for layer, at in self.layers_to(top, rows, hooks):
+            x = run(self, layer, x, rope, hooks, at)
+        return top.hooks.norm(self.norm, x)
 
     def head(self, h: Tensor, hooks: Hooks = BASE) -> Tensor:
         logits = self.head_linear(h, hooks)

@@ -17,10 +17,11 @@ from minipeft.errors import InputError
 from minipeft.models.causal import Causal, check_lengths
 from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.fields import choice, flag, num_layers, real, whole
-from minipeft.models.hooks import BASE, Hooks, Linear, together
+from minipeft.models.hooks import BASE, Hooks, Linear
 from minipeft.models.layers import LayerNorm, gelu, gelu_tanh
 from minipeft.models.recompute import run
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 
 ACTIVATIONS = {  # config.json's name -> the function; the tanh ones are one formula written three ways
     "gelu": gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "relu": torch.relu,
@@ -61,11 +62,11 @@ class Attention(nn.Module):
         self.v = Linear(f"{site}.v", K, K, bias=True)
         self.o = Linear(f"{site}.o", K, K, bias=True)
 
-    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, hooks)
-        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+    def forward(self, x: Tensor, hooks: Hooks, top: Top) -> Tensor:
+        qkv = top.qkv((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in qkv)  # [T, H, D], fewer of q where few rows are read
         k, v = hooks.keys(self.site, k, v)
-        return self.o(rows.attend(self.layer, q, k, v, scale=self.scale).flatten(1), hooks)
+        return self.o(top.attend(self.layer, q, k, v, scale=self.scale).flatten(1), top.hooks)
 
 
 class MLP(nn.Module):
@@ -90,9 +91,11 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config.width, config.mlp_width, config.activation)
 
-    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
+    def forward(self, x: Tensor, hooks: Hooks, top: Top) -> Tensor:
         h = hooks.norm(self.attn_norm, x)
-        x = x + hooks.block(self.attn.site, self.attn(h, rows, hooks), h, x)
+        y = self.attn(h, hooks, top)
+        hooks, h, x = top.hooks, top.of(h), top.of(x)
+        x = x + hooks.block(self.attn.site, y, h, x)
         h = hooks.norm(self.mlp_norm, x)
         return x + hooks.block(self.mlp.site, self.mlp(h, hooks), h, x)
 
@@ -115,12 +118,12 @@ class GPT2(Causal):
         self.name_sites(groups, self.head_linear)
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+    def read(self, rows: Rows, top: Top, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
         x = hooks.embed(self.embed(rows.tokens), rows.tokens) + self.positions(rows.positions)  # [T, width]
-        for layer in self.layers:
-            x = run(self, layer, x, rows, hooks)
-        return hooks.norm(self.norm, x)
+        for layer, at in self.layers_to(top, rows, hooks):
+            x = run(self, layer, x, hooks, at)
+        return top.hooks.norm(self.norm, x)
 
 
 def read(fields: dict) -> GPT2Config:

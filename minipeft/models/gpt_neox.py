@@ -20,11 +20,12 @@ from minipeft.models.causal import Causal, check_lengths
 from minipeft.models.checkpoint import Family, Part, Source
 from minipeft.models.fields import choice, flag, num_layers, real, rope, whole
 from minipeft.models.gpt2 import ACTIVATIONS, MLP
-from minipeft.models.hooks import BASE, Hooks, Linear, together
+from minipeft.models.hooks import BASE, Hooks, Linear
 from minipeft.models.layers import LayerNorm
 from minipeft.models.recompute import run
 from minipeft.models.rotary import Rotary, rotate
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 
 KEY_PARTS = {  # our name of a module -> Hugging Face's
     "embed": "embed_in", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
@@ -63,16 +64,17 @@ class Attention(nn.Module):
         self.v = Linear(f"{site}.v", K, K, config.attn_bias)
         self.o = Linear(f"{site}.o", K, K, config.attn_bias)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, hooks)
-        q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], hooks: Hooks, top: Top) -> Tensor:
+        qkv = top.qkv((self.q, self.k, self.v), x, hooks)
+        q, k, v = (y.view(len(y), -1, self.head_dim) for y in qkv)  # [T, H, D], fewer of q where few rows are read
         k, v = hooks.keys(self.site, rotate_first(k, *rope), v)
-        return self.o(rows.attend(self.layer, rotate_first(q, *rope), k, v).flatten(1), hooks)
+        q = rotate_first(q, *map(top.of, rope))
+        return self.o(top.attend(self.layer, q, k, v).flatten(1), top.hooks)
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first features of x [T, H, D], as many as the angles cos and sin [T, 1, features / 2] are for."""
-    turned, kept = x.tensor_split((2 * cos.shape[-1],), dim=-1)
+    """Rotate the first features of x [T, H, D], as many as cos and sin [T, 1, features] are for."""
+    turned, kept = x.tensor_split((cos.shape[-1],), dim=-1)
     return torch.cat([rotate(turned, cos, sin), kept], -1)
 
 
@@ -85,9 +87,11 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(f"layers.{layer}.mlp", config.width, config.mlp_width, config.activation)
 
-    def forward(self, x: Tensor, rows: Rows, rope: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], hooks: Hooks, top: Top) -> Tensor:
         h = hooks.norm(self.attn_norm, x)
-        after = x + hooks.block(self.attn.site, self.attn(h, rows, rope, hooks), h, x)
+        y = self.attn(h, rope, hooks, top)
+        hooks, h, x = top.hooks, top.of(h), top.of(x)
+        after = x + hooks.block(self.attn.site, y, h, x)
         h = hooks.norm(self.mlp_norm, x if self.parallel else after)
         return after + hooks.block(self.mlp.site, self.mlp(h, hooks), h, after)
 
@@ -110,13 +114,13 @@ class GPTNeoX(Causal):
         self.name_sites(groups, self.head_linear)
         self.requires_grad_(False)
 
-    def hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
+    def read(self, rows: Rows, top: Top, hooks: Hooks = BASE) -> Tensor:
         check_lengths(rows, self.config.max_positions)
         x = hooks.embed(self.embed(rows.tokens), rows.tokens)  # [T, width]
         rope = self.rotary(rows, x.dtype)
-        for layer in self.layers:
-            x = run(self, layer, x, rows, rope, hooks)
-        return hooks.norm(self.norm, x)
+        for layer, at in self.layers_to(top, rows, hooks):
+            x = run(self, layer, x, rope, hooks, at)
+        return top.hooks.norm(self.norm, x)
 
 
 def read(fields: dict) -> GPTNeoXConfig:

@@ -33,7 +33,7 @@ def rope_frequencies(dim: int, theta: float, scaling: dict) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotary:
-    """The angles of one base: `rotary(rows, dtype)` -> cos and sin of every row, each [T, 1, dim / 2].
+    """The angles of one base: `rotary(rows, dtype)` -> what `rotate` wants of every row, each [T, 1, dim].
 
     dim: features of a head that turn. theta, scaling: see rope_frequencies.
     """
@@ -49,37 +49,35 @@ class Rotary:
         for start in range(0, rows.longest, CHUNK):
             positions = torch.arange(start, start + CHUNK, dtype=torch.float32, device=device)
             angles = positions[:, None] * frequencies  # [CHUNK, dim / 2]
-            tables.append(torch.stack([angles.cos(), angles.sin()]))
+            cos, sin = angles.cos(), angles.sin()
+            tables.append(torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]))
         cos, sin = torch.cat(tables, 1)[:, rows.positions, None].to(dtype)
         return cos, sin
 
 
 class _Rotate(torch.autograd.Function):
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); the gradient is the opposite rotation."""
+    """The gradient of a rotation is the opposite one."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, grad_y):
         cos, sin = ctx.saved_tensors
-        return _rotated(grad_y, cos, -sin), None, None
+        return _rotated(grad_y, cos, sin, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, dim=-1)
-    y = torch.empty_like(x)
-    y1, y2 = y.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).sub_(x2 * sin)
-    torch.mul(x2, cos, out=y2).add_(x1 * sin)
-    return y
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin), alpha=sign)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate feature pairs (i, i + D/2) of x [T, H, D] by the row's angles: Hugging Face's order of the pairs.
 
-    Su et al. 2021 (arXiv:2104.09864), eq. 34. cos, sin: [T, 1, D / 2].
+        (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)        Su et al. 2021 (arXiv:2104.09864), eq. 34
+
+    cos, sin: [T, 1, D], of every feature: of the pairs' first ones sin has the other sign.
     """
     return _Rotate.apply(x, cos, sin)
