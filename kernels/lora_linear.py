@@ -51,14 +51,17 @@ class _TritonLinear(torch.autograd.Function):
     """`anchor` is any tensor that requires grad: it keeps backward alive at a site whose x needs no gradient."""
 
     @staticmethod
-    def forward(ctx, x, anchor, groups, others, weights, biases):
+    def forward(ctx, x, anchor, groups, others, weights, biases, products):
         widths = [len(weight) for weight in weights]
         y = x.new_empty(len(x), sum(widths))
         for rows in others:
             y[rows] = 0.0
         kept = [forward_triton(g.lora, g.of(x), g.of(y)) for g in groups]
         ys = y.split(widths, dim=1)
-        for y_m, weight, bias in zip(ys, weights, biases):
+        for y_m, weight, bias, product in zip(ys, weights, biases, products or [None] * len(ys)):
+            if product is not None:
+                y_m += product
+                continue
             y_m.addmm_(x, weight.t())
             if bias is not None:
                 y_m += bias
@@ -76,18 +79,20 @@ class _TritonLinear(torch.autograd.Function):
         for g, v in zip(ctx.groups, kept):
             backward_triton(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], (v,), g.of(grad_x))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
+            return (None,) * 7
         for grad_y, weight in zip(grad_ys, ctx.weights):
             grad_x.addmm_(grad_y, weight)
-        return grad_x, None, None, None, None, None
+        return grad_x, *(None,) * 6
 
 
 class _TorchLinear(torch.autograd.Function):
     """As _TritonLinear, on a CPU. tile: None, or the tile of the frozen products (see lora_linear)."""
 
     @staticmethod
-    def forward(ctx, x, anchor, groups, weights, biases, tile):
-        if tile is None:
+    def forward(ctx, x, anchor, groups, weights, biases, tile, products):
+        if products is not None:
+            ys = list(products)
+        elif tile is None:
             ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
         else:
             ys = [cpu.tiled_linear(x, weight, bias, tile) for weight, bias in zip(weights, biases)]
@@ -112,7 +117,7 @@ class _TorchLinear(torch.autograd.Function):
             own, kept = kept[: num_kept(g.lora)], kept[num_kept(g.lora) :]
             backward_torch(g.lora, [g.of(grad_y) for grad_y in grad_ys], own,
                            None if grad_x is None else g.of(grad_x), beta=1)  # fmt: skip
-        return grad_x, None, None, None, None, None
+        return grad_x, *(None,) * 6
 
 
 def _check_frozen(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tile: int | None) -> None:
@@ -137,7 +142,7 @@ def _check_frozen(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
 
 def lora_linear(
     x: Tensor, anchor: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    groups: Sequence[LoraRows], tile: int | None = None,
+    groups: Sequence[LoraRows], tile: int | None = None, products: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """y_m[t] = W_m x[t] + b_m + scale[u] * B_m[u] @ A_m[u] @ x[t]: frozen linear maps and every row's own LoRA on them.
 
@@ -149,6 +154,7 @@ def lora_linear(
         tile:    None: one matrix product for all rows. A number: fixed tiles of that many rows (T a multiple of it), so
                  that a row's bits do not depend on the company (at ranks from 8 on, which banks pad to); costs a few
                  percent. Not on a GPU yet.
+        products: the frozen products W_m x + b_m, M of [T, N_m], where the caller has them; they are overwritten.
     Returns:
         M of [T, N_m], dtype of x. Differentiable in x.
     Raises:
@@ -170,10 +176,14 @@ def lora_linear(
         if g.lora.segments.plan is not None:
             check_sites("lora_linear", g.lora.sites, g.lora.Bts)
     _check_frozen(x, weights, biases, tile)
+    shapes = [(len(x), len(weight)) for weight in weights]
+    if products is not None and [tuple(y.shape) for y in products] != shapes:
+        raise ValueError(f"lora_linear: products are {[tuple(y.shape) for y in products]}, those of these weights are "
+                         f"{shapes}.")
     others = other_rows("lora_linear", ((g.first_row, g.lora.segments) for g in groups), len(x))
     if backend(x.device) == "torch":
-        return _TorchLinear.apply(x.contiguous(), anchor, groups, weights, biases, tile)
+        return _TorchLinear.apply(x.contiguous(), anchor, groups, weights, biases, tile, products)
     if tile is not None:
         raise ValueError("lora_linear: products in fixed tiles (deterministic mode) are not built for a GPU; "
                          "use tile=None there.")
-    return _TritonLinear.apply(x.contiguous(), anchor, groups, others, weights, biases)
+    return _TritonLinear.apply(x.contiguous(), anchor, groups, others, weights, biases, products)

@@ -55,17 +55,18 @@ class Acting(Hooks):
         actors = [actor for level in self.levels for _, actor in level]
         self._sites = {table: set().union(*(getattr(actor, table) for actor in actors)) for table in TABLES}
 
-    def linear(self, sites, x, weights, biases):
+    def linear(self, sites, x, weights, biases, products=None):
         scaled = [self._found("input_scales", site) for site in sites]
         if any(any(levels) for levels in scaled):
             if len(sites) > 1:  # each site then has an input of its own
                 return tuple(self.linear((site,), x, [w], [b])[0] for site, w, b in zip(sites, weights, biases))
             for found in scaled[0]:
                 x = self._scale(x, found)
-        ys = self._with_loras(sites, x, weights, biases)
+            products = None  # which were those of another input
+        ys = self._with_loras(sites, x, weights, biases, products)
         return tuple(self._finish(site, x, y) for site, y in zip(sites, ys))
 
-    def _with_loras(self, sites, x, weights, biases) -> tuple[Tensor, ...]:
+    def _with_loras(self, sites, x, weights, biases, products) -> tuple[Tensor, ...]:
         """The frozen products and the personal LoRA."""
 
         def at(sites: tuple[str, ...]) -> list[LoraRows | None]:
@@ -77,10 +78,12 @@ class Acting(Hooks):
             return list(found.values())
 
         def launch(launched: tuple[str, ...], found: list[LoraRows | None]) -> tuple[Tensor, ...]:
-            W, b = zip(*((weights[i], biases[i]) for i in (sites.index(site) for site in launched)))
+            W, b, known = zip(*((weights[i], biases[i], products and products[i])
+                                for i in (sites.index(site) for site in launched)))  # fmt: skip
+            known = known if products else None
             if loras := [lora for lora in found if lora is not None]:
-                return lora_linear(x, self.anchor, W, b, loras, self.tile)
-            return tuple(F.linear(x, w, c) if self.tile is None else tiled_linear(x, w, c, self.tile)
+                return lora_linear(x, self.anchor, W, b, loras, self.tile, known)
+            return known or tuple(F.linear(x, w, c) if self.tile is None else tiled_linear(x, w, c, self.tile)
                          for w, c in zip(W, b))  # fmt: skip
 
         singly = {(site,): at((site,)) for site in sites}

@@ -128,7 +128,7 @@ def main_work(args: argparse.Namespace, weights: bool = True) -> Work:
         if isinstance(base, Classifier) and weights:
             began, whole = time.perf_counter(), base
             base = Trunk(whole, (q.prompt for own in train.values() for q in own))
-            base.states[0, 0].item()  # a GPU has computed them by then
+            base.states[0][0, 0].item()  # a GPU has computed them by then
             seconds = time.perf_counter() - began
     config = TrainConfig(for_base(args.method, base))
     config.method.check(base)
@@ -257,7 +257,7 @@ def base_of(work: Work, contender: str) -> nn.Module:
 def held(work: Work, contender: str) -> int:
     """Bytes that a contender holds before it trains: the base, and what a Trunk keeps."""
     base = base_of(work, contender)
-    states = base.states.nbytes if isinstance(base, Trunk) else 0
+    states = sum(kept.nbytes for kept in base.states) if isinstance(base, Trunk) else 0
     return states + sum(weight.nbytes for weight in base.parameters())
 
 

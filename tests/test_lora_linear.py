@@ -189,6 +189,24 @@ def test_sites_of_one_input_at_once_are_the_sites_one_by_one(device, mixed_ranks
     torch.testing.assert_close(grad_x, grad_x_sum, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_products_that_the_caller_has_are_not_computed(device, with_bias):
+    """Nor are the weights read, but for the gradient of x."""
+    x, grad_ys, weights, _, lora, _ = three_sites(device, mixed_ranks=True)
+    biases = [torch.randn(len(weight), device=device) if with_bias else None for weight in weights]
+    groups, anchor, found = [LoraRows(0, lora)], torch.zeros((), device=device, requires_grad=True), []
+    for known in (False, True):
+        own = x.detach().clone().requires_grad_()
+        products = [F.linear(x, *pair).detach() for pair in zip(weights, biases)] if known else None
+        ys = lora_linear(own, anchor, weights, biases, groups, products=products)
+        torch.autograd.backward(ys, grad_ys)
+        found.append([*ys, own.grad, lora.grad_A.clone(), *(grad.clone() for grad in lora.grad_Bts)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="products are"):
+        lora_linear(x, anchor, weights, biases, groups, products=[torch.zeros(1, 1, device=device)] * 3)
+
+
 def test_rows_in_any_layout(device):
     weight, bias = make_weight(device, with_bias=True)
     x, grad_y, groups = make_groups([[16, 48], [32]], device, gap=3)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_bases import make_bert
 from test_classifier import CONFIG, C, make_jobs, make_model
 
@@ -13,6 +14,7 @@ from minipeft.errors import InputError
 from minipeft.labels import Classes
 from minipeft.methods.bottleneck import Houlsby
 from minipeft.methods.head import Head
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.prompt import PromptTuning
 from minipeft.methods.stack import Stack
@@ -25,7 +27,9 @@ from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.training import Training
 
-METHODS = {"lora": CONFIG.method, "houlsby": Stack((Houlsby(reduction=3), Head())), "head": Head()}
+METHODS = {"lora": CONFIG.method, "houlsby": Stack((Houlsby(reduction=3), Head())), "head": Head(),
+           "k alone": Stack((LoRA(2, sites=("k", "down")), Head())),
+           "inputs": Stack((IA3(("q", "v", "down"), inputs=("q",)), Head()))}  # fmt: skip
 
 
 def made(jobs):
@@ -47,13 +51,15 @@ def test_the_top_layers_are_what_is_left():
         keep_top(make_model(), 3)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_kept_states_train_and_answer_as_all_layers_do(method, monkeypatch):
+def test_kept_states_train_and_answer_as_all_layers_do(method, recompute, monkeypatch):
     monkeypatch.setattr(trunk, "TOKEN_BUDGET", 64)  # several passes
     jobs = [replace(job, config=replace(job.config, method=method)) for job in make_jobs(3)]
     whole, top = made(jobs)
     assert top.first == 1 and len(top.starts) == len({q.prompt for job in jobs for q in (*job.train, *job.val)})
-    slow, quick = (Engine(model, Classes(C)).train(jobs) for model in (whole, top))
+    passes = PassConfig(recompute=recompute)
+    slow, quick = (Engine(model, Classes(C), passes).train(jobs) for model in (whole, top))
     for user in slow:
         assert (slow[user].row - quick[user].row).norm() <= 1e-5 * slow[user].row.norm()
     asked = {job.user: job.val for job in jobs}
@@ -66,12 +72,32 @@ def test_kept_states_train_and_answer_as_all_layers_do(method, monkeypatch):
                                    torch.from_numpy(label_scores(whole, Classes(C), slow, asked)[user]))
 
 
-def test_the_lower_layers_do_not_run(monkeypatch):
+def test_the_lower_layers_do_not_run_nor_what_the_next_ones_q_k_and_v_multiply(monkeypatch):
     jobs = make_jobs(2)
     _, top = made(jobs)
     Engine(top, Classes(C)).train(jobs)  # which keeps what fills users up to whole tiles, too
     monkeypatch.setattr(top.encoder.layers[0], "forward", lambda *args: pytest.fail("a frozen layer ran"))
+    qkv = {id(linear.weight) for linear in top.encoder.layers[1].attn.qkv}
+    linear = F.linear
+
+    def no_product(x, weight, bias=None):
+        assert id(weight) not in qkv
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", no_product)
     Engine(top, Classes(C)).train(jobs)
+
+
+def test_products_are_kept_where_there_is_room_for_those_of_all_texts():
+    jobs = make_jobs(2)
+    whole, top = made(jobs)
+    rows = sum(len(text) for text in top.starts)
+    assert [len(kept[0]) for kept in top.states] == [whole.config.width] * 4
+    texts, numbers = list(top.starts), 4 * whole.config.width * rows
+    assert len(Trunk(whole, texts, most_bytes=4 * numbers).states) == 4
+    small = Trunk(whole, texts, most_bytes=4 * numbers - 1)
+    assert len(small.states) == 1 and small.starts.keys() == top.starts.keys()
+    assert len(Trunk(whole).states) == 1  # whose texts nobody knows yet
 
 
 def test_texts_are_kept_when_they_are_first_asked_about():
@@ -82,18 +108,24 @@ def test_texts_are_kept_when_they_are_first_asked_about():
     rows = [Engine(base, Classes(C)).train(jobs)["user 1"].row for base in (at_once, later)]
     assert (rows[0] - rows[1]).norm() <= 1e-5 * rows[0].norm()
     assert {q.prompt for job in jobs for q in (*job.train, *job.val)} <= later.starts.keys()
-    assert sum(map(len, later.starts)) == later.num_rows <= len(later.states)
+    assert sum(map(len, later.starts)) == later.num_rows <= len(later.states[0])
 
 
-def test_states_that_would_be_too_many_are_computed_again():
+def test_states_for_which_there_is_no_room_are_computed_for_every_pass():
+    """And those that were first are kept."""
     jobs = make_jobs(4)
     whole, kept = made(jobs)
-    text_bytes = whole.config.width * 4
-    forgetful = Trunk(whole, most_bytes=100 * text_bytes)
+    given = [question.prompt for question in jobs[0].train]
+    small = Trunk(whole, given, most_bytes=100 * whole.config.width * 4)
+    first = dict(small.starts)
+    assert first and set(first) == set(given[: len(first)])
     slots = PassConfig(slots=2, token_budget=64)
-    rows = [Engine(base, Classes(C), slots).train(jobs)["user 3"].row for base in (kept, forgetful)]
+    rows = [Engine(base, Classes(C), slots).train(jobs)["user 3"].row for base in (kept, small)]
     assert (rows[0] - rows[1]).norm() <= 1e-5 * rows[0].norm()
-    assert forgetful.num_rows < kept.num_rows and len(forgetful.states) < kept.num_rows / 2
+    assert first.items() <= small.starts.items() and small.num_rows == sum(map(len, small.starts))
+    assert len(small.states[0]) < kept.num_rows / 2
+    texts = {question.prompt for job in jobs for question in (*job.train, *job.val)}
+    assert 100 - max(map(len, texts)) < sum(len(text) for text in small.starts if small.starts[text] < 100) <= 100
 
 
 @pytest.mark.parametrize("method, first", [

@@ -56,11 +56,15 @@ class Attention(nn.Module):
         self.site, self.layer, self.head_dim = site, layer, K // config.num_heads
         self.q, self.k, self.v, self.o = (Linear(f"{site}.{name}", K, K, bias=True) for name in "qkvo")
 
-    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
-        qkv = together((self.q, self.k, self.v), x, hooks)
+    def forward(self, x: Tensor, rows: Rows, hooks: Hooks, products: Sequence[Tensor] | None = None) -> Tensor:
+        qkv = together(self.qkv, x, hooks, products)
         q, k, v = (y.view(x.shape[0], -1, self.head_dim) for y in qkv)  # [T, H, D]
         k, v = hooks.keys(self.site, k, v)
         return self.o(rows.attend(self.layer, q, k, v).flatten(1), hooks)
+
+    @property
+    def qkv(self) -> tuple[Linear, Linear, Linear]:
+        return self.q, self.k, self.v
 
 
 class MLP(nn.Module):
@@ -83,8 +87,9 @@ class Layer(nn.Module):
         self.mlp = MLP(f"layers.{layer}.mlp", config)
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
 
-    def forward(self, x: Tensor, rows: Rows, hooks: Hooks) -> Tensor:
-        y = hooks.block(self.attn.site, self.attn(x, rows, hooks), x, x, self.attn_norm)
+    def forward(self, x: Tensor, rows: Rows, hooks: Hooks, products: Sequence[Tensor] | None = None) -> Tensor:
+        """products: frozen q, k and v of x, see Hooks.linear; None: nobody has them."""
+        y = hooks.block(self.attn.site, self.attn(x, rows, hooks, products), x, x, self.attn_norm)
         x = hooks.norm(self.attn_norm, x + y)
         y = hooks.block(self.mlp.site, self.mlp(x, hooks), x, x, self.mlp_norm)
         return hooks.norm(self.mlp_norm, x + y)

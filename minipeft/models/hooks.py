@@ -31,10 +31,14 @@ class Hooks:
     """The base alone, no adapter anywhere. All tensors are of packed rows: [T, ...]."""
 
     def linear(
-        self, sites: tuple[str, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
-    ) -> tuple[Tensor, ...]:
-        """y = x W^T + b, [T, N], of each of these sites, which share their input x [T, K]."""
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+        self, sites: tuple[str, ...], x: Tensor, weights: list[Tensor], biases: list[Tensor | None],
+        products: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """y = x W^T + b, [T, N], of each of these sites, which share their input x [T, K].
+
+        products: these, where a caller has them (trunk.py); they may be overwritten.
+        """
+        return tuple(products or (F.linear(x, weight, bias) for weight, bias in zip(weights, biases)))
 
     def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """norm(x), [T, width]. norm is one of layers.py's and knows its `site`."""
@@ -83,9 +87,13 @@ class Linear(nn.Module):
         return together((self,), x, hooks)[0]
 
 
-def together(linears: Sequence[Linear], x: Tensor, hooks: Hooks) -> tuple[Tensor, ...]:
-    """y of linear maps that share the input x, e.g. q, k and v."""
-    return hooks.linear(tuple(m.site for m in linears), x, [m.weight for m in linears], [m.bias for m in linears])
+def together(
+    linears: Sequence[Linear], x: Tensor, hooks: Hooks, products: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y of linear maps that share the input x, e.g. q, k and v. products: see Hooks.linear."""
+    known = {} if products is None else {"products": products}
+    return hooks.linear(tuple(m.site for m in linears), x, [m.weight for m in linears], [m.bias for m in linears],
+                        **known)  # fmt: skip
 
 
 class Sites:

@@ -5,6 +5,8 @@
 
 Where no adapter acts below layer k, the states there depend on the text alone. Annotated data repeats each text over
 users, and training over epochs: so they are computed once per distinct text, kept, and every pass starts from them.
+So do layer k's frozen products: its q, k and v before anybody's LoRA is added. They are kept too where all texts are
+known and there is room.
 """
 
 import re
@@ -85,9 +87,10 @@ class Trunk(Classifier):
 
     Args:
         whole: the classifier.
-        texts: token ids of texts whose states are computed at once.
+        texts: token ids of texts whose states are computed at once, as far as there is room, and layer `first`'s
+            products with them if there is room for all.
         first: the layer that passes start at, below which there are no sites; None: the lowest of whole's that has one.
-        most_bytes: of kept states. Where they would be more, all are forgotten, and computed again when asked about.
+        most_bytes: of kept states. First come, first kept: those of other texts are computed for every pass anew.
     """
 
     def __init__(
@@ -99,24 +102,38 @@ class Trunk(Classifier):
             setattr(self, table, getattr(whole, table))
         self.first = first_acting_layer(whole.sites, len(whole.encoder.layers)) if first is None else first
         _leave(self, lambda stack, layer: layer >= self.first)
+        texts, most = list(dict.fromkeys(map(tuple, texts))), most_bytes // self.dtype.itemsize
+        layer = self.encoder.layers[self.first] if self.first < len(self.encoder.layers) else None
+        self._products = () if layer is None else layer.attn.qkv
+        widths = [self.config.width, *(len(linear.weight) for linear in self._products)]
+        if not texts or sum(map(len, texts)) * sum(widths) > most:
+            self._products, widths = (), widths[:1]
         self.starts: dict[Tokens, int] = {}  # text -> its first row in `states`
-        self.states = torch.zeros(0, self.config.width, device=self.device, dtype=self.dtype)
+        self.states = [torch.zeros(0, n, device=self.device, dtype=self.dtype) for n in widths]  # and the products
         self.num_rows = 0  # of `states` that hold some; the rest is room
-        self.most_rows = most_bytes // (self.config.width * self.dtype.itemsize)
-        self.keep(dict.fromkeys(map(tuple, texts)))
+        self.most_rows = most // sum(widths)
+        self._passing: list[Tokens] = []  # the last of `starts`, for which there is no room
+        self.have(self._fitting(texts))
 
-    def keep(self, texts: Collection[Tokens]) -> None:
-        """Have the states of these distinct texts."""
-        new = [text for text in texts if text not in self.starts]
-        if self.num_rows + sum(map(len, new)) > self.most_rows:
-            self.starts, self.num_rows, new = {}, 0, list(texts)
+    def have(self, texts: Collection[Tokens]) -> None:
+        """Have the states of these distinct texts, until the next call at least."""
+        for text in self._passing:
+            del self.starts[text]
+            self.num_rows -= len(text)
+        new = sorted((text for text in texts if text not in self.starts), key=len)
+        self._passing = new[len(self._fitting(new)) :]
         needed = self.num_rows + sum(map(len, new))
-        if needed > len(self.states):
-            grown = self.states.new_zeros(max(needed, min(2 * len(self.states), self.most_rows)), self.config.width)
-            grown[: self.num_rows] = self.states[: self.num_rows]
-            self.states = grown
-        for group in groups_within(sorted(new, key=len), TOKEN_BUDGET):
+        if needed > (room := len(self.states[0])):
+            more = max(needed, min(2 * room, self.most_rows)) - self.num_rows
+            self.states = [torch.cat([kept[: self.num_rows], kept.new_zeros(more, kept.shape[1])])
+                           for kept in self.states]  # fmt: skip
+        for group in groups_within(new, TOKEN_BUDGET):
             self._compute(group)
+
+    def _fitting(self, texts: list[Tokens]) -> list[Tokens]:
+        """The first of these new texts, as many as there is room for."""
+        ends = self.num_rows + np.cumsum([len(text) for text in texts])
+        return texts[: int(np.searchsorted(ends, self.most_rows, side="right"))]
 
     @torch.no_grad()
     def _compute(self, texts: list[Tokens]) -> None:
@@ -124,7 +141,8 @@ class Trunk(Classifier):
         x = self.encoder.embedded(rows)
         for layer in self.encoder.layers[: self.first]:
             x = layer(x, rows, BASE)
-        self.states[self.num_rows :][: len(x)] = x
+        for kept, own in zip(self.states, (x, *(linear(x, BASE) for linear in self._products))):
+            kept[self.num_rows :][: len(x)] = own
         for text in texts:
             self.starts[text] = self.num_rows
             self.num_rows += len(text)
@@ -132,9 +150,11 @@ class Trunk(Classifier):
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """As Classifier's. Raises ValueError for rows with virtual tokens."""
         places = self._places(rows)
-        x = self.states.index_select(0, places)
+        x, *products = (kept.index_select(0, places) for kept in self.states)
         for layer in self.encoder.layers[self.first :]:
-            x = run(self.encoder, layer, x, rows, hooks)
+            # They are overwritten; a layer that is computed again computes them.
+            known = (products,) if products and not self.recompute else ()
+            x, products = run(self.encoder, layer, x, rows, hooks, *known), None
         return x
 
     def _places(self, rows: Rows) -> Tensor:
@@ -143,7 +163,7 @@ class Trunk(Classifier):
             raise ValueError("Trunk: virtual tokens have no kept states; use a method without, or all layers.")
         tokens, ends = rows.tokens.tolist(), np.cumsum(rows.lengths).tolist()
         texts = [tuple(tokens[start:end]) for start, end in zip([0, *ends], ends)]
-        self.keep(dict.fromkeys(texts))
+        self.have(dict.fromkeys(texts))
         places = [np.arange(len(text)) + self.starts[text] for text in texts]
         return torch.from_numpy(np.concatenate(places)).to(self.device)
 
