@@ -27,7 +27,7 @@ from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.layouts import check_dtype, check_grads, check_no_grad, check_slots, check_table
 from minipeft_kernels.segments import RowGroups, Segments, take
-from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
+from minipeft_kernels.shrink_expand import empty_planes, expand, num_planes, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
 
 LONG = 160  # rows per segment on average from which a CPU multiplies segment by segment
@@ -84,8 +84,7 @@ def backward_triton(lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Te
     if M == 1:
         w = shrink_expand(grad_ys[0], lora.Bts[0], lora.A, grad_x, lora.scale, ranks, plan, drop_y=lora.drop)
     else:  # every site's gradient has its own shrink; one expand adds them up
-        num_planes = max(-(-grad_y.shape[1] // PLANE) for grad_y in grad_ys)
-        planes = empty_planes(num_planes, len(x), M * R, x.device)
+        planes = empty_planes(max(num_planes(grad_y.shape[1]) for grad_y in grad_ys), len(x), M * R, x.device)
         for m, (grad_y, Bt) in enumerate(zip(grad_ys, lora.Bts)):
             shrink(grad_y, Bt, ranks, plan, planes=planes, column=m * R)
         w = expand(planes, lora.A, grad_x, lora.scale, ranks, plan, R, M, drop_y=lora.drop)

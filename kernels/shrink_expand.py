@@ -14,7 +14,7 @@ has its own shrink, and one ordinary expand of rank M * R adds them up.
 Programs and rows. A tile is up to BLOCK_T rows of one segment, from the segment's own first row, so a program sees one
 user, and no sum crosses users. Row-fused: one program has a tile, keeps v in registers between the products, and reads
 x and writes y once. Split: few tiles would leave most of a GPU idle and many rank rows would not fit, so programs share
-a tile instead: (tile, plane) sums PLANE columns of x into its own plane of partial sums, and (tile, block of columns)
+a tile instead: (tile, plane) sums plane() columns of x into its own plane of partial sums, and (tile, block of columns)
 adds the planes up in order. The row-fused program sums plane by plane as well: both give the same bits, so which one
 ran never shows.
 
@@ -35,14 +35,22 @@ from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, st
 from minipeft_kernels.layouts import check_table
 from minipeft_kernels.segments import Plan
 
-PLANE = 1024  # columns of x that are summed before they are added to the rest; the same whether split or not
 FEW_TILES = 264  # two programs for every multiprocessor of the largest GPUs we know (132)
 MOST_FUSED_RANKS = 64  # rank rows (all sites) whose v one program holds
 
 
 @constexpr_function
 def plane():
-    return PLANE
+    """Columns of x that are summed before they are added to the rest; the same whether split or not.
+
+    Triton keeps compiled kernels by their source and that of the functions they call: the number stands in it.
+    """
+    return 1024
+
+
+def num_planes(K: int) -> int:
+    """Planes of an input of K columns."""
+    return -(-K // plane())
 
 
 @jit
@@ -99,7 +107,7 @@ def _shrink_expand_kernel(
 ):  # fmt: skip
     """v[t] = s first x[t] and y[t] = second^T v[t]. One program = BLOCK_T rows of one segment."""
     # 1. Which rows are mine, and which matrices do they use?
-    PLANE_: tl.constexpr = plane()
+    PLANE: tl.constexpr = plane()
     segment, rows, row_ok, positions, slot = my_rows(tiles_ptr, segments_ptr, BLOCK_T)
     RANKS: tl.constexpr = padded(M * R)
     ranks, used = my_ranks(ranks_ptr, slot, R, M)
@@ -113,8 +121,8 @@ def _shrink_expand_kernel(
 
     # 2. Shrink, plane by plane, in fp32.
     acc = tl.zeros((BLOCK_T, RANKS), tl.float32)
-    for k in range(0, K, PLANE_):
-        acc += _shrink_plane(x_ptr, rows, row_ok, first_ptr, ranks, used, K, k, min(k + PLANE_, K), key, threshold,
+    for k in range(0, K, PLANE):
+        acc += _shrink_plane(x_ptr, rows, row_ok, first_ptr, ranks, used, K, k, min(k + PLANE, K), key, threshold,
                              positions, drop_x_ptr is not None, K, BLOCK_T, RANKS, BLOCK)  # fmt: skip
     acc *= scale
     v = rounded(acc, v_ptr.dtype.element_ty)
@@ -133,8 +141,8 @@ def _shrink_kernel(
     first_stride, first_row_stride, plane_stride, V,
     K: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """planes[p, t] = first x[t] over the p-th PLANE columns. One program = BLOCK_T rows of one segment, one plane."""
-    PLANE_: tl.constexpr = plane()
+    """planes[p, t] = first x[t] over the p-th plane() columns. One program = BLOCK_T rows of one segment, one plane."""
+    PLANE: tl.constexpr = plane()
     segment, rows, row_ok, positions, slot = my_rows(tiles_ptr, segments_ptr, BLOCK_T)
     RANKS: tl.constexpr = padded(M * R)
     ranks, used = my_ranks(ranks_ptr, slot, R, M)
@@ -143,7 +151,7 @@ def _shrink_kernel(
         key, threshold, _ = drop_key(drop_ptr, segment)
     p = tl.program_id(1)
     part = _shrink_plane(x_ptr, rows, row_ok, first_ptr + slot * first_stride, ranks, used, first_row_stride,
-                         p * PLANE_, tl.minimum((p + 1) * PLANE_, K), key, threshold, positions,
+                         p * PLANE, tl.minimum((p + 1) * PLANE, K), key, threshold, positions,
                          drop_ptr is not None, K, BLOCK_T, RANKS, BLOCK)  # fmt: skip
     tl.store(planes_ptr + p.to(tl.int64) * plane_stride + rows[:, None] * V + ranks[None, :], part,
              row_ok[:, None] & (ranks < M * R)[None, :])  # fmt: skip
@@ -290,9 +298,9 @@ def shrink_expand(
     return v
 
 
-def empty_planes(num_planes: int, T: int, V: int, device: torch.device) -> Tensor:
+def empty_planes(number: int, T: int, V: int, device: torch.device) -> Tensor:
     """[planes, T, V] fp32. Strides are multiples of 16 whatever T is, or Triton would compile again for another T."""
-    return torch.empty(num_planes, T + -T % 16, V, dtype=torch.float32, device=device)[:, :T]
+    return torch.empty(number, T + -T % 16, V, dtype=torch.float32, device=device)[:, :T]
 
 
 def shrink(
@@ -308,15 +316,15 @@ def shrink(
     """
     (T, K), num_ranks = x.shape, first.shape[1]
     assert x.is_contiguous()
-    num_planes = -(-K // PLANE)
+    own = num_planes(K)
     if planes is None:
-        planes = empty_planes(num_planes, T, num_ranks, x.device)
-    planes[num_planes:, :, column : column + num_ranks] = 0.0
+        planes = empty_planes(own, T, num_ranks, x.device)
+    planes[own:, :, column : column + num_ranks] = 0.0
     R = R or num_ranks
     config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if len(tiles):
-        _shrink_kernel[(len(tiles), num_planes)](
+        _shrink_kernel[(len(tiles), own)](
             x, first, planes[:, :, column:], tiles, plan.segments, ranks, drop, first.stride(0), first.stride(1),
             planes.stride(0), planes.shape[2], K, R, num_ranks // R, **config,
         )  # fmt: skip
@@ -328,7 +336,7 @@ def expand(
     sites: Tensor | None = None, drop_x: Tensor | None = None, drop_y: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y."""
-    num_planes, T, num_ranks = planes.shape
+    number, T, num_ranks = planes.shape
     assert y.is_contiguous()
     v = y.new_empty(T, num_ranks)
     config = configuration(num_ranks, y.itemsize)
@@ -336,6 +344,6 @@ def expand(
     if len(tiles):
         _expand_kernel[(len(tiles), -(-y.shape[1] // config["BLOCK"]))](
             planes, second, v, y, tiles, plan.segments, scale, ranks, sites, drop_x, drop_y,
-            second.stride(0), planes.stride(0), num_planes, y.shape[1], R, M, **config,
+            second.stride(0), planes.stride(0), number, y.shape[1], R, M, **config,
         )  # fmt: skip
     return v
