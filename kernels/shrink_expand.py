@@ -159,7 +159,7 @@ def _shrink_kernel(
 
 @jit
 def _expand_kernel(
-    planes_ptr, second_ptr, v_ptr, y_ptr,  # [planes, T, M * R] fp32, second, [T, M * R], [T, N]
+    planes_ptr, second_ptr, v_ptr, y_ptr,  # [planes, T, M * R] fp32, second, [T, M * R], [T, N] or None: v alone
     tiles_ptr, segments_ptr, scale_ptr, ranks_ptr, sites_ptr, drop_x_ptr, drop_y_ptr,  # as in _shrink_expand_kernel
     second_stride, plane_stride, num_planes,
     N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
@@ -185,10 +185,11 @@ def _expand_kernel(
     store(v_ptr + places, acc, v_ok & (tl.program_id(1) == 0))
 
     # 3. One block of columns.
-    n = tl.program_id(1) * BLOCK
-    v = rounded(acc, v_ptr.dtype.element_ty)
-    y = _expand_block(v, second_ptr + slot * second_stride, ranks, used, sites_ptr, n, R, N, BLOCK)
-    _store_block(y, y_ptr, rows, row_ok, n, positions, segment, drop_y_ptr, N, BLOCK_T, BLOCK)
+    if y_ptr is not None:
+        n = tl.program_id(1) * BLOCK
+        v = rounded(acc, v_ptr.dtype.element_ty)
+        y = _expand_block(v, second_ptr + slot * second_stride, ranks, used, sites_ptr, n, R, N, BLOCK)
+        _store_block(y, y_ptr, rows, row_ok, n, positions, segment, drop_y_ptr, N, BLOCK_T, BLOCK)
 
 
 # ---- Launchers -----------------------------------------------------------------------------------------------------
@@ -266,34 +267,34 @@ def check_sites(op: str, sites: Tensor | None, Bts: Sequence[Tensor]) -> None:
 
 
 def shrink_expand(
-    x: Tensor, first: Tensor, second: Tensor, y: Tensor, scale: Tensor, ranks: Tensor | None, plan: Plan,
+    x: Tensor, first: Tensor, second: Tensor, y: Tensor | None, scale: Tensor, ranks: Tensor | None, plan: Plan,
     sites: Tensor | None = None, drop_x: Tensor | None = None, drop_y: Tensor | None = None,
     split: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """v[t] = s_u first_u x[t], which is returned; y[t] = second_u^T v[t], written into y. Shapes as in segment_lora.py.
 
     Args:
-        x:      [T, K]; y: [T, N], contiguous, whatever it held is overwritten.
+        x:      [T, K]; y: [T, N], contiguous, whatever it held is overwritten; None: v is all that is wanted.
         first:  [U, M * R, K]; second: [U, R, N], or the first of M matrices that lie one after another, with `sites`.
                 Views of the bank: any stride between slots.
         sites:  site_table of the M sites, or None.
         drop_x, drop_y: [S, 2] of dropout.py: x is dropped out before the shrink, y after the expand.
         split:  whether programs share tiles; None: if there are few tiles or many ranks. No bit depends on it.
     """
-    (T, K), N, num_ranks = x.shape, y.shape[1], first.shape[1]
+    (T, K), num_ranks = x.shape, first.shape[1]
     R = second.shape[1]
     M = num_ranks // R if sites is not None else 1
     config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
-    assert x.is_contiguous() and y.is_contiguous()
-    if split or (split is None and (len(tiles) < FEW_TILES or num_ranks > MOST_FUSED_RANKS)):
+    assert x.is_contiguous() and (y is None or y.is_contiguous())
+    if split or y is None or (split is None and (len(tiles) < FEW_TILES or num_ranks > MOST_FUSED_RANKS)):
         planes = shrink(x, first, ranks, plan, drop_x, R=R)
         return expand(planes, second, y, scale, ranks, plan, R, M, sites, drop_x, drop_y)
     v = x.new_empty(T, num_ranks)
     if len(tiles):
         _shrink_expand_kernel[(len(tiles),)](
             x, first, second, v, y, tiles, plan.segments, scale, ranks, sites, drop_x, drop_y,
-            first.stride(0), second.stride(0), K, N, R, M, **config,
+            first.stride(0), second.stride(0), K, y.shape[1], R, M, **config,
         )  # fmt: skip
     return v
 
@@ -332,18 +333,18 @@ def shrink(
 
 
 def expand(
-    planes: Tensor, second: Tensor, y: Tensor, scale: Tensor, ranks: Tensor | None, plan: Plan, R: int, M: int,
+    planes: Tensor, second: Tensor, y: Tensor | None, scale: Tensor, ranks: Tensor | None, plan: Plan, R: int, M: int,
     sites: Tensor | None = None, drop_x: Tensor | None = None, drop_y: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y."""
+    """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y, if there is one."""
     number, T, num_ranks = planes.shape
-    assert y.is_contiguous()
-    v = y.new_empty(T, num_ranks)
-    config = configuration(num_ranks, y.itemsize)
+    assert y is None or y.is_contiguous()
+    v, N = second.new_empty(T, num_ranks), 0 if y is None else y.shape[1]
+    config = configuration(num_ranks, second.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if len(tiles):
-        _expand_kernel[(len(tiles), -(-y.shape[1] // config["BLOCK"]))](
+        _expand_kernel[(len(tiles), max(1, -(-N // config["BLOCK"])))](
             planes, second, v, y, tiles, plan.segments, scale, ranks, sites, drop_x, drop_y,
-            second.stride(0), planes.stride(0), number, y.shape[1], R, M, **config,
+            second.stride(0), planes.stride(0), number, N, R, M, **config,
         )  # fmt: skip
     return v
