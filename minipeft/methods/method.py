@@ -279,7 +279,7 @@ class Residents:
 
     def _make_room_for_squares(self, num_slots: int, device: torch.device | str) -> None:
         """Columns of its own for every gradient of every view, whichever of them a pass writes."""
-        itemsize = self.bank.weights.itemsize
+        itemsize = self.bank.compute.itemsize
         views = [view for actor in self.actors for view in actor.loras.values()]
         matrices = [(view["grad_A"], *view["grad_Bts"]) for view in views]
         counts = [[num_squares(M.shape[1], M.shape[2], itemsize) if M._is_view() else 0 for M in of] for of in matrices]
