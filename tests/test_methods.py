@@ -32,6 +32,7 @@ from minipeft.methods import (
     Stack,
     VeRA,
 )
+from minipeft.methods import method as method_file
 from minipeft.methods.method import Residents, Share, method_from
 from minipeft.models import gpt2
 from minipeft.models.bert import Bert, BertConfig
@@ -281,6 +282,18 @@ def test_flops_of_a_t5s_embedding_are_those_of_an_input_and_a_target():
         hooks.embed(base.embed(tokens), tokens)
         hooks.embed_targets(base.embed(tokens), tokens)
     assert counter.get_total_flops() / 32 == method.flops(base)
+
+
+@pytest.mark.parametrize("kind, copies", [("dora", 1), ("embedding", 1), ("lora", 0)])
+def test_slots_go_to_the_device_once_a_pass_and_only_where_something_is_derived(kind, copies, monkeypatch):
+    base, copied = BASES["t5"], []
+    residents = Residents(METHODS[kind], base, 2, "cpu", torch.float32)
+    residents.admit("ann", METHODS[kind], METHODS[kind].row(drawn(METHODS[kind], base), base), 0)
+    monkeypatch.setattr(method_file, "to_device", lambda slots, device: copied.append(slots) or torch.from_numpy(slots))
+    residents.begin(np.zeros(1, dtype=np.int64), training=True)
+    assert len(copied) == copies
+    residents.end(np.zeros(1, dtype=np.int64))
+    assert len(copied) == 2 * copies
 
 
 def plain_continuation(base, method, tensors, prompt, number):
