@@ -29,6 +29,7 @@ from torch import Tensor
 
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dtypes import jit, store, tl
+from minipeft_kernels.segments import to_device
 
 NORM_BLOCK = 64  # numbers PyTorch sums first in the gradient norm; rows are padded to a multiple of it
 SQUARES_BLOCK = 8192  # numbers whose squares one program sums; 32 per thread
@@ -133,9 +134,7 @@ def _step_with_kernels(buffers, slots, table, squares, compute) -> Tensor:
         _squares_kernel[(S * num_blocks,)](grads, slots, squares, P, SQUARES_BLOCK, num_warps=8)
     norms = grads.new_empty(S)
     _norm_kernel[(S,)](squares, slots, norms, squares.shape[1], 1024, num_warps=4)
-    if weights.device.type == "cuda":
-        table = table.pin_memory()
-    table = table.to(weights.device, non_blocking=True)
+    table = to_device(table, weights.device)
     grid = (S * -(-P // STEP_BLOCK),)
     _step_kernel[grid](weights, grads, exp_avg, exp_avg_sq, compute, slots, norms, table, P, STEP_BLOCK, num_warps=8)
     return norms

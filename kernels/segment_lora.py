@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
-from minipeft_kernels.backend import backend
 from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.layouts import check_dtype, check_grads, check_no_grad, check_slots, check_table
@@ -271,8 +270,7 @@ class _SegmentLora(torch.autograd.Function):
 def check(op: str, x: Tensor, lora: Lora) -> None:
     """x: the rows that lora's segments cover. The M sites of A are as many as Bts."""
     A, Bts, segments = lora.A, lora.Bts, lora.segments
-    if x.ndim != 2 or x.shape[0] != segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    segments.check_rows(op, x)
     if A.ndim != 3 or A.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but A is {tuple(A.shape)}, made for {A.shape[-1]}. "
                          "Was this adapter trained on another base?")
@@ -287,9 +285,6 @@ def check(op: str, x: Tensor, lora: Lora) -> None:
         if not x.dtype == A.dtype == Bt.dtype:
             raise ValueError(f"{op}: x, A and Bt must share a dtype; got {x.dtype}, {A.dtype}, {Bt.dtype}.")
     segments.check_bank(op, len(A))
-    if (backend(x.device) == "triton") != (segments.plan is not None):
-        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
-                         "pass device=x.device to Segments.build.")
     for name, matrices, grad in (("A", A, lora.grad_A), *(("Bt", Bt, grad) for Bt, grad in zip(Bts, lora.grad_Bts))):
         check_slots(op, name, matrices, matrices.shape)
         if grad is not None:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
-from minipeft_kernels.backend import backend
 from minipeft_kernels.layouts import check_dtype, check_grads, check_slots
 from minipeft_kernels.segments import Segments, take
 
@@ -63,8 +62,7 @@ class _SegmentMatmul(torch.autograd.Function):
 
 def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
     op = "segment_matmul"
-    if x.ndim != 2 or len(x) != segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    segments.check_rows(op, x)
     if W.ndim != 3 or W.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but W is {tuple(W.shape)}; needs [U, {x.shape[1]}, N]. Was "
                          "this adapter trained on another base?")
@@ -74,9 +72,6 @@ def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
     check_slots(op, "W", W, W.shape)
     check_grads(op, "grad_W", grad_W, W.shape)
     segments.check_bank(op, len(W))
-    if (backend(x.device) == "triton") != (segments.plan is not None):
-        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
-                         "pass device=x.device to Segments.build.")
     if segments.plan is None:
         return
     if any(width * x.itemsize % ALIGNED for width in W.shape[1:]):
