@@ -351,6 +351,12 @@ def own_gradient(model, job, row, questions):
     return grad
 
 
+def test_a_base_in_fp64_trains_as_one_in_fp32(model, jobs):
+    (plain,), (exact,) = (train(base, jobs[:1]).values() for base in (model, copy.deepcopy(model).double()))
+    start = jobs[0].config.method.initial_row(model, jobs[0].config.seed, jobs[0].user)
+    assert exact.row.dtype == torch.float32 and relative(exact.row, plain.row) < 1e-5 < relative(exact.row, start)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_fused_gradients_are_each_users_own(model, jobs, deterministic):
     engine = Engine(model, LABELS, PassConfig(deterministic=deterministic))
