@@ -41,8 +41,14 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def check_device(device: str) -> None:
+    """Raises InputError if nothing can run there. A GPU with a number becomes the current one, where kernels launch."""
     try:
-        backend(device)
+        named = torch.device(device)
+        backend(named.type)
+        if named.type == "cuda" and named.index is not None:
+            if named.index >= (number := torch.cuda.device_count()):
+                raise ValueError(f"this machine has {number} GPU{'s' * (number != 1)}, counted from cuda:0")
+            torch.cuda.set_device(named)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--device {device}: {error}") from None
 

@@ -206,7 +206,10 @@ def test_the_backend_is_a_function_of_the_device_and_the_interpreter(monkeypatch
     with pytest.raises(ValueError, match="this PyTorch sees no GPU; use the CPU, or install"):
         backend("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert backend("cuda:1") == "triton"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert backend("cuda") == backend("cuda:1") == "triton"
+    with pytest.raises(ValueError, match=r"on the current GPU, cuda:1, not on cuda:0; call torch.cuda.set_device\(0\)"):
+        backend("cuda:0")
     monkeypatch.setattr(minipeft_kernels.backend, "triton", None)
     with pytest.raises(ValueError, match="a GPU needs Triton, which is not installed; pip install triton"):
         backend("cuda")
