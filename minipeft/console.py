@@ -15,7 +15,7 @@ from minipeft.models.checkpoint import one_line
 from minipeft_kernels.backend import backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of a base
-RECOMPUTE = "keep each layer's input alone and compute the rest again: less memory, a third more time, the same bits"
+RECOMPUTE = "keep each layer's input alone, compute the rest again: less memory, 1/3 more time; the same bits on a CPU"
 POOLING = "on an encoder, what a user's head reads of a text: the mean of its hidden states, or the base's pooler"
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 
