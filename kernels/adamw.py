@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeft_kernels.backend import backend
+from minipeft_kernels.backend import backend, chosen
 from minipeft_kernels.dtypes import jit, store, tl
+from minipeft_kernels.segments import to_device
 
 NORM_BLOCK = 64  # numbers PyTorch sums first in the gradient norm; rows are padded to a multiple of it
 SQUARES_BLOCK = 8192  # numbers whose squares one program sums; 32 per thread
+COPIES = (torch.bfloat16, torch.float16)  # dtypes of a copy of the weights; plain PyTorch takes fp64 too
 STEP_BLOCK = 2048  # numbers one program steps; 8 per thread, of four buffers
 
 
@@ -133,9 +135,7 @@ def _step_with_kernels(buffers, slots, table, squares, compute) -> Tensor:
         _squares_kernel[(S * num_blocks,)](grads, slots, squares, P, SQUARES_BLOCK, num_warps=8)
     norms = grads.new_empty(S)
     _norm_kernel[(S,)](squares, slots, norms, squares.shape[1], 1024, num_warps=4)
-    if weights.device.type == "cuda":
-        table = table.pin_memory()
-    table = table.to(weights.device, non_blocking=True)
+    table = to_device(table, weights.device)
     grid = (S * -(-P // STEP_BLOCK),)
     _step_kernel[grid](weights, grads, exp_avg, exp_avg_sq, compute, slots, norms, table, P, STEP_BLOCK, num_warps=8)
     return norms
@@ -191,10 +191,10 @@ def _check(buffers, slots, settings, squares, compute) -> None:
     if squares is not None and (squares.dim() != 2 or len(squares) != U or squares.shape[1] == 0
                                 or squares.dtype != torch.float32 or not squares.is_contiguous()):  # fmt: skip
         raise ValueError(f"adamw_: squares is {list(squares.shape)} {squares.dtype}; give contiguous [{U}, Q] fp32.")
-    if compute is not None and (compute.shape != (U, P) or compute.dtype not in (torch.bfloat16, torch.float16)
-                                or not compute.is_contiguous()):  # fmt: skip
+    dtypes = chosen(buffers[0].device, COPIES, (*COPIES, torch.float64))
+    if compute is not None and (compute.shape != (U, P) or compute.dtype not in dtypes or not compute.is_contiguous()):
         raise ValueError(f"adamw_: compute is {list(compute.shape)} {compute.dtype}; give contiguous [{U}, {P}] "
-                         "bf16 or fp16, or None if the base computes in fp32.")  # fmt: skip
+                         f"{' or '.join(map(str, dtypes))}, or None if the base computes in fp32.")  # fmt: skip
 
 
 def adamw_(
@@ -209,8 +209,8 @@ def adamw_(
         settings: per row, fp64, on the host.
         squares:  [U, Q] fp32. Each row adds up to the sum of that gradient row's squares, as the weight gradient's
                   kernels leave it; None: it is computed here. Rows not in slots are not read.
-        compute:  [U, P] bf16 or fp16: a copy of the weights in the base's dtype. Stepped rows are written, rounded to
-                  nearest even.
+        compute:  [U, P] bf16 or fp16, on a CPU also fp64: a copy of the weights in the base's dtype. Stepped rows are
+                  written, rounded to nearest even.
     Returns:
         [S] fp32 gradient norms before clipping. A row whose norm is not finite is left as it was (weights, moments and
         copy): the caller must report that user. The norm of finite gradients is infinite from 1.8e19 on.

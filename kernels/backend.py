@@ -16,9 +16,10 @@ def backend(device: torch.device | str) -> str:
               segments of `segment_lora` by itself go to torch.nn.functional.grouped_mm.
 
     Raises:
-        ValueError: no implementation exists for the device. There is no fallback.
+        ValueError: no implementation exists for the device, or it is a GPU other than the current one, on which kernels
+            are launched. There is no fallback.
     """
-    kind = torch.device(device).type
+    kind, index = torch.device(device).type, torch.device(device).index
     if kind == "cpu":
         return "triton" if INTERPRET else "torch"
     if kind != "cuda":
@@ -29,6 +30,9 @@ def backend(device: torch.device | str) -> str:
         raise ValueError("minipeft_kernels: TRITON_INTERPRET=1 runs kernels on the CPU; unset it to use the GPU.")
     if not torch.cuda.is_available():
         raise ValueError("minipeft_kernels: this PyTorch sees no GPU; use the CPU, or install PyTorch for the GPU.")
+    if index is not None and index != (current := torch.cuda.current_device()):
+        raise ValueError(f"minipeft_kernels: kernels are launched on the current GPU, cuda:{current}, not on "
+                         f"cuda:{index}; call torch.cuda.set_device({index}) first.")
     return "triton"
 
 

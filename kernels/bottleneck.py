@@ -326,8 +326,7 @@ class _SegmentBottleneck(torch.autograd.Function):
 def check(op: str, g: Bottleneck, x: Tensor, residual: Tensor | None) -> None:
     """x, residual: the rows that g's segments cover."""
     down = g.weights.down
-    if x.ndim != 2 or x.shape[0] != g.segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {g.segments.num_rows} rows.")
+    g.segments.check_rows(op, x)
     if down.ndim != 3 or down.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but down is {tuple(down.shape)}, made for "
                          f"{down.shape[-1]}. Was this adapter trained on another base?")
@@ -356,9 +355,6 @@ def check(op: str, g: Bottleneck, x: Tensor, residual: Tensor | None) -> None:
     if g.activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {g.activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
     g.segments.check_bank(op, U)
-    if (backend(x.device) == "triton") != (g.segments.plan is not None):
-        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
-                         "pass device=x.device to Segments.build.")
 
 
 def segment_bottleneck(

@@ -25,7 +25,7 @@ gradients into the bank.
 import torch
 from torch import Tensor
 
-from minipeft_kernels.backend import backend, chosen
+from minipeft_kernels.backend import chosen
 from minipeft_kernels.dtypes import jit, store, tl
 from minipeft_kernels.layouts import check_dtype, check_grads
 from minipeft_kernels.segments import Segments, VectorRows, other_rows
@@ -191,8 +191,7 @@ class _SegmentIa3(torch.autograd.Function):
 
 def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
     """x: the rows that the segments cover."""
-    if x.ndim != 2 or x.shape[0] != segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    segments.check_rows(op, x)
     if vectors.ndim != 2 or vectors.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but vectors is {tuple(vectors.shape)}; needs [U, "
                          f"{x.shape[1]}]. Was this adapter trained on another base?")
@@ -203,9 +202,6 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
         raise ValueError(f"{op}: the numbers of a vector must lie side by side, but stride(1) of vectors is "
                          f"{vectors.stride(1)}; only slots may be apart.")
     segments.check_bank(op, len(vectors))
-    if (segments.plan is None) != (backend(x.device) == "torch"):
-        raise ValueError(f"{op}: the segments were built for another device than {x.device}, where x is; "
-                         f"pass device={str(x.device)!r} to Segments.build.")
 
 
 def segment_ia3(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:

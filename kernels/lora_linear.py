@@ -73,15 +73,15 @@ class _TritonLinear(torch.autograd.Function):
     def backward(ctx, *grad_ys):
         x, *kept = ctx.saved_tensors
         grad_ys = [grad_y.contiguous() for grad_y in grad_ys]
-        grad_x = torch.empty_like(x)
-        for rows in ctx.others:
-            grad_x[rows] = 0.0
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for g, v in zip(ctx.groups, kept):
-            backward_triton(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], (v,), g.of(grad_x))
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 7
-        for grad_y, weight in zip(grad_ys, ctx.weights):
-            grad_x.addmm_(grad_y, weight)
+            backward_triton(g.lora, g.of(x), [g.of(grad_y) for grad_y in grad_ys], (v,),
+                            None if grad_x is None else g.of(grad_x))  # fmt: skip
+        if grad_x is not None:
+            for rows in ctx.others:
+                grad_x[rows] = 0.0
+            for grad_y, weight in zip(grad_ys, ctx.weights):
+                grad_x.addmm_(grad_y, weight)
         return grad_x, *(None,) * 6
 
 

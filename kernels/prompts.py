@@ -32,6 +32,7 @@ from torch import Tensor
 from minipeft_kernels.backend import chosen
 from minipeft_kernels.dtypes import jit, store, tl
 from minipeft_kernels.layouts import DTYPES, check_dtype
+from minipeft_kernels.segments import to_device
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,8 @@ class PromptPlan:
         new[1:] = (np.diff(slot) != 0) | (np.diff(token) != 0)
         tables = slot[new], token[new], np.append(np.flatnonzero(new), len(row)), row
         padded = [np.pad(table, (0, len(table) % 2)) for table in tables]  # each starts at a multiple of 16 bytes
-        flat = torch.from_numpy(np.concatenate(padded))
-        if torch.device(device).type == "cuda":
-            flat = flat.pin_memory()
-        return PromptPlan(slots, first, counts,
-                          *(part[: len(table)] for table, part in zip(
-                              tables, flat.to(device, non_blocking=True).split([len(table) for table in padded]))))
+        parts = to_device(np.concatenate(padded), device).split([len(table) for table in padded])
+        return PromptPlan(slots, first, counts, *(part[: len(table)] for table, part in zip(tables, parts)))
 
 
 def _check_apart(op: str, first_rows: np.ndarray, counts: np.ndarray) -> None:

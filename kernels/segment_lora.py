@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
-from minipeft_kernels.backend import backend
 from minipeft_kernels.blocks import MOST_RANKS
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.layouts import check_dtype, check_grads, check_no_grad, check_slots, check_table
 from minipeft_kernels.segments import RowGroups, Segments, take
-from minipeft_kernels.shrink_expand import PLANE, empty_planes, expand, shrink, shrink_expand
+from minipeft_kernels.shrink_expand import empty_planes, expand, num_planes, shrink, shrink_expand
 from minipeft_kernels.wgrad import wgrad
 
 LONG = 160  # rows per segment on average from which a CPU multiplies segment by segment
@@ -43,7 +42,7 @@ class Lora:
     scale:    [U] fp32. ranks: [U] int32, or None where every slot uses all R. All tables are contiguous.
     grad_A, grad_Bts: where `backward` stores the gradients of slots that have rows: shapes of A and Bts, fp32 (on a
               CPU any floating dtype). Other slots are left alone; rank rows past a slot's own get 0, or are left
-              alone too.
+              alone too. None instead of one: nobody wants it, and it is not computed.
     sites:    on a GPU shrink_expand.site_table of the widths N_m; None for one site.
     drop:     [S, 2] int64 (dropout.py): dropout of x on its way into A; None: none.
     accumulate: [U] int32: a slot where it is not 0 adds to the gradients that are there, the later micro-steps of one
@@ -56,8 +55,8 @@ class Lora:
     scale: Tensor
     ranks: Tensor | None
     segments: Segments
-    grad_A: Tensor
-    grad_Bts: tuple[Tensor, ...]
+    grad_A: Tensor | None
+    grad_Bts: tuple[Tensor | None, ...]
     sites: Tensor | None = None
     drop: Tensor | None = None
     accumulate: Tensor | None = None
@@ -77,22 +76,26 @@ def forward_triton(lora: Lora, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
                           drop_x=lora.drop),)  # fmt: skip
 
 
-def backward_triton(lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor) -> None:
-    """grad_x [T, K] = the delta's; the weights' gradients go where lora says. grad_ys: M contiguous [T, N_m]."""
+def backward_triton(
+    lora: Lora, x: Tensor, grad_ys: list[Tensor], kept: tuple[Tensor, ...], grad_x: Tensor | None
+) -> None:
+    """grad_x [T, K], or None, = the delta's; the weights' gradients go where lora says. grad_ys: M contiguous
+    [T, N_m]."""
     plan, ranks, M = lora.segments.plan, lora.ranks, len(lora.Bts)
     R = lora.Bts[0].shape[1]
     if M == 1:
         w = shrink_expand(grad_ys[0], lora.Bts[0], lora.A, grad_x, lora.scale, ranks, plan, drop_y=lora.drop)
     else:  # every site's gradient has its own shrink; one expand adds them up
-        num_planes = max(-(-grad_y.shape[1] // PLANE) for grad_y in grad_ys)
-        planes = empty_planes(num_planes, len(x), M * R, x.device)
+        planes = empty_planes(max(num_planes(grad_y.shape[1]) for grad_y in grad_ys), len(x), M * R, x.device)
         for m, (grad_y, Bt) in enumerate(zip(grad_ys, lora.Bts)):
             shrink(grad_y, Bt, ranks, plan, planes=planes, column=m * R)
         w = expand(planes, lora.A, grad_x, lora.scale, ranks, plan, R, M, drop_y=lora.drop)
     squares_A, *squares = lora.squares or [None] * (1 + M)
-    wgrad(w, x, plan, lora.grad_A, ranks, lora.accumulate, squares_A, lora.drop, M)
+    if lora.grad_A is not None:
+        wgrad(w, x, plan, lora.grad_A, ranks, lora.accumulate, squares_A, lora.drop, M)
     for v, grad_y, grad_Bt, sums in zip(lora.columns(kept[0]), grad_ys, lora.grad_Bts, squares):
-        wgrad(v, grad_y, plan, grad_Bt, ranks, lora.accumulate, sums)
+        if grad_Bt is not None:
+            wgrad(v, grad_y, plan, grad_Bt, ranks, lora.accumulate, sums)
 
 
 # ---- On a CPU ------------------------------------------------------------------------------------------------------
@@ -147,7 +150,9 @@ def backward_torch(
         xs = [pieces.of(x) for pieces in tiles.pieces]
     delta = grad_x if lora.drop is None or grad_x is None else torch.empty_like(grad_x)
     num_pieces, end = sum(len(v) for v in vs), 0
-    grad_A, *grad_Bts = (M.new_empty(num_pieces, *M.shape[1:]) for M in (lora.A, *lora.Bts))  # of every piece
+    grads = (lora.grad_A, *lora.grad_Bts)
+    partials = [None if grad is None else M.new_empty(num_pieces, *M.shape[1:])  # of every piece
+                for grad, M in zip(grads, (lora.A, *lora.Bts))]  # fmt: skip
     for pieces, v, x in zip(tiles.pieces, vs, xs):
         start, end = end, end + len(v)
         A, Bts, scale = _matrices(lora, pieces.slots)
@@ -156,15 +161,16 @@ def backward_torch(
         w = pieces.zero_filled_(ws[0] if len(ws) == 1 else torch.cat(ws, dim=1))  # [n, M * R, size]
         if delta is not None:
             cpu.expand_rows_(delta, pieces, w, A, beta if delta is grad_x else 0)
-        torch.bmm(w, x, out=grad_A[start:end])
-        for grad_Bt, v_m, part in zip(grad_Bts, v.split(Bts[0].shape[1], dim=1), parts):
-            torch.bmm(v_m, part, out=grad_Bt[start:end])
+        for partial, ranks, rows in zip(partials, (w, *v.split(Bts[0].shape[1], dim=1)), (x, *parts)):
+            if partial is not None:
+                torch.bmm(ranks, rows, out=partial[start:end])
     if delta is not grad_x:
         delta = _dropped(delta, lora.drop, lora.segments)
         grad_x.copy_(grad_x + delta if beta else delta)
     if num_pieces:
-        for grad, partial in zip((lora.grad_A, *lora.grad_Bts), (grad_A, *grad_Bts)):
-            cpu.store_(grad, cpu.sum_pieces(partial, tiles), tiles.groups.slots, lora.accumulate)
+        for grad, partial in zip(grads, partials):
+            if grad is not None:
+                cpu.store_(grad, cpu.sum_pieces(partial, tiles), tiles.groups.slots, lora.accumulate)
 
 
 # ---- On a CPU, ragged or long --------------------------------------------------------------------------------------
@@ -215,7 +221,11 @@ class _GroupedLora(torch.autograd.Function):
         (x, own_A, own_Bt, own_scale, v), groups, grads = ctx.saved_tensors, ctx.groups, []
         grad_y = _aligned(grad_y)
         w = _grouped_mm(grad_y, own_Bt.transpose(1, 2), groups).mul_(own_scale)
-        for ranks, rows in ((w, x), (v, grad_y)):  # grad_A = sum w x^T, grad_Bt = sum v grad_y^T
+        for wanted, ranks, rows in zip(ctx.needs_input_grad[1:3], (w, v), (x, grad_y)):
+            if not wanted:
+                grads.append(None)
+                continue
+            # grad_A = sum w x^T, grad_Bt = sum v grad_y^T
             own = F.grouped_mm(ranks.t(), rows, offs=groups.ends)[:, : ctx.R]  # [S', R, K or N]
             if len(own) == ctx.U:  # everybody: to read in another order is faster than to write in one
                 grads.append(own.index_select(0, groups.slots.argsort()))
@@ -230,7 +240,7 @@ class _GroupedLora(torch.autograd.Function):
 class _SegmentLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, Bt, scale, segments, ranks, drop):
-        lora = Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop)  # no gradients are stored in forward
+        lora = Lora(A, (Bt,), scale, ranks, segments, None, (None,), drop=drop)
         y = x.new_empty(len(x), Bt.shape[2])
         if segments.plan is not None:
             kept = (x, *forward_triton(lora, x, y))
@@ -245,21 +255,22 @@ class _SegmentLora(torch.autograd.Function):
         A, Bt, scale, ranks, drop, *kept = ctx.saved_tensors
         segments, grad_y = ctx.segments, grad_y.contiguous()
         dtype = torch.float32 if segments.plan is not None else A.dtype
-        grad_A, grad_Bt = (torch.zeros(M.shape, dtype=dtype, device=M.device) for M in (A, Bt))
+        grad_A, grad_Bt = (torch.zeros(M.shape, dtype=dtype, device=M.device) if wanted else None
+                           for M, wanted in zip((A, Bt), ctx.needs_input_grad[1:3]))  # fmt: skip
         lora = Lora(A, (Bt,), scale, ranks, segments, grad_A, (grad_Bt,), drop=drop)
-        grad_x = grad_y.new_empty(len(grad_y), A.shape[2])
+        grad_x = grad_y.new_empty(len(grad_y), A.shape[2]) if ctx.needs_input_grad[0] else None
         if segments.plan is not None:
             backward_triton(lora, kept[0], [grad_y], kept[1:], grad_x)
         else:
             backward_torch(lora, [grad_y], kept, grad_x, beta=0)
-        return grad_x, grad_A.to(A.dtype), grad_Bt.to(A.dtype), None, None, None, None
+        grads = (None if grad is None else grad.to(A.dtype) for grad in (grad_A, grad_Bt))
+        return grad_x, *grads, None, None, None, None
 
 
 def check(op: str, x: Tensor, lora: Lora) -> None:
     """x: the rows that lora's segments cover. The M sites of A are as many as Bts."""
     A, Bts, segments = lora.A, lora.Bts, lora.segments
-    if x.ndim != 2 or x.shape[0] != segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    segments.check_rows(op, x)
     if A.ndim != 3 or A.shape[2] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but A is {tuple(A.shape)}, made for {A.shape[-1]}. "
                          "Was this adapter trained on another base?")
@@ -274,12 +285,9 @@ def check(op: str, x: Tensor, lora: Lora) -> None:
         if not x.dtype == A.dtype == Bt.dtype:
             raise ValueError(f"{op}: x, A and Bt must share a dtype; got {x.dtype}, {A.dtype}, {Bt.dtype}.")
     segments.check_bank(op, len(A))
-    if (backend(x.device) == "triton") != (segments.plan is not None):
-        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
-                         "pass device=x.device to Segments.build.")
     for name, matrices, grad in (("A", A, lora.grad_A), *(("Bt", Bt, grad) for Bt, grad in zip(Bts, lora.grad_Bts))):
         check_slots(op, name, matrices, matrices.shape)
-        if grad is not matrices:
+        if grad is not None:
             check_grads(op, f"grad_{name}", grad, matrices.shape)
     check_table(op, "scale (one per slot)", lora.scale, (len(A),), torch.float32)
     check_no_grad(op, "scale", lora.scale)
@@ -311,11 +319,12 @@ def segment_lora(
         [T, N], dtype of x; sums run in fp32. Differentiable in x, A and Bt; a slot without rows gets gradient 0.
     Raises:
         ValueError: shapes, dtypes or layouts disagree, scale requires grad, or the device has no implementation.
-    Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward. Same bits on every run; in kernels a
-    user's also in any company. On a CPU libraries multiply, and company can change last bits: that it is ragged or long
-    (LONG rows on average; neither matters to by_pieces of whole tiles), at odd widths, at ranks below 8.
+    Cost: 2 * T * R * (K + N) FLOPs; keeps v = scale * A @ x, [T, R], for backward, which computes the gradients that
+    autograd asks for and no other. Same bits on every run; in kernels a user's also in any company. On a CPU libraries
+    multiply, and company can change last bits: that it is ragged or long (LONG rows on average; neither matters to
+    by_pieces of whole tiles), at odd widths, at ranks below 8.
     """
-    check("segment_lora", x, Lora(A, (Bt,), scale, ranks, segments, A, (Bt,), drop=drop))
+    check("segment_lora", x, Lora(A, (Bt,), scale, ranks, segments, None, (None,), drop=drop))
     if segments.plan is None and not by_pieces and _can_group(x, Bt, segments):
         return _GroupedLora.apply(_aligned(_dropped(x, drop, segments)), A, Bt, scale, segments, ranks)
     return _SegmentLora.apply(x.contiguous(), A, Bt, scale, segments, ranks, drop)

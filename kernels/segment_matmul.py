@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeft_kernels import cpu
-from minipeft_kernels.backend import backend
 from minipeft_kernels.layouts import check_dtype, check_grads, check_slots
 from minipeft_kernels.segments import Segments, take
 
@@ -20,15 +19,19 @@ ALIGNED = 16  # bytes: it wants whole ones of these in a row
 NARROW = 16  # columns: on a CPU the last bits of narrower products change with their number; transposed they do not
 
 
-def _product(x: Tensor, W: Tensor, segments: Segments) -> Tensor:
-    """[T, K], [U, K, N] -> [T, N]."""
+def _product(x: Tensor, W: Tensor, segments: Segments, transposed: bool = False) -> Tensor:
+    """[T, K], [U, K, N] -> [T, N]. transposed: W is [U, N, K] and its slots are read the other way, where they lie."""
+
+    def of(slots: slice | Tensor) -> Tensor:
+        return take(W, slots).transpose(1, 2) if transposed else take(W, slots)
+
+    N = W.shape[1 if transposed else 2]
     if segments.plan is not None:
-        parts = [F.grouped_mm(x[rows], W.index_select(0, slots), offs=ends)
-                 for rows, slots, ends in segments.plan.groups]  # fmt: skip
-        return parts[0] if len(parts) == 1 else torch.cat([x.new_empty(0, W.shape[2]), *parts])
-    y = x.new_empty(len(x), W.shape[2])
+        parts = [F.grouped_mm(x[rows], of(slots), offs=ends) for rows, slots, ends in segments.plan.groups]
+        return parts[0] if len(parts) == 1 else torch.cat([x.new_empty(0, N), *parts])
+    y = x.new_empty(len(x), N)
     for pieces in segments.tiles.pieces:
-        own, part = take(W, pieces.slots), pieces.of(x)
+        own, part = of(pieces.slots), pieces.of(x)
         if y.shape[1] >= NARROW:
             cpu.expand_rows_(y, pieces, part.transpose(1, 2), own, beta=0)
         else:
@@ -57,14 +60,13 @@ class _SegmentMatmul(torch.autograd.Function):
                                  pieces.of(grad_y).to(wide)) for pieces in segments.tiles.pieces]  # fmt: skip
             own = cpu.sum_pieces(torch.cat(partial), segments.tiles)
             cpu.store_(ctx.grad_W, own, segments.tiles.groups.slots, None)
-        grad_x = _product(grad_y, ctx.W.transpose(1, 2), segments) if ctx.needs_input_grad[0] else None
+        grad_x = _product(grad_y, ctx.W, segments, transposed=True) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, None
 
 
 def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
     op = "segment_matmul"
-    if x.ndim != 2 or len(x) != segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    segments.check_rows(op, x)
     if W.ndim != 3 or W.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but W is {tuple(W.shape)}; needs [U, {x.shape[1]}, N]. Was "
                          "this adapter trained on another base?")
@@ -74,9 +76,6 @@ def _check(x: Tensor, W: Tensor, grad_W: Tensor, segments: Segments) -> None:
     check_slots(op, "W", W, W.shape)
     check_grads(op, "grad_W", grad_W, W.shape)
     segments.check_bank(op, len(W))
-    if (backend(x.device) == "triton") != (segments.plan is not None):
-        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
-                         "pass device=x.device to Segments.build.")
     if segments.plan is None:
         return
     if any(width * x.itemsize % ALIGNED for width in W.shape[1:]):
@@ -93,7 +92,8 @@ def segment_matmul(x: Tensor, anchor: Tensor, W: Tensor, grad_W: Tensor, segment
         W:      [U, K, N], dtype of x. grad_W: [U, K, N] fp32 (on a CPU any of these dtypes), where backward stores the
                 gradients of slots that have rows and leaves other slots alone. Both contiguous within a slot, any
                 stride between slots. On a GPU K and N are whole 16 bytes, which torch's grouped_mm wants; a CPU takes
-                any.
+                any. grouped_mm gives nothing but x's dtype: on a GPU gradients of bf16 or fp16 rows are summed in fp32
+                and rounded to that before they are stored; a CPU does not round them.
     Returns:
         [T, N], dtype of x. Differentiable in x.
     Raises:

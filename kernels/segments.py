@@ -183,6 +183,14 @@ class Segments:
         """-1 where there is no segment."""
         return int(self.slots.max(initial=-1))
 
+    def check_rows(self, op: str, x: Tensor) -> None:
+        """Raises ValueError unless x is [T, ...] of the rows that the segments cover, where they were built for."""
+        if x.ndim != 2 or len(x) != self.num_rows:
+            raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {self.num_rows} rows.")
+        if (backend(x.device) == "triton") != (self.plan is not None):
+            raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
+                             "pass device=x.device to Segments.build.")
+
     def check_bank(self, op: str, num_slots: int) -> None:
         """Raises ValueError if a segment's slot is not among a bank's."""
         if self.largest_slot >= num_slots:
@@ -254,9 +262,9 @@ def _whole_numbers(name: str, numbers: Sequence[int]) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def to_device(table: np.ndarray, device: torch.device | str) -> Tensor:
+def to_device(table: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
     """The same numbers on a device. A GPU gets them from pinned memory, and the host does not wait."""
-    tensor = torch.from_numpy(table)
+    tensor = torch.as_tensor(table)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minipeft_kernels.backend import backend
 from minipeft_kernels.layouts import check_dtype, check_grads, check_slots
 from minipeft_kernels.segments import Segments, VectorRows, other_rows
 from minipeft_kernels.wgrad import wgrad
@@ -84,8 +83,7 @@ class _SegmentShift(torch.autograd.Function):
 
 
 def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
-    if x.ndim != 2 or len(x) != segments.num_rows:
-        raise ValueError(f"{op}: x is {tuple(x.shape)} but the segments cover {segments.num_rows} rows.")
+    segments.check_rows(op, x)
     if vectors.ndim != 2 or vectors.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: x has {x.shape[1]} columns but vectors is {tuple(vectors.shape)}; needs [U, "
                          f"{x.shape[1]}]. Was this adapter trained on another base?")
@@ -94,9 +92,6 @@ def _check(op: str, x: Tensor, vectors: Tensor, segments: Segments) -> None:
     if vectors.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"{op}: vectors are {vectors.dtype}; give them in the dtype of x, {x.dtype}, or in fp32.")
     segments.check_bank(op, len(vectors))
-    if (backend(x.device) == "triton") != (segments.plan is not None):
-        raise ValueError(f"{op}: x is on {x.device} but the segments were built for another device or backend; "
-                         "pass device=x.device to Segments.build.")
 
 
 def segment_shift(x: Tensor, vectors: Tensor, segments: Segments) -> Tensor:

@@ -14,7 +14,7 @@ has its own shrink, and one ordinary expand of rank M * R adds them up.
 Programs and rows. A tile is up to BLOCK_T rows of one segment, from the segment's own first row, so a program sees one
 user, and no sum crosses users. Row-fused: one program has a tile, keeps v in registers between the products, and reads
 x and writes y once. Split: few tiles would leave most of a GPU idle and many rank rows would not fit, so programs share
-a tile instead: (tile, plane) sums PLANE columns of x into its own plane of partial sums, and (tile, block of columns)
+a tile instead: (tile, plane) sums plane() columns of x into its own plane of partial sums, and (tile, block of columns)
 adds the planes up in order. The row-fused program sums plane by plane as well: both give the same bits, so which one
 ran never shows.
 
@@ -35,14 +35,22 @@ from minipeft_kernels.dtypes import constexpr_function, jit, padded, rounded, st
 from minipeft_kernels.layouts import check_table
 from minipeft_kernels.segments import Plan
 
-PLANE = 1024  # columns of x that are summed before they are added to the rest; the same whether split or not
 FEW_TILES = 264  # two programs for every multiprocessor of the largest GPUs we know (132)
 MOST_FUSED_RANKS = 64  # rank rows (all sites) whose v one program holds
 
 
 @constexpr_function
 def plane():
-    return PLANE
+    """Columns of x that are summed before they are added to the rest; the same whether split or not.
+
+    Triton keeps compiled kernels by their source and that of the functions they call: the number stands in it.
+    """
+    return 1024
+
+
+def num_planes(K: int) -> int:
+    """Planes of an input of K columns."""
+    return -(-K // plane())
 
 
 @jit
@@ -99,7 +107,7 @@ def _shrink_expand_kernel(
 ):  # fmt: skip
     """v[t] = s first x[t] and y[t] = second^T v[t]. One program = BLOCK_T rows of one segment."""
     # 1. Which rows are mine, and which matrices do they use?
-    PLANE_: tl.constexpr = plane()
+    PLANE: tl.constexpr = plane()
     segment, rows, row_ok, positions, slot = my_rows(tiles_ptr, segments_ptr, BLOCK_T)
     RANKS: tl.constexpr = padded(M * R)
     ranks, used = my_ranks(ranks_ptr, slot, R, M)
@@ -113,8 +121,8 @@ def _shrink_expand_kernel(
 
     # 2. Shrink, plane by plane, in fp32.
     acc = tl.zeros((BLOCK_T, RANKS), tl.float32)
-    for k in range(0, K, PLANE_):
-        acc += _shrink_plane(x_ptr, rows, row_ok, first_ptr, ranks, used, K, k, min(k + PLANE_, K), key, threshold,
+    for k in range(0, K, PLANE):
+        acc += _shrink_plane(x_ptr, rows, row_ok, first_ptr, ranks, used, K, k, min(k + PLANE, K), key, threshold,
                              positions, drop_x_ptr is not None, K, BLOCK_T, RANKS, BLOCK)  # fmt: skip
     acc *= scale
     v = rounded(acc, v_ptr.dtype.element_ty)
@@ -133,8 +141,8 @@ def _shrink_kernel(
     first_stride, first_row_stride, plane_stride, V,
     K: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """planes[p, t] = first x[t] over the p-th PLANE columns. One program = BLOCK_T rows of one segment, one plane."""
-    PLANE_: tl.constexpr = plane()
+    """planes[p, t] = first x[t] over the p-th plane() columns. One program = BLOCK_T rows of one segment, one plane."""
+    PLANE: tl.constexpr = plane()
     segment, rows, row_ok, positions, slot = my_rows(tiles_ptr, segments_ptr, BLOCK_T)
     RANKS: tl.constexpr = padded(M * R)
     ranks, used = my_ranks(ranks_ptr, slot, R, M)
@@ -143,7 +151,7 @@ def _shrink_kernel(
         key, threshold, _ = drop_key(drop_ptr, segment)
     p = tl.program_id(1)
     part = _shrink_plane(x_ptr, rows, row_ok, first_ptr + slot * first_stride, ranks, used, first_row_stride,
-                         p * PLANE_, tl.minimum((p + 1) * PLANE_, K), key, threshold, positions,
+                         p * PLANE, tl.minimum((p + 1) * PLANE, K), key, threshold, positions,
                          drop_ptr is not None, K, BLOCK_T, RANKS, BLOCK)  # fmt: skip
     tl.store(planes_ptr + p.to(tl.int64) * plane_stride + rows[:, None] * V + ranks[None, :], part,
              row_ok[:, None] & (ranks < M * R)[None, :])  # fmt: skip
@@ -151,7 +159,7 @@ def _shrink_kernel(
 
 @jit
 def _expand_kernel(
-    planes_ptr, second_ptr, v_ptr, y_ptr,  # [planes, T, M * R] fp32, second, [T, M * R], [T, N]
+    planes_ptr, second_ptr, v_ptr, y_ptr,  # [planes, T, M * R] fp32, second, [T, M * R], [T, N] or None: v alone
     tiles_ptr, segments_ptr, scale_ptr, ranks_ptr, sites_ptr, drop_x_ptr, drop_y_ptr,  # as in _shrink_expand_kernel
     second_stride, plane_stride, num_planes,
     N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
@@ -177,10 +185,11 @@ def _expand_kernel(
     store(v_ptr + places, acc, v_ok & (tl.program_id(1) == 0))
 
     # 3. One block of columns.
-    n = tl.program_id(1) * BLOCK
-    v = rounded(acc, v_ptr.dtype.element_ty)
-    y = _expand_block(v, second_ptr + slot * second_stride, ranks, used, sites_ptr, n, R, N, BLOCK)
-    _store_block(y, y_ptr, rows, row_ok, n, positions, segment, drop_y_ptr, N, BLOCK_T, BLOCK)
+    if y_ptr is not None:
+        n = tl.program_id(1) * BLOCK
+        v = rounded(acc, v_ptr.dtype.element_ty)
+        y = _expand_block(v, second_ptr + slot * second_stride, ranks, used, sites_ptr, n, R, N, BLOCK)
+        _store_block(y, y_ptr, rows, row_ok, n, positions, segment, drop_y_ptr, N, BLOCK_T, BLOCK)
 
 
 # ---- Launchers -----------------------------------------------------------------------------------------------------
@@ -258,41 +267,41 @@ def check_sites(op: str, sites: Tensor | None, Bts: Sequence[Tensor]) -> None:
 
 
 def shrink_expand(
-    x: Tensor, first: Tensor, second: Tensor, y: Tensor, scale: Tensor, ranks: Tensor | None, plan: Plan,
+    x: Tensor, first: Tensor, second: Tensor, y: Tensor | None, scale: Tensor, ranks: Tensor | None, plan: Plan,
     sites: Tensor | None = None, drop_x: Tensor | None = None, drop_y: Tensor | None = None,
     split: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """v[t] = s_u first_u x[t], which is returned; y[t] = second_u^T v[t], written into y. Shapes as in segment_lora.py.
 
     Args:
-        x:      [T, K]; y: [T, N], contiguous, whatever it held is overwritten.
+        x:      [T, K]; y: [T, N], contiguous, whatever it held is overwritten; None: v is all that is wanted.
         first:  [U, M * R, K]; second: [U, R, N], or the first of M matrices that lie one after another, with `sites`.
                 Views of the bank: any stride between slots.
         sites:  site_table of the M sites, or None.
         drop_x, drop_y: [S, 2] of dropout.py: x is dropped out before the shrink, y after the expand.
         split:  whether programs share tiles; None: if there are few tiles or many ranks. No bit depends on it.
     """
-    (T, K), N, num_ranks = x.shape, y.shape[1], first.shape[1]
+    (T, K), num_ranks = x.shape, first.shape[1]
     R = second.shape[1]
     M = num_ranks // R if sites is not None else 1
     config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
-    assert x.is_contiguous() and y.is_contiguous()
-    if split or (split is None and (len(tiles) < FEW_TILES or num_ranks > MOST_FUSED_RANKS)):
+    assert x.is_contiguous() and (y is None or y.is_contiguous())
+    if split or y is None or (split is None and (len(tiles) < FEW_TILES or num_ranks > MOST_FUSED_RANKS)):
         planes = shrink(x, first, ranks, plan, drop_x, R=R)
         return expand(planes, second, y, scale, ranks, plan, R, M, sites, drop_x, drop_y)
     v = x.new_empty(T, num_ranks)
     if len(tiles):
         _shrink_expand_kernel[(len(tiles),)](
             x, first, second, v, y, tiles, plan.segments, scale, ranks, sites, drop_x, drop_y,
-            first.stride(0), second.stride(0), K, N, R, M, **config,
+            first.stride(0), second.stride(0), K, y.shape[1], R, M, **config,
         )  # fmt: skip
     return v
 
 
-def empty_planes(num_planes: int, T: int, V: int, device: torch.device) -> Tensor:
+def empty_planes(number: int, T: int, V: int, device: torch.device) -> Tensor:
     """[planes, T, V] fp32. Strides are multiples of 16 whatever T is, or Triton would compile again for another T."""
-    return torch.empty(num_planes, T + -T % 16, V, dtype=torch.float32, device=device)[:, :T]
+    return torch.empty(number, T + -T % 16, V, dtype=torch.float32, device=device)[:, :T]
 
 
 def shrink(
@@ -308,15 +317,15 @@ def shrink(
     """
     (T, K), num_ranks = x.shape, first.shape[1]
     assert x.is_contiguous()
-    num_planes = -(-K // PLANE)
+    own = num_planes(K)
     if planes is None:
-        planes = empty_planes(num_planes, T, num_ranks, x.device)
-    planes[num_planes:, :, column : column + num_ranks] = 0.0
+        planes = empty_planes(own, T, num_ranks, x.device)
+    planes[own:, :, column : column + num_ranks] = 0.0
     R = R or num_ranks
     config = configuration(num_ranks, x.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if len(tiles):
-        _shrink_kernel[(len(tiles), num_planes)](
+        _shrink_kernel[(len(tiles), own)](
             x, first, planes[:, :, column:], tiles, plan.segments, ranks, drop, first.stride(0), first.stride(1),
             planes.stride(0), planes.shape[2], K, R, num_ranks // R, **config,
         )  # fmt: skip
@@ -324,18 +333,18 @@ def shrink(
 
 
 def expand(
-    planes: Tensor, second: Tensor, y: Tensor, scale: Tensor, ranks: Tensor | None, plan: Plan, R: int, M: int,
+    planes: Tensor, second: Tensor, y: Tensor | None, scale: Tensor, ranks: Tensor | None, plan: Plan, R: int, M: int,
     sites: Tensor | None = None, drop_x: Tensor | None = None, drop_y: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y."""
-    num_planes, T, num_ranks = planes.shape
-    assert y.is_contiguous()
-    v = y.new_empty(T, num_ranks)
-    config = configuration(num_ranks, y.itemsize)
+    """v = s_u times the planes' sum, which is returned; y[t] = second_u^T v[t], written into y, if there is one."""
+    number, T, num_ranks = planes.shape
+    assert y is None or y.is_contiguous()
+    v, N = second.new_empty(T, num_ranks), 0 if y is None else y.shape[1]
+    config = configuration(num_ranks, second.itemsize)
     tiles = plan.tiles[config["BLOCK_T"]]
     if len(tiles):
-        _expand_kernel[(len(tiles), -(-y.shape[1] // config["BLOCK"]))](
+        _expand_kernel[(len(tiles), max(1, -(-N // config["BLOCK"])))](
             planes, second, v, y, tiles, plan.segments, scale, ranks, sites, drop_x, drop_y,
-            second.stride(0), planes.stride(0), num_planes, y.shape[1], R, M, **config,
+            second.stride(0), planes.stride(0), number, N, R, M, **config,
         )  # fmt: skip
     return v

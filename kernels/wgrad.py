@@ -150,9 +150,14 @@ def wgrad(
         squares: [U, num_squares] fp32 or None: receives the sum of squares of each finished block of grad.
         drop:    [S, 2] of dropout.py or None: x stands for its dropped-out self.
         M:       how many sites' rank rows, R each, v has.
+    Raises:
+        ValueError: squares has more or fewer columns than there are blocks: sums would go beside it, or be missing.
     """
     num_ranks, D = v.shape[1], x.shape[1]
     assert all(tensor.shape[-1] == 1 or tensor.stride(-1) == 1 for tensor in (v, x, grad))
+    if squares is not None and squares.shape[1] != (needed := num_squares(num_ranks, D, x.itemsize)):
+        raise ValueError(f"wgrad: squares has {squares.shape[1]} columns, but a gradient of {num_ranks} rank rows and "
+                         f"{D} columns from {x.dtype} leaves {needed} sums; make room by num_squares.")
     if not len(plan.chunks):
         return
     config = configuration(num_ranks, x.itemsize)

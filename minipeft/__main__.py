@@ -214,10 +214,11 @@ def run_train(args: argparse.Namespace, finished: list[str]) -> dict | None:
 def train_users(args: argparse.Namespace, config: TrainConfig, finished: list[str], ranks: Ranks) -> dict | None:
     """One rank's part. None at ranks other than 0, which print nothing."""
     task = TaskFolder(args.task, args.users)
-    check_device(args.device)
-    model = load_model(args.model, args.dtype, "cpu" if args.shard_base else own_device(args.device))
+    device = own_device(args.device)
+    check_device(device)
+    model = load_model(args.model, args.dtype, "cpu" if args.shard_base else device)
     if args.shard_base:
-        shard(model, own_device(args.device), ranks)
+        shard(model, device, ranks)
     with ranks.first_alone():
         scalar = tensorboard(args.tensorboard) if args.tensorboard and ranks.writes else None
     training = Training.plan(model, task, config, args.store, args.shared, args.again, passes_of(args),

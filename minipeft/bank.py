@@ -53,8 +53,8 @@ class Bank:
     """Rows of numbers for up to U resident users of one method configuration.
 
     weights, grads, exp_avg, exp_avg_sq: [U, P] fp32. users: who has each slot, None where it is free.
-    copy: [U, P] in the base's dtype if that is bf16 or fp16: the weights as ops take them, rounded after every step.
-          None where the base computes in fp32. compute: what ops take, the copy or the weights themselves.
+    copy: [U, P] in the base's dtype if that is bf16, fp16 or fp64: the weights as ops take them, rounded after every
+          step. None where the base computes in fp32. compute: what ops take, the copy or the weights themselves.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from minipeft.models.checkpoint import one_line
 from minipeft_kernels.backend import backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of a base
-RECOMPUTE = "keep each layer's input alone and compute the rest again: less memory, a third more time, the same bits"
+RECOMPUTE = "keep each layer's input alone, compute the rest again: less memory, 1/3 more time; the same bits on a CPU"
 POOLING = "on an encoder, what a user's head reads of a text: the mean of its hidden states, or the base's pooler"
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 
@@ -41,8 +41,14 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def check_device(device: str) -> None:
+    """Raises InputError if nothing can run there. A GPU with a number becomes the current one, where kernels launch."""
     try:
-        backend(device)
+        named = torch.device(device)
+        backend(named.type)
+        if named.type == "cuda" and named.index is not None:
+            if named.index >= (number := torch.cuda.device_count()):
+                raise ValueError(f"this machine has {number} GPU{'s' * (number != 1)}, counted from cuda:0")
+            torch.cuda.set_device(named)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"--device {device}: {error}") from None
 

@@ -31,6 +31,7 @@ from minipeft.profiling import region
 from minipeft.randomness import key_of
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, Standing, choose
 from minipeft_kernels.adamw import AdamWSettings, adamw_
+from minipeft_kernels.backend import backend
 from minipeft_kernels.segments import TILE, Segments
 
 LEAST_SHARED = 8  # first tokens of prompts: for fewer, splitting sequences does not pay
@@ -102,11 +103,16 @@ class Engine:
         model:  the frozen base. Its weights are never written.
         labels: the task's labels.
         passes: how users share passes.
+    Raises:
+        InputError: passes make no sense, or not on the base's device.
+        ValueError: nothing runs on that device, or it is a GPU other than the current one.
     """
 
     def __init__(self, model: Base, labels: Answerable, passes: PassConfig | None = None):
         passes = passes or PassConfig()
-        passes.check()
+        passes.check(model.device)
+        if model.device.type != "meta":  # a base without numbers is for checking jobs
+            backend(model.device)
         self.model, self.labels, self.passes = model, labels, passes
         self.totals = Totals()
         self._token_budget = passes.token_budget  # of a pass; less once memory did not hold one

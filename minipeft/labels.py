@@ -89,9 +89,12 @@ class LabelSet:
         return [first, *(Read(stem, len(stem), after=1 + k) for k, stem in enumerate(self.stems))]
 
     def scores(self, log_probs: Tensor) -> Tensor:
-        """Log-probabilities of the read rows [questions * rows_per_question, vocab] -> label scores [questions, C]."""
+        """Log-probabilities of the read rows [questions * rows_per_question, vocab] -> label scores [questions, C].
+
+        The few numbers that labels need are added up on the CPU, in order: there the scores are.
+        """
         per_question = log_probs.view(-1, self.rows_per_question, log_probs.shape[-1])
-        picked = per_question[:, self.rows, self.tokens]  # [questions, all label tokens]
+        picked = per_question[:, self.rows, self.tokens].cpu()  # [questions, all label tokens]
         scores = picked.new_zeros(len(picked), len(self.labels))
         return scores.index_add_(1, self.owners, picked)
 

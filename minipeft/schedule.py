@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from minipeft.batch import Part, after_shared
@@ -80,15 +81,17 @@ class PassConfig:
 
     slots: int | str = 32  # users resident at a time; "auto", where a store is trained: see memory.py
     token_budget: int = 2048  # rows in a pass, at least one user's minibatch whatever its size
-    deterministic: bool = False  # also the last bits: products in fixed tiles of one user's rows
-    recompute: bool = False  # activation checkpointing: less memory, a third more work, the same bits
+    deterministic: bool = False  # also the last bits, on a CPU alone: products in fixed tiles of one user's rows
+    recompute: bool = False  # activation checkpointing: less memory, a third more work, on a CPU the same bits
     share: bool = True  # what all of a user's prompts begin with is read once a minibatch, where the base is a decoder
 
-    def check(self) -> None:
-        """Raises InputError if a field makes no sense."""
+    def check(self, device: torch.device | None = None) -> None:
+        """Raises InputError if a field makes no sense, or not on this device."""
         for name in ("slots", "token_budget"):
             if not (isinstance(value := getattr(self, name), int) and value >= 1):
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.deterministic and device is not None and device.type == "cuda":
+            raise InputError("deterministic mode is not built for a GPU; leave it out, or take a CPU")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Training:
             base = above_frozen(base, config.method)
         if base.lockstep is not None:
             check_sharded(config.method, passes)
-        replace(passes, slots=1 if passes.slots == "auto" else passes.slots).check()
+        replace(passes, slots=1 if passes.slots == "auto" else passes.slots).check(base.device)
         virtual = config.method.virtual(base)
         prompts.question("", virtual=virtual[0])
         if shared == "on" and any(virtual):

@@ -75,11 +75,11 @@ def _rows(lengths: list[int], *widths: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _lora(lengths: list[int], K: int, widths: list[int], R: int, dtype=bf16, drop: bool = False, masked: bool = True,
-          later: bool = False) -> None:  # fmt: skip
+          later: bool = False, lowest: bool = False) -> None:  # fmt: skip
     """Forward and backward of sites that share their input, as the engine calls them.
 
     masked: some user's rank is below R; where nobody's is, the kernels get no ranks. later: it is a later micro-step,
-    whose gradients are added to those that are there.
+    whose gradients are added to those that are there. lowest: x needs no gradient.
     """
     M, segments = len(widths), Segments.build(range(len(lengths)), lengths)
     shapes = [(M * R, K), *((R, N) for N in widths)]
@@ -91,7 +91,7 @@ def _lora(lengths: list[int], K: int, widths: list[int], R: int, dtype=bf16, dro
     accumulate = torch.ones(USERS, dtype=torch.int32) if later else None
     lora = Lora(A, tuple(Bts), scale, ranks, segments, grad_A, tuple(grad_Bts), sites, drops, accumulate, squares)
     x, grad_x, y, *grad_ys = _rows(lengths, K, K, sum(widths), *widths, dtype=dtype)
-    backward_triton(lora, x, grad_ys, forward_triton(lora, x, y), grad_x)
+    backward_triton(lora, x, grad_ys, forward_triton(lora, x, y), None if lowest else grad_x)
 
 
 def _bottleneck(lengths: list[int], K: int, F: int, activation: str, serial: bool, dtype=bf16) -> None:
@@ -159,10 +159,14 @@ def launch_everything() -> None:
         _lora(lengths, 768, [768] * 3, 8, fp32, drop=True)
         for dtype in (bf16, fp32):
             _lora(lengths, 1024, [1024], 64, dtype, drop=True)
+            _lora(lengths, 1024, [1024], 64, dtype, drop=True, lowest=True)
+        _lora(lengths, 1536, [1536] * 3, 8, masked=False, lowest=True)
+        _lora(lengths, 768, [768] * 3, 8, fp32, drop=True, lowest=True)
     for lengths in MANY:  # so many rank rows are split whatever the number of tiles
         for dtype in (bf16, fp32):
             _lora(lengths, 768, [768] * 3, 32, dtype, drop=True, masked=False)
             _lora(lengths, 768, [768] * 3, 64, dtype, masked=False)
+            _lora(lengths, 768, [768] * 3, 64, dtype, masked=False, lowest=True)
             _lora(lengths, 768, [768] * 3, 64, dtype, drop=True, later=True)
         _bottleneck(lengths, 4096, 256, "gelu", serial=False)
     for lengths in FEW:

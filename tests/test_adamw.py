@@ -7,6 +7,7 @@ import torch
 
 from minipeft_kernels import reference
 from minipeft_kernels.adamw import NORM_BLOCK, SQUARES_BLOCK, AdamWSettings, adamw_
+from minipeft_kernels.backend import backend
 
 NAMES = ("weights", "grads", "exp_avg", "exp_avg_sq")
 
@@ -239,6 +240,18 @@ def test_compute_copy_is_the_new_weights_rounded_to_nearest(device, dtype):
     assert torch.equal(plain["weights"][[0, 5, 2]], weights.cpu()[[0, 5, 2]])
 
 
+def test_a_copy_in_fp64_is_the_weights_on_a_cpu_and_refused_by_kernels(device):
+    buffers = [buffer.to(device) for buffer in make_buffers(2, NORM_BLOCK)]
+    compute = torch.zeros(2, NORM_BLOCK, dtype=torch.float64, device=device)
+    slots, settings = torch.tensor([1], device=device), make_settings([1], [3] * 2)
+    if backend(device) == "triton":
+        with pytest.raises(ValueError, match=r"compute is .* torch.float64; .* or torch.float16, or None"):
+            adamw_(*buffers, slots, settings, compute=compute)
+    else:
+        adamw_(*buffers, slots, settings, compute=compute)
+        assert torch.equal(compute[1], buffers[0][1].double()) and not compute[0].any()
+
+
 @pytest.mark.parametrize("P", [NORM_BLOCK, 5 * NORM_BLOCK, 2 * SQUARES_BLOCK + 3 * NORM_BLOCK])
 @pytest.mark.parametrize("given", [False, True], ids=["norms from gradients", "norms from squares"])
 def test_bits_of_a_row_do_not_depend_on_company_or_order(device, P, given):
@@ -315,7 +328,7 @@ WRONG = {
     "squares of another bank": (dict(squares=torch.zeros(3, 4)), r"squares is \[3, 4\] .* give contiguous \[2, Q\]"),
     "no squares": (dict(squares=torch.zeros(2, 0)), r"squares is \[2, 0\]"),
     "a copy of another shape": (dict(compute=torch.zeros(2, 32).bfloat16()), r"compute is \[2, 32\]"),
-    "a copy in fp32": (dict(compute=torch.zeros(2, 64)), "compute is .* torch.float32; .* bf16 or fp16"),
+    "a copy in fp32": (dict(compute=torch.zeros(2, 64)), "compute is .* torch.float32; .* torch.float64, or None if"),
 }
 
 

@@ -376,8 +376,9 @@ def test_arguments_that_disagree_are_errors(message, device):
 
 def test_segments_of_another_backend_are_an_error(device, monkeypatch):
     inputs = make_inputs([16], device)
-    monkeypatch.setattr(minipeft_kernels.segments, "backend", lambda _: "torch" if inputs[6].plan else "triton")
-    other = Segments.build([0], [16], device)
+    with monkeypatch.context() as patched:
+        patched.setattr(minipeft_kernels.segments, "backend", lambda _: "torch" if inputs[6].plan else "triton")
+        other = Segments.build([0], [16], device)
     with pytest.raises(ValueError, match="built for another device or backend"):
         segment_bottleneck(*inputs[:6], other, *inputs[7:10])
 

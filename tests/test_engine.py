@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from linears import site_by_site
 
+import minipeft_kernels.backend
 from minipeft import engine as engine_module
 from minipeft.batch import filled
 from minipeft.engine import Adapter, Engine, label_scores
@@ -349,6 +350,23 @@ def own_gradient(model, job, row, questions):
         layout.view(grad, f"{site}.A")[: method.rank] = A.grad
         layout.view(grad, f"{site}.Bt")[: method.rank] = B.grad.T
     return grad
+
+
+def test_what_a_gpu_does_not_do_is_refused_before_anything_is_made(model, monkeypatch):
+    monkeypatch.setattr(Decoder, "device", property(lambda self: torch.device("cuda:1")))
+    with pytest.raises(InputError, match="deterministic mode is not built for a GPU"):
+        Engine(model, LABELS, PassConfig(deterministic=True))
+    monkeypatch.setattr(minipeft_kernels.backend, "triton", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"cuda:0, not on cuda:1; call torch.cuda.set_device\(1\) first"):
+        Engine(model, LABELS)
+
+
+def test_a_base_in_fp64_trains_as_one_in_fp32(model, jobs):
+    (plain,), (exact,) = (train(base, jobs[:1]).values() for base in (model, copy.deepcopy(model).double()))
+    start = jobs[0].config.method.initial_row(model, jobs[0].config.seed, jobs[0].user)
+    assert exact.row.dtype == torch.float32 and relative(exact.row, plain.row) < 1e-5 < relative(exact.row, start)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -46,6 +46,30 @@ def test_scores_are_sums_of_the_tokens_log_probabilities(labels, num_reads, num_
             torch.testing.assert_close(score, expected)
 
 
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU: x[i] takes an index from the CPU, ops that want one device for all do not."""
+
+    ONE_DEVICE = ("index_add", "index_copy", "index_select", "index_fill", "gather", "scatter")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ == "cpu":
+            return args[0].as_subclass(torch.Tensor)
+        if func.__name__.startswith(cls.ONE_DEVICE) and any(type(arg) is torch.Tensor for arg in args):
+            raise RuntimeError(f"{func.__name__}: expected all tensors to be on the same device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_log_probabilities_on_a_gpu_are_scored_as_on_the_cpu():
+    label_set = LabelSet([(5, 6), (5, 7), (8, 7, 6)])
+    log_probs = torch.randn(2 * label_set.rows_per_question, 9, generator=torch.Generator().manual_seed(0))
+    there = log_probs.as_subclass(OnDevice)
+    with pytest.raises(RuntimeError, match="same device"):
+        there.index_add_(1, torch.zeros(9, dtype=torch.int64), there)
+    scores = label_set.scores(there)
+    assert type(scores) is torch.Tensor and torch.equal(scores, label_set.scores(log_probs))
+
+
 def test_training_reads_the_rows_that_predict_the_right_label():
     labels = LabelSet([[5], [6, 7], [8, 9, 3]])
     assert labels.lengths.tolist() == [1, 2, 3]

@@ -12,6 +12,7 @@ from minipeft.methods.method import Residents, Share
 from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft_kernels.backend import backend
 from minipeft_kernels.segments import Segments
+from minipeft_kernels.wgrad import num_squares
 
 BASE = Decoder(DecoderConfig(vocab_size=60, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
                              mlp_width=75))  # fmt: skip
@@ -139,6 +140,17 @@ def test_bank_acts_where_the_method_does_and_on_views_of_its_rows():
     assert lora.A.shape == (2, 8, 32) and Bt.shape == (2, 8, 32)
     assert (lora.A[1] == 1).all() and (Bt[1] == 1).all() and not lora.A[0].any()
     assert (lora.grad_A[1] == 2).all() and (grad_Bt[1] == 2).all() and not grad_Bt[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_are_as_many_sums_of_squares_as_kernels_write(kernels, dtype):
+    base = Decoder(DecoderConfig(vocab_size=8, width=272, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=272,
+                                 mlp_width=8)).to(kernels, dtype)  # fmt: skip
+    residents = Residents(LoRA(8, sites=("q",)), base, 2, kernels, dtype)
+    (view,) = residents.actors[0].loras.values()
+    for part, matrices in zip(view["squares"], (view["grad_A"], *view["grad_Bts"]), strict=True):
+        assert part.shape[1] == num_squares(matrices.shape[1], matrices.shape[2], dtype.itemsize)
+    assert residents.squares.shape[1] == sum(part.shape[1] for part in view["squares"])
 
 
 def test_sites_of_one_input_are_one_view_where_their_matrices_have_no_gap():

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_segment_lora import DTYPES, K, N, R, make_inputs, with_gaps, wrong_inputs
 
+from minipeft_kernels import lora_linear as lora_linear_file
 from minipeft_kernels import reference
 from minipeft_kernels.lora_linear import LoraRows, lora_linear
 from minipeft_kernels.segment_lora import Lora
@@ -224,6 +225,27 @@ def test_writes_gradients_where_x_needs_none(device):
     )  # fmt: skip
     assert with_grad[1] is not None and without[1] is None
     assert all(torch.equal(one, other) for i, (one, other) in enumerate(zip(with_grad, without)) if i != 1)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_where_x_needs_no_gradient_its_rows_are_not_written(device, monkeypatch, dropout):
+    """Nor with several sites, where only the sums of planes are left of the way back to x."""
+    rows_of_x = []  # whether a backward was given some to write
+
+    def spied(function):
+        return lambda *args, **beta: rows_of_x.append(args[-1] is not None) or function(*args, **beta)
+
+    for name in ("backward_triton", "backward_torch"):
+        monkeypatch.setattr(lora_linear_file, name, spied(getattr(lora_linear_file, name)))
+    drop = torch.tensor([[3, 60], [4, 0], [5, 128]], device=device) if dropout else None
+    x, grad_ys, weights, biases, joint, _ = three_sites(device, True, drop)
+    results = []
+    for needed in (True, False):
+        found = fused(x, grad_ys, weights, biases, [LoraRows(0, joint)], x_needs_grad=needed)
+        results.append([None if t is None else t.clone() for t in found])
+    assert rows_of_x == [True, False]
+    for i, (one, other) in enumerate(zip(*results)):
+        assert other is None if i == 3 else torch.equal(one, other)
 
 
 def test_later_micro_steps_add_to_the_first(device):

@@ -1,6 +1,7 @@
 """Does every method do in a fused pass what its paper says, for every user, on every kind of base?"""
 
 import copy
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +33,7 @@ from minipeft.methods import (
     Stack,
     VeRA,
 )
+from minipeft.methods import method as method_file
 from minipeft.methods.method import Residents, Share, method_from
 from minipeft.models import gpt2
 from minipeft.models.bert import Bert, BertConfig
@@ -281,6 +283,48 @@ def test_flops_of_a_t5s_embedding_are_those_of_an_input_and_a_target():
         hooks.embed(base.embed(tokens), tokens)
         hooks.embed_targets(base.embed(tokens), tokens)
     assert counter.get_total_flops() / 32 == method.flops(base)
+
+
+@pytest.mark.parametrize("kind, copies", [("dora", 1), ("embedding", 1), ("lora", 0)])
+def test_slots_go_to_the_device_once_a_pass_and_only_where_something_is_derived(kind, copies, monkeypatch):
+    base, copied = BASES["t5"], []
+    residents = Residents(METHODS[kind], base, 2, "cpu", torch.float32)
+    residents.admit("ann", METHODS[kind], METHODS[kind].row(drawn(METHODS[kind], base), base), 0)
+    monkeypatch.setattr(method_file, "to_device", lambda slots, device: copied.append(slots) or torch.from_numpy(slots))
+    residents.begin(np.zeros(1, dtype=np.int64), training=True)
+    assert len(copied) == copies
+    residents.end(np.zeros(1, dtype=np.int64))
+    assert len(copied) == 2 * copies
+
+
+def test_dora_keeps_no_second_copy_of_a_bf16_bases_matrices():
+    base = copy.deepcopy(BASES["decoder"]).bfloat16()
+    residents = Residents(METHODS["dora"], base, 2, "cpu", torch.bfloat16)
+    residents.admit("ann", METHODS["dora"], METHODS["dora"].row(drawn(METHODS["dora"], base), base), 0)
+    residents.begin(np.zeros(1, dtype=np.int64), training=False)
+    shapes = {tuple(base.linears[site].weight.shape) for site in METHODS["dora"].chosen(base)}
+
+    def held(value, seen):
+        """Tensors that these values, their fields and what their functions close over lead to."""
+        if id(value) in seen or isinstance(value, torch.nn.Module | type):
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            for one in value.values():
+                yield from held(one, seen)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                yield from held(one, seen)
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                yield from held(cell.cell_contents, seen)
+        elif hasattr(value, "__dict__"):
+            yield from held(vars(value), seen)
+
+    found = list(held(residents, set()))
+    assert len(found) > 30 and not [t for t in found if tuple(t.shape) in shapes and t.dtype == torch.float32]
 
 
 def plain_continuation(base, method, tensors, prompt, number):

@@ -10,7 +10,8 @@ from accuracy import ANY_LENGTHS, LENGTHS, assert_as_accurate, few_examples, in_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft_kernels import reference, segments
+from minipeft_kernels import cpu, reference, segments
+from minipeft_kernels import segment_lora as segment_lora_file
 from minipeft_kernels.backend import backend
 from minipeft_kernels.dropout import keep_mask
 from minipeft_kernels.segment_lora import segment_lora
@@ -147,6 +148,24 @@ def test_a_scale_is_not_rounded_to_bf16(device, by_pieces):
     y = op(x, A, Bt, scale, *rest[:2]).cpu().double()
     exact = reference.segment_lora(*in_fp64([x.cpu(), A.cpu(), Bt.cpu(), scale.cpu(), *rest[:2]]))
     assert abs(float((y * exact).sum() / exact.square().sum()) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("lengths", [[16, 48], [5, 40]], ids=["whole tiles", "ragged"])
+def test_what_is_frozen_gets_no_gradient_and_costs_none(device, monkeypatch, lengths):
+    """As of an adapter that lies under others: its A and Bt let gradients through to x and want none."""
+    x, *inputs, grad_y = make_inputs(lengths, device)
+    expected = forward_backward(segment_lora, x, *inputs, grad_y)[1]
+    products = []
+    for file, name in ((segment_lora_file, "wgrad"), (cpu, "sum_pieces"), (torch.nn.functional, "grouped_mm")):
+        function = getattr(file, name)
+        monkeypatch.setattr(file, name, lambda *args, f=function, **more: products.append(f) or f(*args, **more))
+    x = x.detach().requires_grad_()
+    y = segment_lora(x, *inputs)
+    products.clear()
+    y.backward(grad_y)
+    assert torch.equal(x.grad.cpu(), expected)
+    grouped = type(y.grad_fn).__name__ == "_GroupedLoraBackward"
+    assert len(products) == (2 if grouped else 0)  # grouped_mm does what leads to x too
 
 
 def test_unused_rank_rows_and_absent_slots_get_gradient_zero(device):

@@ -102,6 +102,17 @@ def test_more_users_than_one_product_takes_are_several(device, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(at_once, fused(*inputs)))
 
 
+def test_matrices_are_read_both_ways_without_a_transposed_copy(kernels, monkeypatch):
+    x, W, segments, grad_y = make_inputs([5, 17], kernels)
+    read, grouped_mm = [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm",
+                        lambda a, b, offs: read.append(b) or grouped_mm(a, b, offs=offs))  # fmt: skip
+    fused(x, W, segments, grad_y)
+    forward, _, backward = read  # the second is that of grad_W
+    assert forward.is_contiguous() and forward.shape == (2, 24, 40)
+    assert backward.transpose(1, 2).is_contiguous() and backward.shape == (2, 40, 24)
+
+
 def test_a_gradient_that_is_not_contiguous_is_taken_as_it_reads(device):
     x, W, segments, grad_y = make_inputs([20, 3], device)
     broadcast = fused(x, W, segments, torch.ones((), device=device).expand_as(grad_y))

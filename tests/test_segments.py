@@ -183,6 +183,18 @@ def test_a_plan_is_one_copy_to_the_device(monkeypatch):
     assert len(copies) == 1 and len({table.untyped_storage().data_ptr() for table in tables}) == 1
 
 
+def test_rows_other_than_the_segments_own_or_elsewhere_are_errors(device):
+    segments = Segments.build([1, 0], [16, 3], device)
+    segments.check_rows("op", torch.zeros(19, 2, device=device))
+    for x in (torch.zeros(18, 2, device=device), torch.zeros(19, device=device), torch.zeros((), device=device)):
+        with pytest.raises(ValueError, match=r"op: x is \(.*\) but the segments cover 19 rows"):
+            segments.check_rows("op", x)
+    plans = (None, object()) if segments.plan is None else (object(), None)
+    other = Segments(segments.slots, segments.starts, *plans)
+    with pytest.raises(ValueError, match=r"op: .* built for another device or backend; pass device=x.device"):
+        other.check_rows("op", torch.zeros(19, 2, device=device))
+
+
 def test_the_backend_is_a_function_of_the_device_and_the_interpreter(monkeypatch):
     assert backend("cpu") == backend(torch.device("cpu")) == "torch"
     monkeypatch.setattr(minipeft_kernels.backend, "INTERPRET", True)
@@ -194,7 +206,10 @@ def test_the_backend_is_a_function_of_the_device_and_the_interpreter(monkeypatch
     with pytest.raises(ValueError, match="this PyTorch sees no GPU; use the CPU, or install"):
         backend("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert backend("cuda:1") == "triton"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert backend("cuda") == backend("cuda:1") == "triton"
+    with pytest.raises(ValueError, match=r"on the current GPU, cuda:1, not on cuda:0; call torch.cuda.set_device\(0\)"):
+        backend("cuda:0")
     monkeypatch.setattr(minipeft_kernels.backend, "triton", None)
     with pytest.raises(ValueError, match="a GPU needs Triton, which is not installed; pip install triton"):
         backend("cuda")

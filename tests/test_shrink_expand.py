@@ -1,6 +1,8 @@
 """Do the shrink and expand kernels give the same bits split or not, and read and write nothing but their own?"""
 
+import inspect
 import math
+import sys
 from itertools import product
 
 import pytest
@@ -15,9 +17,9 @@ from minipeft_kernels.shrink_expand import can_join, configuration, site_table
 
 @pytest.mark.parametrize("R", [1, 8, 16, 40, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_split_and_row_fused_give_the_same_bits(kernels, monkeypatch, R, dtype):
-    monkeypatch.setattr(shrink_expand, "PLANE", 128)  # several planes without large widths; a multiple of every BLOCK
-    x, A, Bt, scale, segments, ranks, _ = make_inputs([33, 0, 1, 20], kernels, R >= 3, dtype, R=R, sizes=(300, 200))
+def test_split_and_row_fused_give_the_same_bits(kernels, R, dtype):
+    K = 2 * shrink_expand.plane() + 44  # the third plane is no whole one, nor whole blocks
+    x, A, Bt, scale, segments, ranks, _ = make_inputs([33, 0, 1, 20], kernels, R >= 3, dtype, R=R, sizes=(K, 200))
     drop = torch.tensor([[1, 30], [2, 0], [3, 0], [4, 128]], device=kernels)
     results = []
     for split in (False, True):
@@ -56,10 +58,21 @@ def test_a_user_of_rank_zero_gets_exactly_nothing(kernels):
     assert not y[:20].any() and y[20:].all()
 
 
+def test_a_number_that_kernels_are_compiled_with_is_in_their_source():
+    """Triton keeps compiled kernels on disk by their source. It hashes numbers outside of it where kernels read them
+    as tl.constexpr, not where a constexpr_function does: with another number there it would load the old kernel."""
+    files = [file for name, file in sys.modules.items() if name.startswith("minipeft_kernels.")]
+    functions = {name: value for file in files for name, value in vars(file).items()
+                 if isinstance(value, type(shrink_expand.plane))}  # fmt: skip
+    assert {"plane", "padded", "columns"} <= functions.keys()
+    for name, function in functions.items():
+        assert not inspect.getclosurevars(function.fn).globals, name
+
+
 def test_block_sizes_are_what_the_kernels_can_take():
     for num_ranks, itemsize in product(range(1, MOST_RANKS + 1), (2, 4)):
         config = configuration(num_ranks, itemsize)
-        assert shrink_expand.PLANE % config["BLOCK"] == 0 and config["BLOCK"] % 16 == 0
+        assert shrink_expand.plane() % config["BLOCK"] == 0 and config["BLOCK"] % 16 == 0
         assert config["BLOCK_T"] in (16, 32, 64)
 
 

@@ -397,6 +397,13 @@ def test_json_has_no_numbers_that_json_has_not(base, tmp_path, capsys):
     strict(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_deterministic_mode_on_a_gpu_is_refused_before_there_is_a_store(task, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(base), "device", property(lambda self: torch.device("cuda")))
+    with pytest.raises(InputError, match="deterministic mode is not built for a GPU"):
+        Training.plan(base, load_task(task), CONFIG, tmp_path / "store", passes=EXACT)
+    assert not (tmp_path / "store").exists()
+
+
 def test_more_epochs_than_a_store_can_tell_of_are_refused(task, base, tmp_path):
     with pytest.raises(InputError, match=f"epochs must be at most {MOST_EPOCHS}"):
         trained(base, task, tmp_path / "store", config=replace(CONFIG, epochs=MOST_EPOCHS + 1))

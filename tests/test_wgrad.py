@@ -89,3 +89,11 @@ def test_strides_between_rows(kernels):
     wgrad(v, x, segments.plan, grad)
     wgrad(v[:, 8:16], x, segments.plan, part)
     torch.testing.assert_close(part, grad[:, 8:16], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("too_many", [-1, 1])
+def test_room_for_other_than_its_sums_of_squares_is_an_error(kernels, too_many):
+    v, x, segments, grad = make([5], kernels, D=300, dtype=torch.bfloat16)
+    squares = torch.zeros(len(grad), num_squares(8, 300, 2) + too_many, device=kernels)
+    with pytest.raises(ValueError, match=rf"squares has {3 + too_many} columns.* from torch.bfloat16 leaves 3 sums"):
+        wgrad(v, x, segments.plan, grad, squares=squares)

@@ -69,14 +69,14 @@ class DoraActor(LoraActor):
                 self.shifts[site] = made["shift"]
 
     def _lengths_of(self, site: str, linear):
-        W = linear.weight.detach().float()
-        squares, scale = W.square().sum(1), self.settings[site][0]
+        fp32 = lambda: linear.weight.detach().float()  # noqa: E731  of a bf16 base a copy, kept no longer than needed
+        squares, scale = fp32().square().sum(1), self.settings[site][0]
 
         def gains(trained: dict[str, Tensor], slots: Tensor) -> dict[str, Tensor]:
             A, Bt, m = trained.values()  # [S, R, K], [S, R, N], [S, N]
             with torch.no_grad():
                 s = scale.index_select(0, slots)[:, None]
-                AW = torch.matmul(A, W.t())  # [S, R, N]
+                AW = torch.matmul(A, fp32().t())  # [S, R, N]
                 BAA = torch.bmm(torch.bmm(A, A.transpose(1, 2)), Bt)  # [S, R, N]: A A^T is symmetric
                 lengths = (squares + 2 * s * (Bt * AW).sum(1) + s * s * (Bt * BAA).sum(1)).clamp(min=0.0).sqrt()
             g = m / lengths

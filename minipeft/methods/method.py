@@ -26,7 +26,7 @@ from minipeft_kernels.backend import backend
 from minipeft_kernels.bottleneck import BottleneckTensors
 from minipeft_kernels.prompts import PromptPlan
 from minipeft_kernels.segment_lora import Lora
-from minipeft_kernels.segments import Segments
+from minipeft_kernels.segments import Segments, to_device
 from minipeft_kernels.wgrad import num_squares
 
 Draw = Callable[..., np.random.Generator]  # what for, e.g. a site -> a generator that belongs to (seed, user, method)
@@ -279,7 +279,7 @@ class Residents:
 
     def _make_room_for_squares(self, num_slots: int, device: torch.device | str) -> None:
         """Columns of its own for every gradient of every view, whichever of them a pass writes."""
-        itemsize = self.bank.weights.itemsize
+        itemsize = self.bank.compute.itemsize
         views = [view for actor in self.actors for view in actor.loras.values()]
         matrices = [(view["grad_A"], *view["grad_Bts"]) for view in views]
         counts = [[num_squares(M.shape[1], M.shape[2], itemsize) if M._is_view() else 0 for M in of] for of in matrices]
@@ -300,19 +300,19 @@ class Residents:
         """Before a pass with these slots."""
         if self.squares is not None:
             self.squares.zero_()
-        for derived in self._derived():
-            derived.begin(self._on(slots), training)
+        for derived, on_device in self._derived(slots):
+            derived.begin(on_device, training)
 
     def end(self, slots: np.ndarray) -> None:
         """After the backward of that pass."""
-        for derived in self._derived():
-            derived.end(self._on(slots))
+        for derived, on_device in self._derived(slots):
+            derived.end(on_device)
 
-    def _derived(self) -> "list[Derived | SecondUse]":
-        return [derived for actor in self.actors for derived in actor.derived]
-
-    def _on(self, slots: np.ndarray) -> Tensor:
-        return torch.from_numpy(slots).to(self.bank.weights.device)
+    def _derived(self, slots: np.ndarray) -> "list[tuple[Derived | SecondUse, Tensor]]":
+        """What is derived, and with each these slots on the device, copied there once; [] where nothing is."""
+        found = [derived for actor in self.actors for derived in actor.derived]
+        on_device = to_device(slots, self.bank.weights.device) if found else None
+        return [(derived, on_device) for derived in found]
 
 
 def vectors(bank: Bank, name: str) -> Vectors:
