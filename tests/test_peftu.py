@@ -454,17 +454,31 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
         said.update({user: ["", "yes."] * len(own) for user, own in questions.items()})
         return {user: said[user][: len(own)] for user, own in questions.items()}
 
+    def likeliest(run, scored):
+        return {user: [("yes",)] * len(own) for user, own in scored.items()}
+
     monkeypatch.setattr(TaskRun, "decoded", decoded)
+    monkeypatch.setattr(TaskRun, "answers", likeliest)
     run = run_of(task.subset(task.users[:2]), open_base(bases["t5"], 2), tmp_path, plan)
     records = records_of(tmp_path)
     record = records["lora", 42]
     for user, right in zip(record.users, record.correct):
         truths = [example.label[0] for example in task.test[user]]
         assert right == [float(truth == ("no", "yes")[i % 2]) for i, truth in enumerate(truths)]  # "" is "no"
+    assert record.paper_accuracy == pytest.approx(record.accuracy)
+    assert record.fixed_accuracy == pytest.approx(
+        [np.mean([example.label == ("yes",) for example in task.test[user]]) for user in record.users])
+    assert record.fixed_accuracy != pytest.approx(record.paper_accuracy)
     assert record.chosen_lr == 2e-5 and record.method["alpha"] == 32 and records["prefix", 42].method["hf_compat"]
     prompt = run.asking.prompts.tokenizer.decode(run.questions("lora")["test"][record.users[0]][0].prompt)
     assert [prompt.count(part) for part in ("Text:", "Label: no.", "Label: yes.")] == [3, 1, 1]
     assert {"zero_shot", "few_shot"} <= {name for name, _ in records}
+
+
+def test_paper_modes_shared_adapter_is_the_published_lora_whether_or_not_lora_is_asked_for(task, bases, tmp_path):
+    plan = Plan(PAPER, {"ia3": PAPER.methods()["ia3"]}, (42,), epochs=1)
+    run = TaskRun(plan, tidied(task), open_base(bases["t5"], 2), tmp_path, print, print)
+    assert run.shared_method == for_base(PAPER.methods()["lora"], run.base) != for_base(LoRA(), run.base)
 
 
 def test_paper_mode_asks_untrained_bases_as_published_and_with_four_examples_of_ours(task, bases, tmp_path):
@@ -552,7 +566,7 @@ def test_several_labels(task, bases, tmp_path, kind):
     run = run_of(several.subset(several.users[:2]), open_base(bases[kind], 3), tmp_path)
     record = records_of(tmp_path)["lora", 0]
     assert set(record.metrics) == {"macro_f1", "micro_f1", "jaccard", "any_hit", "exact"}
-    assert record.accuracy == pytest.approx(record.metrics["jaccard"])
+    assert record.accuracy == pytest.approx(record.metrics["jaccard"]) == record.fixed_accuracy
     if kind == "bert":  # answered labels, read by their names
         assert record.paper_accuracy == pytest.approx(record.metrics["any_hit"])
     assert ("zero_shot", 0) in records_of(tmp_path) or kind == "bert"
@@ -749,6 +763,10 @@ def test_bad_options_are_one_line(argv, said, folder, bases, tmp_path, capsys, m
     assert run(*given, "--model", bases["bert"], "--out", tmp_path / "out", *argv) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_a_learning_rate_named_twice_is_tried_once():
+    assert command.rates("1e-3,0.01,1e-3,0.001") == (1e-3, 1e-2)
 
 
 def test_learning_rates_are_tried_or_carried_over(finished, folder, bases, tmp_path, capsys):

@@ -16,7 +16,7 @@ from minipeft.peftu import charts
 from minipeft.peftu.charts import pareto
 from minipeft.peftu.protocol import MOVED, RATES
 from minipeft.peftu.records import save_record
-from minipeft.peftu.report import luck, plain, write_report
+from minipeft.peftu.report import luck, plain, ranked_by, write_report
 from minipeft.peftu.summary import outcomes, summarise
 from minipeft.peftu.tables import at_edge, at_edges, configuration, movement_table, notes_table
 
@@ -176,6 +176,13 @@ def test_a_method_is_told_as_it_was_configured():
 def test_of_one_or_two_seeds_the_report_says_how_little_is_known_of_luck():
     assert "not included" in luck({"seeds": [0]}) and "not included" not in luck({"seeds": [0, 1]})
     assert "too few" in luck({"seeds": [0, 1]}) and "too few" not in luck({"seeds": [0, 1, 2]})
+
+
+def test_the_report_says_which_scoring_the_mode_ranks_by_and_shows_both(run):
+    for text in ((run[0] / "report.html").read_text(), (run[0] / "report.md").read_text().replace("\\", "")):
+        assert "Mode fixed ranks by the fixed scoring" in text
+        assert "fixed scoring, %" in text and "published scoring, %" in text
+    assert "ranks by the published scoring" in ranked_by("paper")
 
 
 def test_who_answers_a_part_only_is_not_on_the_line_of_costs(monkeypatch):

@@ -26,13 +26,16 @@ def pair_of(result, a, b):
 
 def test_figures_of_a_case_by_hand():
     """Lora: per user means over seeds 1, .5, .25, 1; the second seed lists the users the other way round."""
-    second = record("lora", [1, 0.5, 0, 1], seed=1, users=list("dcba"), paper_accuracy=[0.5] * 4)
+    second = record("lora", [1, 0.5, 0, 1], seed=1, users=list("dcba"), paper_accuracy=[0.5] * 4,
+                    fixed_accuracy=[1.0] * 4)
     result = summarise([
-        record("lora", [1, 1, 0, 1], paper_accuracy=[0.0] * 4), second, record("shared", [1, 1, 1, 0], "shared"),
+        record("lora", [1, 1, 0, 1], paper_accuracy=[0.0] * 4, fixed_accuracy=[0.5] * 4), second,
+        record("shared", [1, 1, 1, 0], "shared"),
         record("own_majority", [0, 0, 1, 0.5], "baseline"),
     ])  # fmt: skip
     lora = result["tasks"]["t"]["lora"]
     assert lora["accuracy"] == 68.75 and lora["worst_decile"] == 25 and lora["paper_accuracy"] == 25
+    assert lora["fixed_accuracy"] == 75 and result["tasks"]["t"]["shared"]["fixed_accuracy"] is None
     assert lora["harmed_vs_shared"] == 2 and lora["harmed_vs_own_majority"] == 1 and lora["num_users"] == 4
     assert lora["kind"] == "personal" and lora["seeds"] == [0, 1] and lora["trainable"] == RECORD.trainable
     assert result["tasks"]["t"]["shared"]["harmed_vs_shared"] is None

@@ -196,7 +196,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def rates(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in text.split(","))
+        found = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
         found = ()
     if not found or not all(0 < rate < float("inf") for rate in found):

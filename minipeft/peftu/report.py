@@ -148,10 +148,18 @@ def overview(result: dict) -> Section:
             "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task."
             + (" Tasks are families of their own: over several the chance of a wrong \"different\" adds up."
                if len(tasks) > 1 else ""),
+            ranked_by(result["mode"]),
             *([f"Not finished; still to come: {', '.join(to_come)}."] if to_come else []),
         ],
         tables=[Table("Accuracy, %", ["method", *tasks], rows), names_table(names)],
     )
+
+
+def ranked_by(mode: str) -> str:
+    """Which of the two scorings the accuracies, intervals and comparisons are of."""
+    kind = {"fixed": "the fixed scoring", "paper": "the published scoring"}.get(mode, "its own scoring")
+    return (f"Mode {mode} ranks by {kind}: every accuracy, interval and comparison is of that one. Both scorings stand "
+            "under each task.")  # fmt: skip
 
 
 def luck(result: dict) -> str:
