@@ -285,10 +285,12 @@ class TaskRun:
         return self._flops(name) * (len(question.prompt) + sum(method.virtual(self.base)))
 
     def _flops(self, name: str) -> float:
-        """Per row of a training step."""
+        """Per row of a training step; the adapter that lies under it acts in it."""
         if name not in self._counted:
-            questions = self.questions(name)["train"][self.users[0]]
-            self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, self._method(name), questions)
+            questions, method = self.questions(name)["train"][self.users[0]], self._method(name)
+            start = method.initial_row(self.base, 0, EVERYONE) if name == SHARED_USER else None
+            under = None if start is None else Adapter(EVERYONE, method, start)  # its numbers do not matter
+            self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, method, questions, under)
         return self._counted[name]
 
     @cached_property

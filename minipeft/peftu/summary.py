@@ -124,8 +124,8 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
 
     accuracy is by the scoring that the mode ranks by, one of paper_accuracy and fixed_accuracy, which both stand.
     bytes_per_user is what has to be stored for each user; of `shared` and `probe_pooled` that is one for all.
-    stored_per_user shares these out and adds them to what stands on them; seconds_in_all adds the training of
-    the shared adapter; a probe's seconds hold it already.
+    stored_per_user shares these out and adds them to what stands on them; seconds_in_all and flops_in_all add the
+    training of the shared adapter; a probe's seconds hold it already.
     """
     mean = bootstrap_mean(outcome.values)
     under, trained = names.get(STANDS_ON.get(outcome.first.name, "")), outcome.first.kind != "baseline"
@@ -151,6 +151,7 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "bytes_per_user": record.bytes_per_user,
         "stored_per_user": stored_per_user(outcome) + (stored_per_user(under) if under else 0),
         "train_flops_per_user": outcome.mean("train_flops_per_user"),
+        "flops_in_all": flops_in_all(outcome, under if trained else None),
         "train_seconds": outcome.mean("train_seconds"),
         "seconds_in_all": outcome.mean("train_seconds") + (under.mean("train_seconds") if under and trained else 0),
         "peak_memory_mb": outcome.mean("peak_memory_mb"),
@@ -168,6 +169,12 @@ def scored_by(outcome: Outcome, field: str) -> float | None:
 def within_percent(interval: Interval) -> list[float]:
     """An interval of an accuracy. One that is symmetric may reach past what an accuracy can be."""
     return [max(0.0, interval.low), min(100.0, interval.high)]
+
+
+def flops_in_all(outcome: Outcome, under: Outcome | None) -> float | None:
+    """Counted operations of a user's training and of their share of what lies under it; None where not counted."""
+    own, shared = outcome.mean("train_flops_per_user"), under.mean("train_flops_per_user") if under else 0.0
+    return None if own is None or shared is None else own + shared
 
 
 def stored_per_user(outcome: Outcome) -> float:

@@ -113,12 +113,14 @@ def cost_table(figures: dict[str, dict]) -> Table:
     rows = [
         [words(label(name)), number(each["trainable"], ",d"), number(each["bytes_per_user"], ",d"),
          number(each["stored_per_user"], ",.0f"), number(giga(each["train_flops_per_user"]), ",.1f"),
+         number(giga(each.get("flops_in_all")), ",.1f"),
          number(each["train_seconds"], ",.1f"), number(each["seconds_in_all"], ",.1f"),
          number(each["peak_memory_mb"], ",.0f"), number(each["chosen_lr"], "g")]
         for name, each in by_accuracy(figures)
     ]  # fmt: skip
     return Table("Cost", ["method", "numbers trained", "bytes per user", "with shares of what is shared",
-                          "training GFLOP per user (counted)", "training of all users, s", "with what lies under it",
+                          "training GFLOP per user (counted)", "GFLOP with what lies under it",
+                          "training of all users, s", "s with what lies under it",
                           "whole process's peak memory so far, MB", "learning rate"], rows,
                  note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor "
                  "evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run once on "
