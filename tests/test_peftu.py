@@ -410,7 +410,7 @@ def test_time_left_is_that_of_all_tasks(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr(command, "MINUTE", float("inf"))
     monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: now))
-    with command.progress({"a": 10, "b": 30}) as (show, update):
+    with command.progress({"a": 10, "b": 30}, {"a": 1.0, "b": 1.0}) as (show, update):
         now = 60.0
         show("nothing yet")
         update("a", 5, 10)
@@ -421,6 +421,18 @@ def test_time_left_is_that_of_all_tasks(monkeypatch, capsys):
         show("a task")
     assert capsys.readouterr().out.splitlines() == [
         "nothing yet (1.0 min)", "some (10.0 min, about 70 min left)", "a task (20.0 min, about 75 min left)"]
+
+
+def test_a_task_of_longer_texts_takes_longer(task, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: now))
+    with command.progress({"a": 10, "b": 10}, {"a": 50.0, "b": 200.0}) as (show, update):
+        update("a", 10, 10)
+        now = 600.0
+        show("a task")
+    assert capsys.readouterr().out.splitlines() == ["a task (10.0 min, about 40 min left)"]
+    doubled = {user: [replace(each, text=2 * each.text) for each in own] for user, own in task.train.items()}
+    assert command.mean_length(replace(task, train=doubled)) == 2 * command.mean_length(task) > 0
 
 
 def test_what_is_planned_is_what_is_worked_off(task, bases, tmp_path):
@@ -614,6 +626,24 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
         patch.setattr(Engine, "train_step", seen)
         per_row = cells.flops_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base), questions)
     assert per_row * rows == pytest.approx(counted[0])
+
+
+def test_operations_of_shared_user_hold_those_of_the_adapter_under_it(task, bases, tmp_path):
+    """It acts in every step, beside one of the user's own that is as large as it; the base's are not counted twice."""
+    run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(task), open_base(bases["gpt2"], 2), tmp_path,
+                  print, print)  # fmt: skip
+    assert run._flops("shared") < run._flops("shared_user") < 2 * run._flops("shared")
+
+
+def test_p_tunings_bytes_are_those_of_its_file(task, bases, tmp_path):
+    """The network that writes its tokens is kept with them."""
+    base, method = open_base(bases["t5"], 2), FIXED.methods()["ptuning"]
+    row = method.initial_row(base, 0, "u")
+    store = Store.make(tmp_path, base)
+    store.add(Adapter("u", method, row, {}), base)
+    store.close()
+    size = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size == pytest.approx(4 * method.count(base), rel=0.05)  # the index's pages besides
 
 
 def test_the_order_that_was_put_in_is_found(bases, tmp_path, capsys):
@@ -895,7 +925,7 @@ def test_who_makes_no_sense_stops_the_run(task, bases, tmp_path):
 
 def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(command, "MINUTE", 0.0)
-    with command.progress({"a": 100, "b": 50}) as (_, update):
+    with command.progress({"a": 100, "b": 50}, {"a": 1.0, "b": 1.0}) as (_, update):
         for done in (10, 20):
             update("a", done, 100)
     assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["a: 10 %", "a: 20 %"]

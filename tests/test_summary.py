@@ -83,14 +83,18 @@ def test_names_are_compared_on_the_test_examples_that_both_answer():
 def test_what_all_share_is_shared_out_and_added_to_what_stands_on_it():
     entries = summarise([
         record("lora", [1, 0], bytes_per_user=40), record("shared", [1, 0], "shared", bytes_per_user=100),
-        record("shared_user", [1, 0], bytes_per_user=40, train_seconds=3.0),
+        record("shared_user", [1, 0], bytes_per_user=40, train_seconds=3.0, train_flops_per_user=5.0),
         record("probe_pooled", [1, 0], "baseline", bytes_per_user=20, train_seconds=1.0),
-        record("probe_pooled_user", [1, 0], "baseline", bytes_per_user=30, train_seconds=2.0),
+        record("probe_pooled_user", [1, 0], "baseline", bytes_per_user=30, train_seconds=2.0,
+               train_flops_per_user=None),
     ])["tasks"]["t"]  # fmt: skip
     assert {name: entry["stored_per_user"] for name, entry in entries.items() if entry} == {
         "lora": 40, "shared": 50, "shared_user": 90, "probe_pooled": 10, "probe_pooled_user": 40}  # fmt: skip
     assert entries["shared"]["bytes_per_user"] == 100
     assert entries["shared_user"]["seconds_in_all"] == 3 + RECORD.train_seconds
+    assert entries["shared_user"]["flops_in_all"] == 5 + RECORD.train_flops_per_user
+    assert entries["shared"]["flops_in_all"] == entries["lora"]["flops_in_all"] == RECORD.train_flops_per_user
+    assert entries["probe_pooled_user"]["flops_in_all"] is None
     assert entries["probe_pooled_user"]["seconds_in_all"] == 2
 
 
