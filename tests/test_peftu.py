@@ -410,7 +410,7 @@ def test_time_left_is_that_of_all_tasks(monkeypatch, capsys):
     now = 0.0
     monkeypatch.setattr(command, "MINUTE", float("inf"))
     monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: now))
-    with command.progress({"a": 10, "b": 30}) as (show, update):
+    with command.progress({"a": 10, "b": 30}, {"a": 1.0, "b": 1.0}) as (show, update):
         now = 60.0
         show("nothing yet")
         update("a", 5, 10)
@@ -421,6 +421,18 @@ def test_time_left_is_that_of_all_tasks(monkeypatch, capsys):
         show("a task")
     assert capsys.readouterr().out.splitlines() == [
         "nothing yet (1.0 min)", "some (10.0 min, about 70 min left)", "a task (20.0 min, about 75 min left)"]
+
+
+def test_a_task_of_longer_texts_takes_longer(task, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: now))
+    with command.progress({"a": 10, "b": 10}, {"a": 50.0, "b": 200.0}) as (show, update):
+        update("a", 10, 10)
+        now = 600.0
+        show("a task")
+    assert capsys.readouterr().out.splitlines() == ["a task (10.0 min, about 40 min left)"]
+    doubled = {user: [replace(each, text=2 * each.text) for each in own] for user, own in task.train.items()}
+    assert command.mean_length(replace(task, train=doubled)) == 2 * command.mean_length(task) > 0
 
 
 def test_what_is_planned_is_what_is_worked_off(task, bases, tmp_path):
@@ -454,17 +466,31 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
         said.update({user: ["", "yes."] * len(own) for user, own in questions.items()})
         return {user: said[user][: len(own)] for user, own in questions.items()}
 
+    def likeliest(run, scored):
+        return {user: [("yes",)] * len(own) for user, own in scored.items()}
+
     monkeypatch.setattr(TaskRun, "decoded", decoded)
+    monkeypatch.setattr(TaskRun, "answers", likeliest)
     run = run_of(task.subset(task.users[:2]), open_base(bases["t5"], 2), tmp_path, plan)
     records = records_of(tmp_path)
     record = records["lora", 42]
     for user, right in zip(record.users, record.correct):
         truths = [example.label[0] for example in task.test[user]]
         assert right == [float(truth == ("no", "yes")[i % 2]) for i, truth in enumerate(truths)]  # "" is "no"
+    assert record.paper_accuracy == pytest.approx(record.accuracy)
+    assert record.fixed_accuracy == pytest.approx(
+        [np.mean([example.label == ("yes",) for example in task.test[user]]) for user in record.users])
+    assert record.fixed_accuracy != pytest.approx(record.paper_accuracy)
     assert record.chosen_lr == 2e-5 and record.method["alpha"] == 32 and records["prefix", 42].method["hf_compat"]
     prompt = run.asking.prompts.tokenizer.decode(run.questions("lora")["test"][record.users[0]][0].prompt)
     assert [prompt.count(part) for part in ("Text:", "Label: no.", "Label: yes.")] == [3, 1, 1]
     assert {"zero_shot", "few_shot"} <= {name for name, _ in records}
+
+
+def test_paper_modes_shared_adapter_is_the_published_lora_whether_or_not_lora_is_asked_for(task, bases, tmp_path):
+    plan = Plan(PAPER, {"ia3": PAPER.methods()["ia3"]}, (42,), epochs=1)
+    run = TaskRun(plan, tidied(task), open_base(bases["t5"], 2), tmp_path, print, print)
+    assert run.shared_method == for_base(PAPER.methods()["lora"], run.base) != for_base(LoRA(), run.base)
 
 
 def test_paper_mode_asks_untrained_bases_as_published_and_with_four_examples_of_ours(task, bases, tmp_path):
@@ -552,7 +578,7 @@ def test_several_labels(task, bases, tmp_path, kind):
     run = run_of(several.subset(several.users[:2]), open_base(bases[kind], 3), tmp_path)
     record = records_of(tmp_path)["lora", 0]
     assert set(record.metrics) == {"macro_f1", "micro_f1", "jaccard", "any_hit", "exact"}
-    assert record.accuracy == pytest.approx(record.metrics["jaccard"])
+    assert record.accuracy == pytest.approx(record.metrics["jaccard"]) == record.fixed_accuracy
     if kind == "bert":  # answered labels, read by their names
         assert record.paper_accuracy == pytest.approx(record.metrics["any_hit"])
     assert ("zero_shot", 0) in records_of(tmp_path) or kind == "bert"
@@ -600,6 +626,24 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
         patch.setattr(Engine, "train_step", seen)
         per_row = cells.flops_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base), questions)
     assert per_row * rows == pytest.approx(counted[0])
+
+
+def test_operations_of_shared_user_hold_those_of_the_adapter_under_it(task, bases, tmp_path):
+    """It acts in every step, beside one of the user's own that is as large as it; the base's are not counted twice."""
+    run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(task), open_base(bases["gpt2"], 2), tmp_path,
+                  print, print)  # fmt: skip
+    assert run._flops("shared") < run._flops("shared_user") < 2 * run._flops("shared")
+
+
+def test_p_tunings_bytes_are_those_of_its_file(task, bases, tmp_path):
+    """The network that writes its tokens is kept with them."""
+    base, method = open_base(bases["t5"], 2), FIXED.methods()["ptuning"]
+    row = method.initial_row(base, 0, "u")
+    store = Store.make(tmp_path, base)
+    store.add(Adapter("u", method, row, {}), base)
+    store.close()
+    size = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size == pytest.approx(4 * method.count(base), rel=0.05)  # the index's pages besides
 
 
 def test_the_order_that_was_put_in_is_found(bases, tmp_path, capsys):
@@ -751,6 +795,10 @@ def test_bad_options_are_one_line(argv, said, folder, bases, tmp_path, capsys, m
     assert said in error and error.count("\n") == 1
 
 
+def test_a_learning_rate_named_twice_is_tried_once():
+    assert command.rates("1e-3,0.01,1e-3,0.001") == (1e-3, 1e-2)
+
+
 def test_learning_rates_are_tried_or_carried_over(finished, folder, bases, tmp_path, capsys):
     argv = ("--tasks", folder, "--model", bases["bert"], "--lrs-from", finished, "--epochs", 1, "--users", 2)
     assert run(*argv, "--out", tmp_path, "--lrs", "1e-3") == 2
@@ -877,7 +925,7 @@ def test_who_makes_no_sense_stops_the_run(task, bases, tmp_path):
 
 def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(command, "MINUTE", 0.0)
-    with command.progress({"a": 100, "b": 50}) as (_, update):
+    with command.progress({"a": 100, "b": 50}, {"a": 1.0, "b": 1.0}) as (_, update):
         for done in (10, 20):
             update("a", done, 100)
     assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["a: 10 %", "a: 20 %"]

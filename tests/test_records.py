@@ -68,6 +68,8 @@ WRONG = {
     "a user too few": (lambda r: r["num_train"].pop(), "field num_train: came 1 values; needed one for each of 2"),
     "a metric too short": (lambda r: r["metrics"]["macro_f1"].pop(), "field metrics.macro_f1: came 1 values"),
     "percent for scores": (lambda r: r.update(paper_accuracy=[50, 100]), "field paper_accuracy: needed scores from 0"),
+    "percent for fixed": (lambda r: r.update(fixed_accuracy=[50, 100]), "field fixed_accuracy: needed scores from 0"),
+    "of one user": (lambda r: r.update(fixed_accuracy=[0.5]), "field fixed_accuracy: came 1 values"),
     "nobody scored": (lambda r: r["correct"].__setitem__(1, []), "field correct of 'bob': needed scores"),
     "not a finite number": (lambda r: r.update(train_seconds=float("nan")), "field train_seconds: came nan"),
     "places that are not of the scores": (lambda r: r.update(answered=[[0, 1], [3]]), "field answered: needed each"),

@@ -16,9 +16,17 @@ from minipeft.peftu import charts
 from minipeft.peftu.charts import pareto
 from minipeft.peftu.protocol import MOVED, RATES
 from minipeft.peftu.records import save_record
-from minipeft.peftu.report import luck, plain, write_report
+from minipeft.peftu.report import luck, plain, ranked_by, write_report
 from minipeft.peftu.summary import outcomes, summarise
-from minipeft.peftu.tables import at_edge, at_edges, configuration, movement_table, notes_table
+from minipeft.peftu.tables import (
+    accuracy_table,
+    at_edge,
+    at_edges,
+    best_baseline,
+    configuration,
+    movement_table,
+    notes_table,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = '<script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'
@@ -58,7 +66,9 @@ def test_both_reports_hold_the_figures_of_the_result(run):
         assert "personal 90.0 %" in text and "shared 70.0 %" in text                              # ceilings
         for said in ("python -m minipeft.bench peftu --seeds 2", "9.8.7", "no place for virtual tokens", "HARDLY MOVED",
                      "users without a label of anybody else", "adapters", "345", "All comparisons", "top layers",
-                     "Cold start: new users", "picked of 2 after the fact", "on these alone", "Tasks are families"):
+                     "Cold start: new users", "picked of 2 after the fact",
+                     "seconds are shared out by rows", "C is 1, fixed", "with the network that writes",
+                     "on these alone", "Tasks are families"):
             assert said in text, said
 
 
@@ -178,6 +188,13 @@ def test_of_one_or_two_seeds_the_report_says_how_little_is_known_of_luck():
     assert "too few" in luck({"seeds": [0, 1]}) and "too few" not in luck({"seeds": [0, 1, 2]})
 
 
+def test_the_report_says_which_scoring_the_mode_ranks_by_and_shows_both(run):
+    for text in ((run[0] / "report.html").read_text(), (run[0] / "report.md").read_text().replace("\\", "")):
+        assert "Mode fixed ranks by the fixed scoring" in text
+        assert "fixed scoring, %" in text and "published scoring, %" in text
+    assert "ranks by the published scoring" in ranked_by("paper")
+
+
 def test_who_answers_a_part_only_is_not_on_the_line_of_costs(monkeypatch):
     shown = []
     monkeypatch.setattr(charts, "pareto", lambda points: shown.append({*points}) or [])
@@ -186,6 +203,64 @@ def test_who_answers_a_part_only_is_not_on_the_line_of_costs(monkeypatch):
         for each in simulate("one", names=FEW, seeds=1)])["tasks"]["one"]  # fmt: skip
     charts.costs({name: entry for name, entry in entries.items() if entry})
     assert all("others_vote" not in names and "own_majority" in names for names in shown) and len(shown) == 2
+
+
+def answering(num: int | None) -> dict[str, dict]:
+    """Figures of a run in which others' vote answers so many of each user's test examples; None: all of all users."""
+    records = {each.name: each for each in simulate("one", names=FEW, seeds=1)}
+    vote, own = records["others_vote"], records["own_majority"]
+    records["others_vote"] = replace(own, name="others_vote", bytes_per_user=0) if num is None else replace(
+        vote, correct=[scores[:num] for scores in vote.correct], answered=[[*range(num)] for _ in vote.users])
+    return {name: entry for name, entry in summarise([*records.values()])["tasks"]["one"].items() if entry}
+
+
+def test_others_vote_is_not_on_the_line_of_costs_where_it_answers_all_either(monkeypatch):
+    shown = []
+    monkeypatch.setattr(charts, "pareto", lambda points: shown.append({*points}) or [])
+    charts.costs(answering(None))
+    assert all("others_vote" not in names and "own_majority" in names for names in shown) and len(shown) == 2
+
+
+def test_who_answers_a_part_is_marked_where_the_figure_stands(tmp_path):
+    """17 of 20 users, 5 of their 20 test examples."""
+    part = "21 % of test examples"
+    marked = {row[0].text: row[2].text for row in accuracy_table(answering(5)).rows}
+    assert [name for name, text in marked.items() if text.endswith(f" on {part}")] == ["others vote"]
+    ticks = [each.get_text() for each in charts.accuracies(answering(5), {}).axes[0].get_yticklabels()]
+    assert [tick for tick in ticks if part in tick] == [f"others vote\n{part}"]
+    assert charts.covered(answering(None)) == {}
+    write_run(tmp_path, simulate("one", names=FEW, seeds=1))
+    write_report(tmp_path)
+    overview = (tmp_path / "report.md").read_text().split("\n## ")[0].replace("\\", "")
+    (row,) = re.findall(r"^\| others vote \|.*%.*$", overview, re.MULTILINE)
+    assert row.endswith("] on 85 % of test examples |")
+
+
+def test_the_best_baseline_is_compared_with_whichever_it_is(tmp_path):
+    """Retrieval is none of those that a personal method has to beat in any case."""
+    names = {name: NAMES[name] for name in ("lora", "own_majority", "others_vote", "probe_pooled_user", "retrieval")}
+    names |= {"retrieval": ("baseline", 0.3, 0.02, 0), "others_vote": ("baseline", 0.9, 0.0, 0)}
+    result = write_run(tmp_path, simulate("one", names=names, seeds=1))
+    figures = {name: entry for name, entry in result["tasks"]["one"].items() if entry}
+    assert max(figures, key=lambda name: figures[name]["accuracy"]) == "others_vote"  # of those it answers
+    assert best_baseline(figures) == "retrieval" and best_baseline({"lora": figures["lora"]}) is None
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text().replace("\\", "")
+    (said,) = re.findall(r"^Against retrieval, the highest baseline.*$", text, re.MULTILINE)
+    assert re.search(r"\d to \S*\d", said)
+    table = text.split("### Personal methods against what they have to beat")[1].split("###")[0]
+    assert "| lora | retrieval |" in table and "| lora | own majority |" in table
+
+
+def test_ceilings_are_drawn_where_they_lie():
+    axes = charts.accuracies(answering(5), {"shared": 71.25, "personal": 91.5}).axes[0]
+    upright = {line.get_label(): line for line in axes.lines if len({*line.get_xdata()}) == 1 < len(line.get_xdata())}
+    assert {name: line.get_xdata()[0] for name, line in upright.items()} == {
+        "shared ceiling 71.2": 71.25, "personal ceiling 91.5": 91.5}  # fmt: skip
+    assert len({line.get_linestyle() for line in upright.values()}) == 2
+    for line in upright.values():  # from the bottom to the top of the axes
+        assert list(line.get_ydata()) == [0, 1] and line.get_transform() == axes.get_xaxis_transform(which="grid")
+    assert not [line for line in charts.accuracies(answering(5), {}).axes[0].lines if "ceiling" in line.get_label()]
 
 
 def test_what_is_true_of_several_stands_once():
@@ -203,7 +278,7 @@ def test_the_front_holds_what_nothing_cheaper_beats():
 
 def test_a_dollar_in_a_name_is_a_dollar():
     """As a formula this name cannot be set."""
-    figures = {"$\\nothing$": {"kind": "baseline", "accuracy": 50.0, "ci": [40.0, 60.0]}}
+    figures = {"$\\nothing$": {"kind": "baseline", "accuracy": 50.0, "ci": [40.0, 60.0], "num_answered": 1}}
     with charts.style():
         assert charts.written(charts.accuracies(figures, {}), "png").startswith(b"\x89PNG")
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import t
 from simulated_records import NAMES, simulate
+from statsmodels.stats.multitest import multipletests
 from test_records import RECORD
 
 from minipeft.errors import InputError
@@ -26,13 +28,16 @@ def pair_of(result, a, b):
 
 def test_figures_of_a_case_by_hand():
     """Lora: per user means over seeds 1, .5, .25, 1; the second seed lists the users the other way round."""
-    second = record("lora", [1, 0.5, 0, 1], seed=1, users=list("dcba"), paper_accuracy=[0.5] * 4)
+    second = record("lora", [1, 0.5, 0, 1], seed=1, users=list("dcba"), paper_accuracy=[0.5] * 4,
+                    fixed_accuracy=[1.0] * 4)
     result = summarise([
-        record("lora", [1, 1, 0, 1], paper_accuracy=[0.0] * 4), second, record("shared", [1, 1, 1, 0], "shared"),
+        record("lora", [1, 1, 0, 1], paper_accuracy=[0.0] * 4, fixed_accuracy=[0.5] * 4), second,
+        record("shared", [1, 1, 1, 0], "shared"),
         record("own_majority", [0, 0, 1, 0.5], "baseline"),
     ])  # fmt: skip
     lora = result["tasks"]["t"]["lora"]
     assert lora["accuracy"] == 68.75 and lora["worst_decile"] == 25 and lora["paper_accuracy"] == 25
+    assert lora["fixed_accuracy"] == 75 and result["tasks"]["t"]["shared"]["fixed_accuracy"] is None
     assert lora["harmed_vs_shared"] == 2 and lora["harmed_vs_own_majority"] == 1 and lora["num_users"] == 4
     assert lora["kind"] == "personal" and lora["seeds"] == [0, 1] and lora["trainable"] == RECORD.trainable
     assert result["tasks"]["t"]["shared"]["harmed_vs_shared"] is None
@@ -78,14 +83,18 @@ def test_names_are_compared_on_the_test_examples_that_both_answer():
 def test_what_all_share_is_shared_out_and_added_to_what_stands_on_it():
     entries = summarise([
         record("lora", [1, 0], bytes_per_user=40), record("shared", [1, 0], "shared", bytes_per_user=100),
-        record("shared_user", [1, 0], bytes_per_user=40, train_seconds=3.0),
+        record("shared_user", [1, 0], bytes_per_user=40, train_seconds=3.0, train_flops_per_user=5.0),
         record("probe_pooled", [1, 0], "baseline", bytes_per_user=20, train_seconds=1.0),
-        record("probe_pooled_user", [1, 0], "baseline", bytes_per_user=30, train_seconds=2.0),
+        record("probe_pooled_user", [1, 0], "baseline", bytes_per_user=30, train_seconds=2.0,
+               train_flops_per_user=None),
     ])["tasks"]["t"]  # fmt: skip
     assert {name: entry["stored_per_user"] for name, entry in entries.items() if entry} == {
         "lora": 40, "shared": 50, "shared_user": 90, "probe_pooled": 10, "probe_pooled_user": 40}  # fmt: skip
     assert entries["shared"]["bytes_per_user"] == 100
     assert entries["shared_user"]["seconds_in_all"] == 3 + RECORD.train_seconds
+    assert entries["shared_user"]["flops_in_all"] == 5 + RECORD.train_flops_per_user
+    assert entries["shared"]["flops_in_all"] == entries["lora"]["flops_in_all"] == RECORD.train_flops_per_user
+    assert entries["probe_pooled_user"]["flops_in_all"] is None
     assert entries["probe_pooled_user"]["seconds_in_all"] == 2
 
 
@@ -112,6 +121,47 @@ def test_the_same_seeds_are_paired_and_one_seed_stands_against_all():
 def test_tasks_are_families_of_their_own():
     both = summarise([*simulate("one"), *simulate("another")])
     assert [pair for pair in both["comparisons"] if pair["task"] == "one"] == summarise(simulate("one"))["comparisons"]
+
+
+def test_luck_is_shared_by_the_whole_task_and_no_further():
+    """Users are alike, so that all variance is luck: an interval is t of its freedom times the root of the luck.
+
+    Means of three seeds 40, 50, 60 have luck 100 / 3; of names without luck 0. Of the nine pairs in which a name has
+    several seeds four have 100 / 3, so the mean is 400 / 27, whoever their users are.
+    """
+    lucky = lambda name, **changes: [record(name, [score] * 4, seed=seed, **changes)  # noqa: E731
+                                     for seed, score in enumerate((0.4, 0.5, 0.6))]
+    still = lambda name, **changes: [record(name, [0.5] * 4, seed=seed, **changes) for seed in range(3)]  # noqa: E731
+    one = record("own_majority", [0.5] * 4, "baseline")
+    few = record("others_vote", [0.5] * 2, "baseline")
+    records = [*still("lora"), *still("ia3"), *lucky("head"), one, few]
+    pairs = {(pair["a"], pair["b"]): pair for pair in summarise(records)["comparisons"]}
+    luck = {names: 100 / 3 if "head" in names else 0.0 for names in pairs if names != ("own_majority", "others_vote")}
+    assert len(pairs) == 10 and len(luck) == 9
+    mean = np.mean([*luck.values()])
+
+    def reach(luck, freedom):
+        return pytest.approx([-t.ppf(0.975, freedom) * luck**0.5, t.ppf(0.975, freedom) * luck**0.5])
+
+    for names, own in luck.items():  # one name has all the luck: it says no more than its own three seeds
+        assert pairs[names]["ci"] == reach(max(own, mean), 2), names
+    assert pairs["own_majority", "others_vote"]["ci"] == [0, 0], "of one seed"
+    two = {(pair["a"], pair["b"]): pair for pair in summarise([*records, *lucky("prompt", task="t")])["comparisons"]}
+    assert two["head", "lora"]["ci"] == reach(100 / 3, 4)  # v = (0, 0, 100 / 3, 100 / 3): 4 * 4 / 2 - 4
+    apart = summarise([*records, *lucky("prompt", task="another"), *still("lora", task="another")])["comparisons"]
+    assert [pair for pair in apart if pair["task"] == "t"] == [*pairs.values()]
+
+
+def test_p_values_are_adjusted_over_all_pairs_of_the_task():
+    """Also over those of other users: others' vote answers fewer."""
+    rng = np.random.default_rng(1)
+    records = [record(name, rng.random(12) * 0.3 + gain, seed=seed)
+               for name, gain in (("lora", 0.4), ("ia3", 0.3), ("head", 0.1)) for seed in range(2)]  # fmt: skip
+    records.append(record("others_vote", rng.random(9) * 0.5, "baseline"))
+    pairs = summarise(records)["comparisons"]
+    assert len(pairs) == 6 and any(pair["p"] < pair["p_holm"] < 1 for pair in pairs)
+    adjusted = multipletests([pair["p"] for pair in pairs], method="holm")[1]
+    assert [pair["p_holm"] for pair in pairs] == pytest.approx(adjusted)
 
 
 def test_records_that_do_not_belong_together_are_an_error():

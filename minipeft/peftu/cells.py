@@ -181,21 +181,24 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
     return cell.config.method.initial_row(base, cell.config.seed, f"user number {learner.place}")
 
 
-def flops_per_row(base: Base, labels: Answerable, method: Method, questions: Sequence[Question]) -> float:
+def flops_per_row(
+    base: Base, labels: Answerable, method: Method, questions: Sequence[Question], under: Adapter | None = None,
+) -> float:  # fmt: skip
     """Counted floating-point operations of a training step, forward and backward, per row of its prompts.
 
     What is read beside them, as a T5's targets, is in the count and not among the rows (`rows_trained`). By
     PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which
-    it does not see: theirs are taken as 6 per trained number and row.
+    it does not see: theirs are taken as 6 per trained number and row, and as 4 of an adapter under them, whose weights
+    have no gradient.
     """
     engine = Engine(base, labels, PassConfig(slots=1))
-    run = engine.begin(Job("counted", questions, questions, TrainConfig(method)))
+    run = engine.begin(Job("counted", questions, questions, TrainConfig(method), under=under))
     asked = [questions[i] for i in run.upcoming]
     rows = sum(len(question.prompt) + sum(method.virtual(base)) for question in asked)
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])
-    unseen = 6 * method.count(base) if base.device.type == "cuda" else 0
-    return counter.get_total_flops() / rows + unseen
+    unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
+    return counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
 
 
 def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:

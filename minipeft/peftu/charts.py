@@ -21,6 +21,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
 LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 KINDS = {"personal": (BLUE, "o"), "shared": (GREEN, "s"), "baseline": (GREY, "D")}  # colour, marker
 WIDTH = 4.8  # inches
+NO_COST = "others_vote"  # needs other people's labels of the very text: no cost of ours buys them
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
     "text.parse_math": False,        # a name may hold a dollar sign
@@ -47,9 +48,17 @@ def label(name: str) -> str:
     return name.replace("_", " ")
 
 
+def covered(figures: dict[str, dict]) -> dict[str, str]:
+    """Name -> what part of the test examples it answers, where that is not all of them."""
+    whole = max(each["num_answered"] for each in figures.values())
+    return {name: f"{100 * each['num_answered'] // whole} % of test examples" for name, each in figures.items()
+            if each["num_answered"] < whole}  # fmt: skip
+
+
 def accuracies(figures: dict[str, dict], ceilings: dict[str, float]) -> Figure:
     """Every name's accuracy with its interval, best first; known ceilings as lines."""
     names = sorted(figures, key=lambda name: figures[name]["accuracy"])
+    parts = covered(figures)
     figure, axes = _axes(height=1.1 + 0.24 * len(names))
     for place, name in enumerate(names):
         colour, marker = KINDS[figures[name]["kind"]]
@@ -59,7 +68,7 @@ def accuracies(figures: dict[str, dict], ceilings: dict[str, float]) -> Figure:
         axes.axvline(value, color="black", linewidth=1, linestyle=dashes, label=f"{label(name)} ceiling {value:.1f}")
     for kind, (colour, marker) in KINDS.items():
         axes.plot([], [], marker, color=colour, label=kind, markersize=5)
-    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.set_yticks(range(len(names)), [label(name) + (f"\n{parts[name]}" if name in parts else "") for name in names])
     axes.set_xlabel("accuracy, %, mean over users; 95 % interval")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
@@ -103,9 +112,9 @@ def against_shared(personal: dict[str, Outcome], shared: Outcome) -> Figure:
 def costs(figures: dict[str, dict]) -> Figure:
     """Accuracy against bytes per user and against seconds; the line joins what nothing cheaper beats.
 
-    What answers only some of the test examples is drawn, but not on the line.
+    What answers only some of the test examples is drawn, but not on the line; others' vote never is on it.
     """
-    whole = max(each["num_answered"] for each in figures.values())
+    parts = covered(figures)
     figure = Figure(figsize=(WIDTH, 5.6))
     for axes, (field, title) in zip(figure.subplots(2), (
         ("stored_per_user", "bytes stored per user, what is shared shared out"),
@@ -117,7 +126,7 @@ def costs(figures: dict[str, dict]) -> Figure:
             axes.errorbar(each[field], each["accuracy"], yerr=_arms(each), fmt=marker, color=colour, markersize=4,
                           linewidth=0.7)
         front = pareto({name: (each[field], each["accuracy"]) for name, each in known.items()
-                        if each["num_answered"] == whole})  # fmt: skip
+                        if name not in parts and name != NO_COST})  # fmt: skip
         axes.step([known[name][field] for name in front], [known[name]["accuracy"] for name in front], where="post",
                   color=ORANGE, linewidth=1)
         for name in front:

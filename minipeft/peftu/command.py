@@ -77,7 +77,8 @@ def run_peftu(argv: Sequence[str]) -> None:
                          "--model")  # fmt: skip
     check_out(args.out)
     bases = bases_of(args, [each.task for each in tasks], new)
-    with progress({each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}) as bar:
+    planned = {each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}
+    with progress(planned, {each.task.name: mean_length(each.task) for each in tasks}) as bar:
         show, update = bar
         runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name))
                 for each, base in zip(tasks, bases)]  # fmt: skip
@@ -196,7 +197,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def rates(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in text.split(","))
+        found = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError:
         found = ()
     if not found or not all(0 < rate < float("inf") for rate in found):
@@ -258,14 +259,22 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
+def mean_length(task: Task) -> float:
+    """Characters of a training text, mean over examples: what a task's examples cost, beside another task's."""
+    lengths = [len(example.text) for example in task.pooled("train")]
+    return sum(lengths) / max(1, len(lengths))
+
+
 @contextmanager
-def progress(planned: dict[str, int]) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+def progress(
+    planned: dict[str, int], lengths: dict[str, float],
+) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:  # fmt: skip
     """A bar over the training examples that are planned of each task, cold start included; or a line a minute where
     there is no terminal.
 
     Yields what shows a line, with the time that all tasks have left, and what is told (task, worked off, planned). The
-    time left takes it that an example costs what it did so far, and that as many stop early; what an earlier run did
-    counts for nothing.
+    time left takes it that an example costs what it did so far, in proportion to its task's mean length, and that as
+    many stop early; what an earlier run did counts for nothing.
     """
     began = shown = time.perf_counter()
     planned, done = dict(planned), dict.fromkeys(planned, 0)
@@ -281,8 +290,9 @@ def progress(planned: dict[str, int]) -> Iterator[tuple[Callable[[str], None], C
         def show(line: str) -> None:
             nonlocal shown
             shown = time.perf_counter()
-            spent, worked = time.perf_counter() - began, sum(done.values())
-            left = spent * (sum(planned.values()) / worked - 1) / 60 if worked else None
+            spent = time.perf_counter() - began
+            worked, whole = (sum(number * lengths[task] for task, number in each.items()) for each in (done, planned))
+            left = spent * (whole / worked - 1) / 60 if worked else None
             left = "" if left is None else f", about {left:.0f} min left"
             tqdm.write(f"{line} ({spent / 60:.1f} min{left})", file=sys.stdout)
             sys.stdout.flush()

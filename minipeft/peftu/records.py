@@ -28,10 +28,13 @@ class Record:
     """One (task, name, seed). A list of one value per user goes in the order of `users`; scores lie in 0 .. 1.
 
     users:           who has at least one scored test example; the others are counted in `notes`.
-    correct:         one score per test example of each user: 0 or 1, or graded. Their means are the user's accuracy.
+    correct:         one score per test example of each user: 0 or 1, or graded. Their means are the user's accuracy,
+                     by which the run's mode ranks: as fixed_accuracy, or in mode paper as paper_accuracy.
     metrics:         other scores, one per user: macro_f1, jaccard, ...; None where one is not defined.
     pooled:          the same of all users' test examples at once, and "ece" where labels are scored.
     paper_accuracy:  accuracy under the published scoring, per user; None where that scoring cannot be applied.
+    fixed_accuracy:  of the answer of the highest likelihood, whatever the mode: share right, or Jaccard.
+                     None in records of before it was kept.
     num_train:       training examples of each user.
     digest:          of everything that determines the record: task, base, method, settings, seed.
     method:          the method's configuration, for people; {} for a baseline.
@@ -73,6 +76,7 @@ class Record:
     notes: dict[str, int]
     cold_start: dict[int, list[float | None]] | None = None
     answered: list[list[int]] | None = None
+    fixed_accuracy: list[float] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field: of another type, not one value per user, or not a score."""
@@ -93,7 +97,8 @@ class Record:
         scores |= {f"cold_start.{k}": values for k, values in (self.cold_start or {}).items()}
         if any(not 0 <= value <= 1 for value in self.pooled.values()):
             raise ValueError("pooled: needed scores from 0 to 1")
-        scores |= {} if self.paper_accuracy is None else {"paper_accuracy": self.paper_accuracy}
+        either = {"paper_accuracy": self.paper_accuracy, "fixed_accuracy": self.fixed_accuracy}
+        scores |= {name: values for name, values in either.items() if values is not None}
         for name, values in (per_user | scores | ({"val_loss": self.val_loss} if self.val_loss else {})).items():
             if len(values) != len(self.users):
                 raise ValueError(f"{name}: came {len(values)} values; needed one for each of {len(self.users)} users")

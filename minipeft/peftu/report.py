@@ -23,10 +23,10 @@ from minipeft.peftu.charts import label
 from minipeft.peftu.records import Record, load_records
 from minipeft.peftu.summary import Outcome, outcomes
 from minipeft.peftu.tables import (
-    RIVALS,
     Table,
     accuracy_table,
     at_edges,
+    best_baseline,
     cold_start_table,
     comparison_table,
     cost_table,
@@ -40,6 +40,7 @@ from minipeft.peftu.tables import (
     number,
     p_text,
     rate_table,
+    rivals,
     span,
     users_table,
     words,
@@ -135,7 +136,9 @@ def check_same_run(out: Path, result: dict, found: dict[str, dict[str, Outcome]]
 def overview(result: dict) -> Section:
     tasks = result["tasks"]
     names = dict.fromkeys(name for entries in tasks.values() for name, entry in entries.items() if entry is not None)
-    rows = [[words(label(name)), *(estimate(entries.get(name)) for entries in tasks.values())] for name in names]
+    parts = [charts.covered({name: entry for name, entry in entries.items() if entry}) for entries in tasks.values()]
+    rows = [[words(label(name)), *(estimate(entries.get(name), part.get(name))
+                                   for entries, part in zip(tasks.values(), parts))] for name in names]  # fmt: skip
     count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
     to_come = result.get("to_come")
     return Section(
@@ -148,10 +151,18 @@ def overview(result: dict) -> Section:
             "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task."
             + (" Tasks are families of their own: over several the chance of a wrong \"different\" adds up."
                if len(tasks) > 1 else ""),
+            ranked_by(result["mode"]),
             *([f"Not finished; still to come: {', '.join(to_come)}."] if to_come else []),
         ],
         tables=[Table("Accuracy, %", ["method", *tasks], rows), names_table(names)],
     )
+
+
+def ranked_by(mode: str) -> str:
+    """Which of the two scorings the accuracies, intervals and comparisons are of."""
+    kind = {"fixed": "the fixed scoring", "paper": "the published scoring"}.get(mode, "its own scoring")
+    return (f"Mode {mode} ranks by {kind}: every accuracy, interval and comparison is of that one. Both scorings stand "
+            "under each task.")  # fmt: skip
 
 
 def luck(result: dict) -> str:
@@ -182,7 +193,8 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
                    charts.gains(personal, names["shared"])),
                   ("against-shared", "Each user under the shared adapter and under the own one; above the line the own "
                                      "one is better.", charts.against_shared(personal, names["shared"]))]  # fmt: skip
-    main = [pair for pair in pairs if pair["a"] in personal and pair["b"] in RIVALS]
+    against = rivals(figures)
+    main = [pair for pair in pairs if pair["a"] in personal and pair["b"] in against]
     return Section(
         f"Task {task}",
         lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings), *filter(None, [at_edges(names)])],
@@ -219,12 +231,14 @@ def headline(figures: dict[str, dict], pairs: list[dict], personal: Iterable[str
     about = {(pair["a"], pair["b"]): pair for pair in pairs}
     remark = f" It was picked of {len(ranked)} after the fact, which its interval does not know." if ranked[1:] else ""
     lines = [f"Highest of the personal methods: {label(best)}, {estimate(figures[best]).text}.{remark}"]
-    for rival in RIVALS:
+    strongest = best_baseline(figures)
+    for rival in rivals(figures):
         if pair := about.get((best, rival)):
             told = "" if pair["p_holm"] < SIGNIFICANT else ", not told apart"
-            lines.append(f"Against {label(rival)}: {number(pair['difference'], '+.1f').text} points (95 % interval "
-                         f"{span(pair).text}, Holm p {p_text(pair['p_holm'])}{told}); {pair['wins']} users win, "
-                         f"{pair['ties']} tie, {pair['losses']} lose.")  # fmt: skip
+            picked = ", the highest baseline of those that answer every test example" if rival == strongest else ""
+            lines.append(f"Against {label(rival)}{picked}: {number(pair['difference'], '+.1f').text} points "
+                         f"(95 % interval {span(pair).text}, Holm p {p_text(pair['p_holm'])}{told}); "
+                         f"{pair['wins']} users win, {pair['ties']} tie, {pair['losses']} lose.")  # fmt: skip
     both = {other: about.get((best, other)) or about.get((other, best)) for other in ranked[1:]}
     alike = [label(other) for other, pair in both.items() if pair and pair["p_holm"] >= SIGNIFICANT]
     if alike:

@@ -23,7 +23,6 @@ import torch
 from minipeft.engine import Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Question, Tags
-from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.t5 import T5
@@ -155,7 +154,7 @@ class TaskRun:
 
     @cached_property
     def shared_method(self) -> Method:
-        return self._sized(for_base(self.plan.methods.get("lora", LoRA()), self.base))
+        return self._sized(for_base(self.plan.methods.get("lora", self.protocol.methods()["lora"]), self.base))
 
     # ---- The whole task --------------------------------------------------------------------------------------------
 
@@ -286,10 +285,12 @@ class TaskRun:
         return self._flops(name) * (len(question.prompt) + sum(method.virtual(self.base)))
 
     def _flops(self, name: str) -> float:
-        """Per row of a training step."""
+        """Per row of a training step; the adapter that lies under it acts in it."""
         if name not in self._counted:
-            questions = self.questions(name)["train"][self.users[0]]
-            self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, self._method(name), questions)
+            questions, method = self.questions(name)["train"][self.users[0]], self._method(name)
+            start = method.initial_row(self.base, 0, EVERYONE) if name == SHARED_USER else None
+            under = None if start is None else Adapter(EVERYONE, method, start)  # its numbers do not matter
+            self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, method, questions, under)
         return self._counted[name]
 
     @cached_property
@@ -356,13 +357,14 @@ class TaskRun:
         users = [user for user in self.users if known[user]]
         unknown = sum(len(answers[user]) - len(known[user]) for user in self.users)
         notes |= {UNANSWERED: unknown} if unknown else {}
-        correct, metrics, paper, all_said, all_truths = [], {}, [], [], []
+        correct, fixed, metrics, paper, all_said, all_truths = [], [], {}, [], [], []
         for user in users:
             truths = [task.test[user][i].label for i in known[user]]
             said = [answers[user][i] for i in known[user]]
             texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
             right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
             paper.append(float(np.mean(right)))
+            fixed.append(float(np.mean(scores(said, truths))))
             if self.protocol.decoded and decoded is not None:
                 said = [published_reading(text, task.labels) for text in texts]
             correct.append(right if self.protocol.any_hit else scores(said, truths))
@@ -378,7 +380,7 @@ class TaskRun:
         facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
                  "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
         return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
-                      metrics, pooled, paper, notes=notes,
+                      metrics, pooled, paper, notes=notes, fixed_accuracy=fixed,
                       answered=[known[user] for user in users] if unknown else None, **facts)  # fmt: skip
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:

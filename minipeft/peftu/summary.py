@@ -122,14 +122,14 @@ def summarise(records: Sequence[Record]) -> dict:
 def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
     """One name's entry of `tasks.<task>`.
 
+    accuracy is by the scoring that the mode ranks by, one of paper_accuracy and fixed_accuracy, which both stand.
     bytes_per_user is what has to be stored for each user; of `shared` and `probe_pooled` that is one for all.
-    stored_per_user shares these out and adds them to what stands on them; seconds_in_all adds the training of
-    the shared adapter; a probe's seconds hold it already.
+    stored_per_user shares these out and adds them to what stands on them; seconds_in_all and flops_in_all add the
+    training of the shared adapter; a probe's seconds hold it already.
     """
     mean = bootstrap_mean(outcome.values)
     under, trained = names.get(STANDS_ON.get(outcome.first.name, "")), outcome.first.kind != "baseline"
     record = outcome.first
-    paper = [values for each in outcome.records if (values := each.paper_accuracy) is not None]
     scores = [score for each in outcome.records for user in each.correct for score in user]
     return {
         "kind": record.kind,
@@ -137,7 +137,8 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "ci": within_percent(mean),
         "worst_decile": worst_decile(outcome.values.mean(1)),
         "pooled_accuracy": 100 * float(np.mean(scores)),
-        "paper_accuracy": 100 * float(np.mean(paper)) if paper else None,
+        "paper_accuracy": scored_by(outcome, "paper_accuracy"),
+        "fixed_accuracy": scored_by(outcome, "fixed_accuracy"),
         "harmed_vs_shared": harmed(outcome, names.get("shared")),
         "harmed_vs_own_majority": harmed(outcome, names.get("own_majority")),
         "num_users": len(outcome.users),
@@ -150,6 +151,7 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "bytes_per_user": record.bytes_per_user,
         "stored_per_user": stored_per_user(outcome) + (stored_per_user(under) if under else 0),
         "train_flops_per_user": outcome.mean("train_flops_per_user"),
+        "flops_in_all": flops_in_all(outcome, under if trained else None),
         "train_seconds": outcome.mean("train_seconds"),
         "seconds_in_all": outcome.mean("train_seconds") + (under.mean("train_seconds") if under and trained else 0),
         "peak_memory_mb": outcome.mean("peak_memory_mb"),
@@ -158,9 +160,21 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
     }
 
 
+def scored_by(outcome: Outcome, field: str) -> float | None:
+    """Percent under one of the two scorings, mean over users and seeds; None where no record has it."""
+    found = [values for each in outcome.records if (values := getattr(each, field)) is not None]
+    return 100 * float(np.mean(found)) if found else None
+
+
 def within_percent(interval: Interval) -> list[float]:
     """An interval of an accuracy. One that is symmetric may reach past what an accuracy can be."""
     return [max(0.0, interval.low), min(100.0, interval.high)]
+
+
+def flops_in_all(outcome: Outcome, under: Outcome | None) -> float | None:
+    """Counted operations of a user's training and of their share of what lies under it; None where not counted."""
+    own, shared = outcome.mean("train_flops_per_user"), under.mean("train_flops_per_user") if under else 0.0
+    return None if own is None or shared is None else own + shared
 
 
 def stored_per_user(outcome: Outcome) -> float:
