@@ -1,7 +1,7 @@
 """Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): memory for time, layer by layer.
 
-A layer keeps its input alone and runs forward a second time when its gradients are wanted: a third more work. On a CPU no
-bit of a gradient differs, because every function gives the same bits on every run there.
+A layer keeps its input alone and runs forward a second time when its gradients are wanted: a third more work. On a CPU
+no bit of a gradient differs, because every function gives the same bits on every run there.
 """
 
 from torch import Tensor, is_grad_enabled, nn

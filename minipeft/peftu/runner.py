@@ -182,7 +182,8 @@ class TaskRun:
         questions = self.asking.questions()
         began = time.perf_counter()
         self.base = Trunk(self.base, (each.prompt for split in questions.values() for each in pooled(split)))
-        of_training = sum(map(len, {each.prompt for each in pooled(questions["train"])})) / self.base.num_rows
+        kept = {each.prompt for each in pooled(questions["train"])} & self.base.starts.keys()
+        of_training = sum(map(len, kept)) / self.base.num_rows
         self.lower_seconds = (time.perf_counter() - began) * of_training
 
     def train_a_little(self) -> None:
