@@ -20,7 +20,7 @@ from minipeft_kernels import wgrad as wgrad_file
 CONFIG = DecoderConfig(vocab_size=60, width=128, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=32,
                        mlp_width=128, qkv_bias=True, max_positions=64)  # fmt: skip
 METHODS = {"two banks": {"ann": LoRA(8), "bob": LoRA(3), "cem": LoRA(12, sites=("q", "v", "down"))},
-           "all alike": {name: LoRA(rank, sites=("q", "v", "gate")) for name, rank in (("ann", 8), ("bob", 2))}}
+           "all alike": {name: LoRA(rank, sites=("k", "v", "gate")) for name, rank in (("ann", 8), ("bob", 2))}}
 
 
 def make_jobs(methods):

@@ -29,6 +29,7 @@ from minipeft.models.gemma2 import Gemma2, Gemma2Config, OffsetRMSNorm
 from minipeft.models.hooks import BASE as PLAIN
 from minipeft.models.loading import load_model, save_model
 from minipeft.models.rows import Rows
+from minipeft.models.top import Top
 from minipeft.schedule import Adapter
 
 SMALL = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 7, "attn_logit_softcapping": 2.0,
@@ -139,10 +140,11 @@ def test_gradients_of_a_layer_match_finite_differences():
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, 24, dtype=torch.float64, generator=generator, requires_grad=True)
     angles = torch.randn(5, 1, 4, dtype=torch.float64, generator=generator)
+    rope = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
     norms = [m.weight for m in layer.modules() if isinstance(m, OffsetRMSNorm)]
     assert len(norms) == 4
     assert torch.autograd.gradcheck(
-        lambda x, *norms: layer(x, rows, (angles.cos(), angles.sin()), PLAIN), (x, *norms), fast_mode=True)
+        lambda x, *norms: layer(x, rope, PLAIN, Top.all(rows, PLAIN)), (x, *norms), fast_mode=True)
 
 
 @settings(max_examples=25, derandomize=True, database=None, deadline=None)
