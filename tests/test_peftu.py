@@ -538,6 +538,31 @@ def test_top_layers_of_an_encoder_start_from_kept_states(task, bases, tmp_path, 
     assert all(site.startswith("layers.1.") for site in run.base.sites)
 
 
+def test_heads_are_trained_above_all_layers(task, bases, tmp_path, monkeypatch):
+    """By themselves, from states that are computed once; LoRA of all layers is not held up by them."""
+    def trained(apart, out):
+        if not apart:
+            monkeypatch.setattr(cells, "above_frozen", lambda base, method: base)
+        plan = Plan(FIXED, {name: FIXED.methods()[name] for name in ("lora", "head")}, epochs=2)
+        run = TaskRun(plan, tidied(task), open_base(bases["bert"], 2), out, print, lambda done, planned: None)
+        return run.train([run.cell(name, 1e-2, 0) for name in ("lora", "head")])
+
+    began, engines, init = [], [], cells.Timed.__init__
+
+    def noted(engine, base, *args):
+        init(engine, base, *args)
+        engines.append(engine)
+        began.append(base.first if isinstance(base, Trunk) else 0)
+
+    monkeypatch.setattr(cells.Timed, "__init__", noted)
+    one, other = (trained(apart, tmp_path / str(apart)) for apart in (True, False))
+    assert began == [0, 2, 0]
+    for cell, again in zip(one, other):
+        for user, adapter in cell.adapters.items():
+            assert (adapter.row - again.adapters[user].row).norm() <= 1e-5 * adapter.row.norm()
+            assert adapter.metrics["seconds"] > 0
+
+
 def test_lower_layers_are_in_the_seconds_of_each_who_starts_above_them(task, bases, tmp_path, monkeypatch):
     """As each alone would have to run them: 1000 s here, of which the training texts' share counts."""
     now = 0.0

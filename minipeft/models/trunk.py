@@ -79,7 +79,7 @@ def above_frozen(base: Base, method: "Method") -> Base:
     if not isinstance(base, Classifier) or base.lockstep is not None or any(method.virtual(base)):
         return base
     first = first_acting_layer(method.shapes(base), len(base.encoder.layers))
-    return Trunk(base, first=first) if first else base
+    return Trunk(base, first=first) if first > (base.first if isinstance(base, Trunk) else 0) else base
 
 
 class Trunk(Classifier):

@@ -20,6 +20,7 @@ from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
+from minipeft.models.trunk import above_frozen
 from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, TrainConfig
@@ -108,9 +109,11 @@ class Trained:
 
 
 class Timed(Engine):
-    """An engine that knows how long each job took: a pass's seconds are shared out by rows."""
+    """An engine that notes in `seconds` how long each job took: a pass's are shared out by rows."""
 
-    seconds: dict[str, float]
+    def __init__(self, model: Base, labels: Answerable, passes: PassConfig, seconds: dict[str, float]):
+        super().__init__(model, labels, passes)
+        self.seconds = seconds
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         rows = {run.job.key: run.minibatch(self.labels).num_rows for run in chosen}
@@ -127,6 +130,9 @@ def train_cells(
 ) -> list[Trained]:  # fmt: skip
     """Every cell's adapters, all in one fused training; those that are in the folder are read.
 
+    On an encoder those whose method leaves the lowest layers alone, as a head does, are trained by themselves, above
+    them (trunk.py).
+
     Args:
         audit:       is shown every question that anybody trains on or stops by.
         folder:      where adapters are kept, one store per cell, named by its digest.
@@ -137,8 +143,7 @@ def train_cells(
     """
     for learner in (learner for cell in cells for learner in cell.learners):
         audit.fitting("adapters", (*learner.train, *learner.val))
-    engine = Timed(base, labels, passes)
-    engine.seconds = {}
+    seconds: dict[str, float] = {}
     found: list[dict[str, Adapter]] = [{} for _ in cells]
     stores = [Store.make(folder / f"{cell.label}-{cell.digest()[:8]}", base) for cell in cells]
     jobs, owners = [], {}
@@ -155,7 +160,7 @@ def train_cells(
     jobs.sort(key=lambda job: -len(job.train) * job.config.epochs)  # nobody is left to finish alone
 
     def keep(adapter: Adapter) -> None:
-        number, metrics = owners[adapter.job], adapter.metrics | {"seconds": engine.seconds[adapter.job]}
+        number, metrics = owners[adapter.job], adapter.metrics | {"seconds": seconds[adapter.job]}
         alone = replace(adapter, under=None, metrics=metrics)
         stores[number].add(alone, base)
         found[number][adapter.user] = replace(alone, under=cells[number].under)
@@ -164,13 +169,22 @@ def train_cells(
         job = by_key[fault.user]
         row = job.config.method.initial_row(base, job.config.seed, job.user) if job.start is None else job.start
         metrics = {"best_epoch": 1, "epochs": 0, "steps": 0, "val_loss": [math.inf], "stopped_early": False,
-                   "skipped_steps": 0, "seconds": engine.seconds.get(job.key, 0.0), "failed": fault.reason}  # fmt: skip
+                   "skipped_steps": 0, "seconds": seconds.get(job.key, 0.0), "failed": fault.reason}  # fmt: skip
         found[owners[job.key]][job.user] = Adapter(job.user, job.config.method, row, metrics, job.under, job.key)
 
+    by_key, checks = {job.key: job for job in jobs}, Engine(base, labels, passes)
+    starts: dict[tuple[Method, bool], int] = {}  # the layer where each method's passes start, alone or on a shared one
+    bases, together = {0: base}, {}  # by that layer: the base, and the jobs
     for job in jobs:
-        engine.check(job)
-    by_key = {job.key: job for job in jobs}
-    engine.train(jobs, keep, on_progress, give_up)
+        checks.check(job)
+        kind = method, alone = job.config.method, job.under is None
+        if kind not in starts:
+            own = above_frozen(base, method) if alone and not passes.deterministic else base
+            starts[kind] = own.first if own is not base else 0
+            bases.setdefault(starts[kind], own)
+        together.setdefault(starts[kind], []).append(job)
+    for first, some in together.items():
+        Timed(bases[first], labels, passes, seconds).train(some, keep, on_progress, give_up)
     return [Trained(*each) for each in zip(cells, found, stores)]
 
 
