@@ -59,7 +59,9 @@ class Acting(Hooks):
         scaled = [self._found("input_scales", site) for site in sites]
         if any(any(levels) for levels in scaled):
             if len(sites) > 1:  # each site then has an input of its own
-                return tuple(self.linear((site,), x, [w], [b])[0] for site, w, b in zip(sites, weights, biases))
+                known = [None] * len(sites) if products is None else [[product] for product in products]
+                return tuple(self.linear((site,), x, [w], [b], own)[0]
+                             for site, w, b, own in zip(sites, weights, biases, known))  # fmt: skip
             for found in scaled[0]:
                 x = self._scale(x, found)
             products = None  # which were those of another input

@@ -108,7 +108,8 @@ class Batch:
     rows, groups: what is read: a decoder's or encoder's sequences, or an encoder-decoder's targets.
     inputs:    an encoder-decoder's inputs, and cross: which of them each sequence of rows sees; None for other bases.
     head_rows: [M'] int64. Rows the head runs on: each user's read rows, filled up to a multiple of TILE.
-    head_attend: attention of head_rows to all rows, where a decoder's last layer runs on them; None for other bases.
+    head_attend: attention of head_rows to all rows, where a decoder's last layer runs on them; None for other bases,
+        and where no row is read.
     owners:    (bank number, slot) of each part. head_lengths: each part's number of head_rows.
     read:      [M] int64. Which of head_rows is each row that was asked for: parts, sequences and rows in order.
     num_rows:  rows in all. num_real_rows: those that are not filler.
@@ -225,7 +226,7 @@ def pack(parts: Sequence[Part], device: torch.device | str = "cpu", causal: bool
         source,
         cross,
         torch.tensor(head_rows, device=device),
-        own.head_attend(len(head_rows), device) if causal and not inputs.sequences else None,
+        own.head_attend(len(head_rows), device) if causal and head_rows and not inputs.sequences else None,
         owners,
         head_lengths,
         torch.tensor(read, device=device),

@@ -241,7 +241,9 @@ class Engine:
         self.model.recompute = self.passes.recompute
         self._begin(batch.groups, steps is not None)
         hooks = self._hooks(batch.groups, steps)
-        top = Top(batch.head_rows, batch.head_attend, self._hooks(batch.head_groups(), steps))
+        acting = (table[group.bank] for group in batch.groups for table in (self._banks, self._under))
+        acts = batch.head_attend is not None or any(residents.at_head for residents in acting if residents is not None)
+        top = Top(batch.head_rows, batch.head_attend, self._hooks(batch.head_groups() if acts else (), steps))
         if batch.inputs is None:
             read = self.model.read(batch.rows, top, hooks)  # [M', width]
         else:

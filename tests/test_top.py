@@ -5,14 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_recompute import BASES
+from test_recompute import BASES, fill
 
 from minipeft.batch import TILE, Part, Read, after_shared, pack
 from minipeft.models.causal import Causal
+from minipeft.models.decoder import Decoder, DecoderConfig
 from minipeft.models.hooks import Hooks
 from minipeft.models.top import Top
-
-FAMILIES = [name for name, base in BASES.items() if isinstance(base, Causal)]
 
 
 class Embedded(Hooks):
@@ -40,10 +39,15 @@ def batch_of(seed=0):
                                                           reads(2, 4), reads(1, 1, 70)))])  # fmt: skip
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("name", FAMILIES)
+BASES_HERE = {name: base for name, base in BASES.items() if isinstance(base, Causal)} | {
+    "one query a key": fill(Decoder(DecoderConfig(60, 32, 3, 4, 4, 8, 48)))}  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 3, 5])
+@pytest.mark.parametrize("name", BASES_HERE)
 def test_what_is_read_and_its_gradient_are_those_of_the_whole_layer(name, window):
-    model, batch, found = copy.deepcopy(BASES[name]).double(), batch_of(), []
+    """With a short window too, where rows that only fill a bucket lie past all keys."""
+    model, batch, found = copy.deepcopy(BASES_HERE[name]).double(), batch_of(), []
     for layer in model.layers:
         if hasattr(layer.attn, "window"):
             layer.attn.window = window
@@ -93,3 +97,8 @@ def test_rows_that_fill_get_no_attention_and_give_no_gradient():
     filler = torch.cat([torch.full((n,), bool(n < TILE) and not len(set(own.tolist())) > 1) for n, own in
                         zip(batch.rows.lengths, batch.rows.tokens.split(batch.rows.lengths.tolist()))])  # fmt: skip
     assert (seen | filler).all() and not seen[batch.rows.tokens == 0].any()
+
+
+def test_a_batch_that_reads_nothing_has_no_last_rows():
+    batch = pack([Part(0, 0, [Read((1, 2), 0)])])
+    assert batch.head_attend is None and len(batch.head_rows) == len(batch.read) == 0

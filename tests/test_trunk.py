@@ -128,6 +128,24 @@ def test_states_for_which_there_is_no_room_are_computed_for_every_pass():
     assert 100 - max(map(len, texts)) < sum(len(text) for text in small.starts if small.starts[text] < 100) <= 100
 
 
+def test_memory_that_does_not_hold_states_splits_the_pass_and_no_more(monkeypatch):
+    jobs = make_jobs(3)
+    whole, kept = made(jobs)
+    small, compute, refused = Trunk(whole, most_bytes=0), Trunk._compute, []
+
+    def cramped(trunk, texts):
+        if not refused:
+            refused.append(texts)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate too much")
+        compute(trunk, texts)
+
+    monkeypatch.setattr(Trunk, "_compute", cramped)
+    engine = Engine(small, Classes(C), PassConfig(slots=3))
+    rows = [each.train(jobs)["user 2"].row for each in (Engine(kept, Classes(C)), engine)]
+    assert refused and engine.totals.splits == 1
+    assert (rows[0] - rows[1]).norm() <= 1e-5 * rows[0].norm()
+
+
 @pytest.mark.parametrize("method, first", [
     (LoRA(2, sites=("layers.1.attn.q",)), 1), (LoRA(2, sites=("layers.1.attn.q", "layers.0.mlp.down")), 0),
     (Head(), 2), (LoRA(2, sites=("q",)), 0), (PromptTuning(2), 0), (LoRA(2, sites=("layers.1.attn.v", "embed")), 0),

@@ -10,7 +10,8 @@
                   embedding, as there, A is zero and B normal
     numbers       rank * (K + N) per site; at the embedding rank * (vocabulary + width)
     cost          2 * rank * (K + N) FLOPs per row and site forward, three times that with backward; at the embedding
-                  2 * rank * width, on a T5 for either side, at the head only for rows that predict a target
+                  2 * rank * width, on a T5 for either side, at the head only for rows that predict a target, and so
+                  in a decoder's last layer but at k and v
 """
 
 import math
@@ -208,9 +209,10 @@ class LoraActor(Actor):
         self.input_of = {site: group[0] for group in (*base.shared_inputs, *zip(base.heads)) for site in group}
         linear = method.linear(base)
         self.loras = {(site,): self._view((site,), linear) for site in linear}
-        for group in base.shared_inputs:
+        # Without its first site too: a decoder's last layer calls q apart from k and v (top.py).
+        for group in (part for whole in base.shared_inputs for part in (whole, whole[1:])):
             acting = tuple(site for site in group if site in linear)
-            if len(acting) > 1 and self._can_join(acting, linear):
+            if len(acting) > 1 and acting not in self.loras and self._can_join(acting, linear):
                 self.loras[acting] = self._view(acting, linear)
         for site in chosen.keys() & base.embeddings.keys():
             At, Bt, scale = vectors(bank, f"{site}.At"), vectors(bank, f"{site}.Bt"), self.settings[site][0]
@@ -266,7 +268,8 @@ class LoraActor(Actor):
     def _drops(self, share: Share) -> dict[str, Tensor]:
         """By input, each segment's dropout there, [S, 2] int64 (dropout.py), in one copy; {} where nothing is dropped.
 
-        An input has the name of the first site that reads it: sites that share it share the mask.
+        An input has the name of the first site that reads it: sites that share it share the mask, but for a decoder's
+        last q, whose rows are counted among those that are read (top.py).
         """
         inputs = {self.input_of[sites[0]] for sites in self.loras}
         if share.steps is None or not inputs or not self.thresholds.any():

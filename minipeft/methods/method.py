@@ -288,6 +288,11 @@ class Residents:
         for view, of_view in zip(views, counts):
             view["squares"] = tuple(part if part.shape[1] else None for part in (next(columns) for _ in of_view))
 
+    @property
+    def at_head(self) -> bool:
+        """Whether they act at the head."""
+        return any(("head",) in actor.loras for actor in self.actors)
+
     def admit(self, user: str, method: Method, row: Tensor, key: int) -> int:
         """Put a user's row [P] into a free slot and return the slot."""
         slot = self.bank.admit(user, row)

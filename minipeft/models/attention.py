@@ -57,6 +57,7 @@ class Bucket:
     def reached(self, window: int | None) -> Tensor:
         """[n or 1, q_width, k_width] bool: which ages are 0 or more, and below window."""
         places, own = self._places()
+        own = own.clamp(max=self.k_width - 1)  # what is only there to fill must see something too, or it makes NaN
         seen = places <= own[:, :, None]
         return seen if window is None else seen & (places > own[:, :, None] - window)
 
@@ -118,10 +119,11 @@ class Layout:
 class Packed:
     """Who sees whom in a batch.
 
-    q, k:    where the rows that see, and those that are seen, stand. A prefix's rows are at home in its own sequence.
-    q_pads:  [M - T] int64, the places of q that are no row's.
+    q, k:    where the rows that see, and those that are seen, stand. A prefix's rows are at home in its own sequence,
+             or where that is not there (of_last) in the first that sees them.
+    q_pads:  int64, the places of q that are no row's.
     square:  each sequence sees itself and nothing else.
-    stretches: None where a sequence sees a prefix too, or sequences see others than in their order.
+    stretches: None where a sequence sees a prefix too, sequences see others than in their order, or of last rows alone.
     """
 
     q: Layout
@@ -273,8 +275,14 @@ class Packed:
             else:
                 mask = self._mask(bucket, window) if biases is None else biases[i]
                 is_causal = self.causal and mask is None
+                own = own_q.shape
+                if heads_as_rows := grouped and mask is not None and biases is None:
+                    # No kernel of PyTorch's for GPUs takes a mask and grouped queries: a group's heads become rows.
+                    own_q = own_q.unflatten(1, (own_k.shape[1], -1)).flatten(2, 3)
+                    mask = mask.repeat(1, 1, own[1] // own_k.shape[1] if mask.shape[2] > 1 else 1, 1)
                 y = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask, is_causal=is_causal,
-                                                   scale=scale, enable_gqa=grouped)  # fmt: skip
+                                                   scale=scale, enable_gqa=grouped and not heads_as_rows)  # fmt: skip
+                y = y.unflatten(2, (-1, own[2])).flatten(1, 2) if heads_as_rows else y
             outputs.append(y.transpose(1, 2).flatten(0, 1))  # [n * q_width, H, D]
         return _Ungroup.apply(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.q, self.q_pads)
 

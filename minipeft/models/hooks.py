@@ -100,7 +100,8 @@ class Sites:
     """The places of a base, for methods to choose from. A base inherits this and calls `name_sites` when it is built.
 
     sites:         linear site -> (in features K, out features N), in forward order.
-    shared_inputs: the same sites, in groups that share their input: what `Hooks.linear` is called with.
+    shared_inputs: the same sites, in groups that share their input: what `Hooks.linear` is called with; or, of q, k
+                   and v in a decoder's last layer, q alone and the others.
     heads:         "head" -> (width, vocabulary): the map to the vocabulary, where rows are read; {}: there is none.
     linears:       linear site, or head -> its frozen map.
     norms:         norm site -> its frozen norm.

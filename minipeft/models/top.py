@@ -5,7 +5,7 @@
 
 Below the last layer every row is needed, for its keys; of the last layer's other outputs nothing is read. So they are
 not computed: exact, forward and backward, and of a base of L layers nearly one in L of its work is gone. Dropout on the
-input of q is drawn for the rows that are read, by themselves.
+inputs of q, o and the MLP is drawn for the rows that are read, by themselves.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Top:
 
     index:  [n] int64, which rows of the pass; None: all.
     attend: attention of these rows to all; None where the base computes its last layer whole.
-    hooks:  what happens to these rows at the sites of the last layer and of the head.
+    hooks:  what happens to these rows, at the last layer's q and all sites after it, and at the head.
     """
 
     index: Tensor | None

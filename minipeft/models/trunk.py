@@ -118,8 +118,8 @@ class Trunk(Classifier):
     def have(self, texts: Collection[Tokens]) -> None:
         """Have the states of these distinct texts, until the next call at least."""
         for text in self._passing:
-            del self.starts[text]
-            self.num_rows -= len(text)
+            if self.starts.pop(text, None) is not None:  # memory may not have held it
+                self.num_rows -= len(text)
         new = sorted((text for text in texts if text not in self.starts), key=len)
         self._passing = new[len(self._fitting(new)) :]
         needed = self.num_rows + sum(map(len, new))
@@ -150,10 +150,10 @@ class Trunk(Classifier):
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """As Classifier's. Raises ValueError for rows with virtual tokens."""
         places = self._places(rows)
-        x, *products = (kept.index_select(0, places) for kept in self.states)
+        again = self.recompute and torch.is_grad_enabled()  # a layer that is computed again computes its products too
+        x, *products = (kept.index_select(0, places) for kept in self.states[: 1 if again else None])
         for layer in self.encoder.layers[self.first :]:
-            # They are overwritten; a layer that is computed again computes them.
-            known = (products,) if products and not self.recompute else ()
+            known = (products,) if products else ()  # which are overwritten
             x, products = run(self.encoder, layer, x, rows, hooks, *known), None
         return x
 
