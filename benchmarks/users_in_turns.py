@@ -5,16 +5,13 @@
 
 import json
 import statistics
-import tempfile
 import time
 
 import torch
 
 from minipeft.bench_train import CURVE_AT, CURVE_STEPS, curve_work
-from minipeft.default_base import SHAPE, initialise, train_tokenizer
+from minipeft.default_base import SHAPE, VOCAB_SIZE, initialise
 from minipeft.models.decoder import Decoder, DecoderConfig
-from minipeft.models.loading import load_model, save_model
-from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 
 USERS = (16, 64, 256, 1024, 4096)
 TURNS = 5
@@ -22,11 +19,8 @@ AT_LEAST = 256  # users in a timed call: few are trained several times
 
 
 def main() -> None:
-    tokenizer = train_tokenizer(make_synthetic(SyntheticConfig(users=8))[0])
-    config = DecoderConfig(vocab_size=tokenizer.get_vocab_size(), tied_head=True, **SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(initialise(Decoder(config), seed=0), tokenizer, folder)
-        base = load_model(folder)
+    config = DecoderConfig(vocab_size=VOCAB_SIZE, tied_head=True, **SHAPE)
+    base = initialise(Decoder(config), seed=0).requires_grad_(False)
     works = {users: curve_work("random 1M", base, users, CURVE_AT[1]) for users in USERS}
     times: dict[int, list[float]] = {users: [] for users in USERS}
     works[USERS[1]].fused()
