@@ -367,7 +367,7 @@ class Engine:
         def score() -> None:
             with torch.no_grad():
                 batch = pack([part for _, part in pieces], self.model.device, self.model.causal)
-                scores = self.labels.scores(self._log_probs(batch))
+                scores = self.labels.scores(self._log_probs(batch), [read for _, part in pieces for read in part.reads])
             found.extend((position, own.cpu().numpy()) for (position, _), own in zip(pieces, scores.split(sizes)))
 
         if self._fits(score):
@@ -600,7 +600,7 @@ def label_scores(
             answers[group[position]].append(scores)
         for place in places:
             engine.evict(*place)
-    none = np.zeros((0, len(labels.labels)), np.float32)  # of a user without questions
+    none = np.zeros((0, labels.num_scores), np.float32)  # of a user without questions
     return {user: np.concatenate([none, *pieces]) for user, pieces in answers.items()}
 
 

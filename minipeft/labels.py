@@ -1,4 +1,6 @@
-"""Classification by a language model: a label is a short text, scored exactly.
+"""Answers: what a question asks for, how it is trained on, and how it is scored.
+
+In classification by a language model a label is a short text, scored exactly:
 
     score(label) = sum_i log p(label token i | prompt, label tokens before i)
 
@@ -8,6 +10,7 @@ share the prompt's rows, and labels that share their first tokens share those ro
 costs one sequence however many labels there are.
 
     LabelSet   a language model's labels, or sets of labels, as texts
+    Texts      a language model writes: what users wrote, as tokens
     Classes    an encoder's head: one of C classes
     Tags       an encoder's head: any of C classes, each by itself
 """
@@ -30,6 +33,16 @@ class Question:
 
     prompt: tuple[int, ...]
     label: int
+
+
+def written(prompt: tuple[int, ...], answer: tuple[int, ...], start: int | None) -> Read:
+    """The sequence in which this answer's tokens are predicted, from the prompt and one another.
+
+    start: an encoder-decoder's start token: it reads the prompt as its inputs; None: a decoder, which goes on from it.
+    """
+    if start is not None:
+        return Read((start, *answer[:-1]), len(answer), answer, inputs=prompt)
+    return Read(prompt + answer[:-1], len(answer), answer)
 
 
 def begun(labels: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -74,21 +87,18 @@ class LabelSet:
             owners += [number] * len(label)
         self.rows, self.tokens, self.owners = (torch.tensor(x) for x in (rows, tokens, owners))
         self.lengths = torch.tensor([len(label) for label in self.labels])
-        self.num_answers = len(self.labels)
+        self.num_answers = self.num_scores = len(self.labels)
 
     def training_read(self, question: Question) -> Read:
         """The sequence that trains on a question: prompt and right label, its label tokens' rows read."""
-        label = self.labels[question.label]
-        if self.start is not None:
-            return Read((self.start, *label[:-1]), len(label), label, inputs=question.prompt)
-        return Read(question.prompt + label[:-1], len(label), label)
+        return written(question.prompt, self.labels[question.label], self.start)
 
     def scoring_reads(self, question: Question) -> list[Read]:
         """The sequences from which every label of a question is scored: the prompt, and what goes on from it."""
         first = Read(question.prompt, 1) if self.start is None else Read((self.start,), 1, inputs=question.prompt)
         return [first, *(Read(stem, len(stem), after=1 + k) for k, stem in enumerate(self.stems))]
 
-    def scores(self, log_probs: Tensor) -> Tensor:
+    def scores(self, log_probs: Tensor, reads: Sequence[Read] = ()) -> Tensor:
         """Log-probabilities of the read rows [questions * rows_per_question, vocab] -> label scores [questions, C].
 
         The few numbers that labels need are added up on the CPU, in order: there the scores are.
@@ -107,6 +117,44 @@ class LabelSet:
         return -scores[np.arange(len(right)), right] / self.lengths.numpy()[right]
 
 
+class Texts:
+    """What users wrote in training and validation examples, as tokens: the answers of a generative task.
+
+    A question's answer has a number, as a label has. Only that one is scored: others are not alternatives to it.
+
+    Args:
+        texts: token ids of each, at least one. start: as LabelSet's.
+    """
+
+    reads_per_question = num_scores = 1
+
+    def __init__(self, texts: Sequence[Sequence[int]], start: int | None = None):
+        self.texts, self.start = [tuple(text) for text in texts], start
+        self.num_answers = len(self.texts)
+
+    def training_read(self, question: Question) -> Read:
+        """The sequence that trains on a question: prompt and answer, all of the answer's tokens' rows read."""
+        return written(question.prompt, self.texts[question.label], self.start)
+
+    def scoring_reads(self, question: Question) -> list[Read]:
+        """The same one."""
+        return [self.training_read(question)]
+
+    def scores(self, log_probs: Tensor, reads: Sequence[Read]) -> Tensor:
+        """Log-probabilities of these reads' rows [all answers' tokens, vocab] -> log p per token of each [reads, 1]."""
+        targets = torch.tensor([token for read in reads for token in read.targets], device=log_probs.device)
+        picked = log_probs.gather(1, targets[:, None]).flatten().cpu()
+        return torch.stack([own.mean() for own in picked.split([read.num_read for read in reads])])[:, None]
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Logits of read rows -> log-probabilities of what a target may be, fp32, both [M, vocab]."""
+        return F.log_softmax(logits.float(), dim=-1)
+
+    def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Scores [questions, 1] -> -log p of each answer, per token; `right` is not read, for no other is scored."""
+        return -scores[:, 0]
+
+
 class Classes:
     """The labels of a task as classes of an encoder's head (classifier.py): a LabelSet for bases that do not speak."""
 
@@ -114,7 +162,7 @@ class Classes:
 
     def __init__(self, num_classes: int):
         self.labels = list(range(num_classes))
-        self.num_answers = num_classes
+        self.num_answers = self.num_scores = num_classes
 
     def training_read(self, question: Question) -> Read:
         return Read(question.prompt, 1, (question.label,))
@@ -122,7 +170,7 @@ class Classes:
     def scoring_reads(self, question: Question) -> list[Read]:
         return [Read(question.prompt, 1)]
 
-    def scores(self, log_probs: Tensor) -> Tensor:
+    def scores(self, log_probs: Tensor, reads: Sequence[Read] = ()) -> Tensor:
         """[questions, C], as they are."""
         return log_probs
 
@@ -147,7 +195,7 @@ class Tags:
 
     def __init__(self, num_classes: int):
         self.labels = list(range(num_classes))
-        self.num_answers = 2**num_classes
+        self.num_answers, self.num_scores = 2**num_classes, num_classes
 
     @staticmethod
     def number(classes: Sequence[int]) -> int:
@@ -165,7 +213,7 @@ class Tags:
         logits = logits.float()
         return F.log_softmax(torch.stack([torch.zeros_like(logits), logits], dim=-1), dim=-1).flatten(1)
 
-    def scores(self, log_probs: Tensor) -> Tensor:
+    def scores(self, log_probs: Tensor, reads: Sequence[Read] = ()) -> Tensor:
         """[questions, C]: the log-odds of each class. Above 0 it is more likely than not."""
         absent, present = log_probs.unflatten(1, (-1, 2)).unbind(-1)
         return present - absent
@@ -176,4 +224,4 @@ class Tags:
         return np.logaddexp(0, np.where(applies, -scores, scores)).mean(1)
 
 
-Answerable = LabelSet | Classes | Tags  # how a base answers a task
+Answerable = LabelSet | Texts | Classes | Tags  # how a base answers a task

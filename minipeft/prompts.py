@@ -16,6 +16,9 @@ Where an example has several labels an encoder's head says of each whether it ap
 as PEFT-U's targets do, "anger, fear": its answers are the label sets it is given, each scored as one text. A decoder's
 end with a full stop, as labels do in a prompt's examples, so that no set begins another; single
 labels do too where one of them begins another.
+
+In a generative task a language model writes: "Answer:" stands for "Label:", and what users wrote, up to ANSWER_TOKENS
+tokens of it, ends with the base's own end of text, so that the base learns to stop.
 """
 
 from collections.abc import Sequence
@@ -25,12 +28,13 @@ from functools import lru_cache
 from tokenizers import Tokenizer
 
 from minipeft.errors import InputError
-from minipeft.labels import Answerable, Classes, LabelSet, Question, Tags, begun
+from minipeft.labels import Answerable, Classes, LabelSet, Question, Tags, Texts, begun
 from minipeft.tasks.task import SPLITS, Example, Header, Task
 
 ANSWER = "<|answer|>"
 REMEMBERED = 4096  # texts in tokens: users share texts
 JOINED_BY = ", "  # the labels of one answer
+ANSWER_TOKENS = 128  # at most, of an answer that is written
 
 
 def label_token(label: str) -> str:
@@ -62,25 +66,36 @@ class Prompts:
         max_tokens: the most tokens a prompt with its longest label may have: the base's positions; None: any number.
         speaks:     whether the base answers in tokens; an encoder does not.
         start:      an encoder-decoder's start token; None for other bases.
-        sets:       the label sets that can be answered, of a multi-label task; an encoder can answer any.
+        sets:       the label sets that can be answered, of a multi-label task; an encoder can answer any. Of a
+                    generative one what users wrote, all that a question is asked about.
+        stop:       the token by which a decoder ends a text, where answers are written.
     Raises:
-        InputError: a multi-label task without sets, or labels that begin alike.
+        InputError: a multi-label task without sets, labels that begin alike, or a base that cannot write.
     """
 
     def __init__(
         self, task: Header, tokenizer: Tokenizer, max_tokens: int | None, speaks: bool = True,
-        start: int | None = None, sets: Sequence[tuple[str, ...]] | None = None,
+        start: int | None = None, sets: Sequence[tuple[str, ...]] | None = None, stop: int | None = None,
     ):  # fmt: skip
         if task.multi_label and sets is None:
             raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
         self.task, self.tokenizer, self.max_tokens = task, tokenizer, max_tokens
         self._ask = lru_cache(REMEMBERED)(self.question)
-        self.sets = list(sets) if task.multi_label else [(label,) for label in task.labels]
+        self.sets = list(sets) if task.multi_label or task.generative else [(label,) for label in task.labels]
+        self._numbers = {labels: i for i, labels in enumerate(self.sets)}
+        self.num_cut_answers = 0
         framed = tokenizer.encode("a")
         text = [i for i, special in enumerate(framed.special_tokens_mask) if not special]
         opening, closing = (framed.ids[: text[0]], framed.ids[text[-1] + 1 :]) if text else ([], [])
         self.opening, self.closing = opening, closing
-        if not speaks:
+        if task.generative and (not speaks or tokenizer.token_to_id(ANSWER) is not None):
+            raise InputError(f"task {task.name!r} is generative; an encoder, or a base of our own, cannot write its "
+                             "answers: take a decoder or a T5")  # fmt: skip
+        if task.generative:
+            self.before = [*opening, *token_ids(tokenizer, f"{task.instruction} Text: ")]
+            self.after = [*token_ids(tokenizer, " Answer:"), *(() if start is None else closing)]
+            self.labels = Texts([self._answer(text, start, stop) for (text,) in self.sets], start)
+        elif not speaks:
             self.before, self.after = opening, closing
             self.labels = (Tags if task.multi_label else Classes)(len(task.labels))
         elif tokenizer.token_to_id(ANSWER) is not None:
@@ -104,18 +119,35 @@ class Prompts:
                 self.after = [*self.after, *closing]
                 self.labels = LabelSet([[*token_ids(tokenizer, text), *closing] for text in texts], start)
 
+    def _answer(self, text: str, start: int | None, stop: int | None) -> Sequence[int]:
+        """What is written, and its end unless it was cut. InputError where the base knows none."""
+        end = [stop] if start is None else self.closing
+        if end == [None]:
+            raise InputError(f"task {self.task.name!r} is generative, and this base's folder names no end of text: add "
+                             "eos_token_id to its config.json")  # fmt: skip
+        ids = [*token_ids(self.tokenizer, text if start is not None else f" {text}"), *end]
+        self.num_cut_answers += len(ids) > ANSWER_TOKENS
+        return ids[:ANSWER_TOKENS]
+
     @property
     def instructed(self) -> bool:
         """Whether the base is told in words what to do, as a base that many tasks share is."""
-        return isinstance(self.labels, LabelSet) and self.tokenizer.token_to_id(ANSWER) is None
+        return isinstance(self.labels, (LabelSet, Texts)) and self.tokenizer.token_to_id(ANSWER) is None
+
+    @property
+    def spoken(self) -> int:
+        """Tokens that an answer may have, beside its prompt."""
+        if isinstance(self.labels, Texts):
+            return ANSWER_TOKENS
+        return int(self.labels.lengths.max()) if isinstance(self.labels, LabelSet) else 0
 
     def number(self, labels: tuple[str, ...]) -> int:
         """The number of an answer, as Question has it. InputError if it is none of the sets that can be answered."""
         if isinstance(self.labels, Tags):
             return Tags.number([self.task.labels.index(label) for label in labels])
         try:
-            return self.sets.index(labels)
-        except ValueError:
+            return self._numbers[labels]
+        except KeyError:
             raise InputError(f"task {self.task.name!r}: the label set {', '.join(labels)} is none of those that can be "
                              "answered") from None  # fmt: skip
 
@@ -130,8 +162,7 @@ class Prompts:
         """
         ids, room = token_ids(self.tokenizer, text), None
         if self.max_tokens is not None:
-            spoken = int(self.labels.lengths.max()) if isinstance(self.labels, LabelSet) else 0
-            room = self.max_tokens - virtual - len(self.before) - len(self.after) - spoken
+            room = self.max_tokens - virtual - len(self.before) - len(self.after) - self.spoken
             if room < 1:
                 beside = f" beside {virtual} virtual tokens" if virtual else ""
                 raise InputError(f"the instruction of task {self.task.name!r} leaves no room for text in "

@@ -129,8 +129,11 @@ def test_a_generative_task_is_written_with_targets_and_refused_by_name(tmp_path)
     described = json.loads((out / "task.json").read_text())
     assert described["generative"] and described["statistics"]["annotations_replaced"] == 1
     assert not described["statistics"].keys() & {"krippendorff_alpha_masi", "label_counts"}
-    with pytest.raises(InputError, match=r"'made_up' is a generative task.*not built"):
+    with pytest.raises(InputError, match=r"'made_up' is a generative task; needed one of labels"):
         load_task(out)
+    loaded = load_task(out, generative=True)
+    assert loaded.generative and {e.label for e in loaded.pooled("test")} <= {("a second answer",), ("answer of u",),
+                                                                              ("answer of v",)}  # fmt: skip
 
     _, out = prepare(tmp_path, task, "--layout", "original")
     assert {path.name for path in out.iterdir()} == {

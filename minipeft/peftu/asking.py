@@ -2,6 +2,7 @@
 
     {instruction} Text: {example} Label: {its label}. ... Text: {text} Label:
 
+In a generative task "Answer:" stands for "Label:" and no full stop follows.
 Only for bases that are told in words what to do; an encoder reads the text alone.
 """
 
@@ -14,13 +15,14 @@ from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.protocol import Protocol
-from minipeft.prompts import JOINED_BY, Prompts, token_ids
+from minipeft.prompts import ANSWER_TOKENS, JOINED_BY, Prompts, token_ids
 from minipeft.randomness import generator
 from minipeft.running import tokenizer_of
 from minipeft.tasks.task import SPLITS, Example, Task
 
 PUBLISHED_LENGTH = 512  # tokens of a prompt, where the base has no limit of its own
 PUBLISHED_SEED = 42
+ANSWERS_CUT = f"answers of training and validation cut after {ANSWER_TOKENS} tokens"
 
 Shot = tuple[str, str]  # a text and its label, as a prompt shows them
 
@@ -53,10 +55,12 @@ class Asking:
     def _prompts(self) -> Prompts:
         base, task = self.base, self.task
         known = [*task.pooled("train"), *task.pooled("val")]
-        sets = sorted({example.label for example in self.audit.fitting("answers", known)},
-                      key=lambda label: [task.labels.index(name) for name in label])  # fmt: skip
+        order = None if task.generative else lambda label: [task.labels.index(name) for name in label]
+        sets = sorted({example.label for example in self.audit.fitting("answers", known)}, key=order)
         tokenizer, start = tokenizer_of(base)
-        return Prompts(task.header, tokenizer, base.config.max_positions, base.causal, start, sets)
+        stops = (token for token in getattr(base, "stop_tokens", ()) if token < base.config.vocab_size)
+        stop = next(stops, None)
+        return Prompts(task.header, tokenizer, base.config.max_positions, base.causal, start, sets, stop)
 
     def questions(self, method: Method | None = None, shots: int = 0) -> Questions:
         """Every example's question, for users who train by this method, with this many examples in the prompt.
@@ -72,7 +76,8 @@ class Asking:
     def notes_of(self, method: Method | None = None, shots: int = 0) -> dict[str, int]:
         """What was cut of the questions that are asked in this way."""
         self.questions(method, shots)
-        return self.notes[self._way(method, shots)]
+        cut = self.prompts.num_cut_answers
+        return self.notes[self._way(method, shots)] | ({ANSWERS_CUT: cut} if cut else {})
 
     def _way(self, method: Method | None, shots: int) -> tuple[int, int]:
         return method.virtual(self.base)[0] if method else 0, shots if self.prompts.instructed else 0
@@ -107,33 +112,32 @@ class Asking:
     def _prompt(self, text: str, shots: Sequence[Shot], virtual: int) -> tuple[int, ...]:
         prompts, protocol = self.prompts, self.protocol
         limit = prompts.max_tokens or PUBLISHED_LENGTH
-        spoken = int(prompts.labels.lengths.max()) if prompts.labels.start is None else 0
-        room = limit - virtual - spoken - len(prompts.opening)
+        room = limit - virtual - (prompts.spoken if prompts.labels.start is None else 0) - len(prompts.opening)
         ids = lambda text: token_ids(prompts.tokenizer, text)  # noqa: E731
         frame = f"{self.task.instruction} "
         if protocol.cut_query:
             closing = [] if prompts.labels.start is None else prompts.closing
-            whole = ids(f"{frame}{shown(shots)}Text: {text} Label:")
+            whole = ids(f"{frame}{self._shown(shots)}Text: {text} Label:")
             self._note("queries cut", len(whole) > room - len(closing))
             return (*prompts.opening, *whole[: room - len(closing)], *closing)
         room -= len(prompts.after)
         query, used = ids(text), len(shots)
-        while used and len(ids(f"{frame}{shown(shots[:used])}Text: ")) + len(query) > room:
+        while used and len(ids(f"{frame}{self._shown(shots[:used])}Text: ")) + len(query) > room:
             used -= 1
         self._note("prompts with fewer examples", used < len(shots))
         if not used:
             question, was_cut = prompts.question(text, 0, virtual)
             self._note("texts shortened", was_cut)
             return question.prompt
-        return (*prompts.opening, *ids(f"{frame}{shown(shots[:used])}Text: "), *query, *prompts.after)
+        return (*prompts.opening, *ids(f"{frame}{self._shown(shots[:used])}Text: "), *query, *prompts.after)
+
+    def _shown(self, shots: Sequence[Shot]) -> str:
+        form = "Text: {} Answer: {} " if self.task.generative else "Text: {} Label: {}. "
+        return "".join(form.format(*shot) for shot in shots)
 
     def _note(self, what: str, happened: bool) -> None:
         if happened:
             self._cut[what] = self._cut.get(what, 0) + 1
-
-
-def shown(shots: Sequence[Shot]) -> str:
-    return "".join(f"Text: {text} Label: {label}. " for text, label in shots)
 
 
 def balanced_examples(user: str, known: Sequence[Example], asked: Example | None, shots: int) -> list[Shot]:

@@ -6,6 +6,8 @@
                       a split lets others label a test text: the published `leaked` one
     retrieval         what the user answered for the NEAREST of their own training texts, by BM25
 
+In a generative task there is nothing to vote on: `retrieval` alone answers, what the user wrote to the nearest text.
+
 Of equally many votes the label set that comes first in the task's order wins, unless said otherwise. Each takes an
 Audit, through which it reads whatever it learns from, and returns user -> one answer per test example.
 """
@@ -51,9 +53,13 @@ def others_vote(task: Task, audit: Audit) -> Answers:
 
 
 def retrieval(task: Task, audit: Audit) -> Answers:
-    """Ties: the nearer text's label. Of texts that share no word with any: the user's own majority."""
+    """Ties: the nearer text's label. Of texts that share no word with any: the user's own majority, or, in a generative
+    task, what the user wrote first."""
     of_users, answers = _known("retrieval", task, audit), {}
-    majority = majority_answers(replace(task, train=of_users))
+    if task.generative:
+        majority = {user: [known[0].label] * len(task.test[user]) for user, known in of_users.items()}
+    else:
+        majority = majority_answers(replace(task, train=of_users))
     for user, known in of_users.items():
         index = _index([example.text for example in known])
         answers[user] = [_nearest_vote(task, index, known, example.text) or common
@@ -97,7 +103,7 @@ def _winner(task: Task, labels: Iterable[Labels]) -> Labels:
 
 def _ordered(task: Task, label: Labels) -> Labels:
     """The label set in the task's order, so that equal sets are equal."""
-    return tuple(sorted(label, key=task.labels.index))
+    return label if task.generative else tuple(sorted(label, key=task.labels.index))
 
 
 def _numbers(task: Task, label: Labels) -> list[int]:
@@ -105,3 +111,4 @@ def _numbers(task: Task, label: Labels) -> list[int]:
 
 
 BASELINES = {each.__name__: each for each in (global_majority, own_majority, others_vote, retrieval)}
+OF_TEXTS = {"retrieval": retrieval}  # those of a generative task

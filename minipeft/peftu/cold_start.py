@@ -18,7 +18,7 @@ from minipeft.errors import InputError
 from minipeft.peftu.asking import Asking
 from minipeft.peftu.baselines import own_majority
 from minipeft.peftu.cells import Cell, Learner
-from minipeft.peftu.metrics import Labels, any_hit, scores
+from minipeft.peftu.metrics import Labels, any_hit
 from minipeft.peftu.records import load_record, record_path
 from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun
 from minipeft.peftu.tidy import Tidied
@@ -56,7 +56,7 @@ def planned_examples(plan: Plan, task: Task, new: Sequence[str]) -> int:
 def cold_start(run: TaskRun, new: Sequence[str]) -> None:
     """Into the first seed's records of a run that is done: `cold_start`, what has it already left as it is."""
     task, seed = run.task, run.plan.seeds[0]
-    every = (*run.methods, SHARED, SHARED_USER, MAJORITY)
+    every = (*run.methods, SHARED, SHARED_USER, *(() if task.generative else (MAJORITY,)))
     paths = {name: record_path(run.out, task.name, name, seed) for name in every}
     names = [name for name, path in paths.items() if load_record(path).cold_start is None]
     if not names:
@@ -127,13 +127,14 @@ def _cell(run: TaskRun, name: str, known: Asking, shared: Cell) -> Cell:
 
 
 def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter], known: Asking) -> dict[str, float]:
-    answers = run.answers(run.score(adapters, run.questions(name, known)["test"]))
+    asked = run.questions(name, known)["test"]
+    answers = run.written(adapters, asked) if run.task.generative else run.answers(run.score(adapters, asked))
     return {user: _mean_score(run, user, own) for user, own in answers.items()}
 
 
 def _mean_score(run: TaskRun, user: str, answers: Sequence[Labels]) -> float:
     truths = [example.label for example in run.task.test[user]]
-    return any_hit(answers, truths) if run.protocol.any_hit else float(np.mean(scores(answers, truths)))
+    return any_hit(answers, truths) if run.protocol.any_hit else float(np.mean(run.graded(answers, truths)))
 
 
 def _majority(run: TaskRun, own: Own, k: int) -> dict[str, float]:

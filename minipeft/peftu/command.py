@@ -72,9 +72,11 @@ def run_peftu(argv: Sequence[str]) -> None:
         tasks = [with_instruction(each, args.instructions) for each in tasks]
     new = {each.task.name: new_users(each) for each in tasks} if args.cold_start else {}
     later = {each.task.name: cold_examples(plan, each.task, new[each.task.name]) if new else 0 for each in tasks}
-    if args.model is None and (several := [each.task.name for each in tasks if each.task.multi_label]):
-        raise InputError(f"task {several[0]!r} is multi-label; the default base says one label, name another with "
-                         "--model")  # fmt: skip
+    other = {each.task.name: "multi-label" if each.task.multi_label else "generative" for each in tasks
+             if each.task.multi_label or each.task.generative}  # fmt: skip
+    if args.model is None and other:
+        name, kind = next(iter(other.items()))
+        raise InputError(f"task {name!r} is {kind}; the default base says one label, name another with --model")
     check_out(args.out)
     bases = bases_of(args, [each.task for each in tasks], new)
     planned = {each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}

@@ -1,7 +1,7 @@
 """How good answers are: scores from 0 to 1, of one user's test examples.
 
-An answer and a truth are tuples of label names: one name, or several where the task is multi-label. Written-out answers
-(generative tasks) are texts.
+An answer and a truth are tuples of label names: one name, or several where the task is multi-label. In a generative
+task they are tuples of the one text that was written.
 """
 
 import re
@@ -9,8 +9,11 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+
+from minipeft.errors import InputError
 
 Labels = tuple[str, ...]
 BINS = 10
@@ -103,11 +106,30 @@ def label_metrics(answers: Sequence[Labels], truths: Sequence[Labels], multi_lab
 # ---- Written-out answers -------------------------------------------------------------------------------------------
 
 
+def text_scores(answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
+    """ROUGE-L of each example."""
+    return [rouge_l(answer, truth) for (answer,), (truth,) in zip(answers, truths)]
+
+
+def text_metrics(answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[str, float]:
+    """What texts are measured by: rouge_l and token_f1."""
+    return {"rouge_l": _mean(text_scores(answers, truths)),
+            "token_f1": _mean(token_f1(answer, truth) for (answer,), (truth,) in zip(answers, truths))}  # fmt: skip
+
+
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of stemmed words (Lin 2004), by the library rouge-score."""
-    from rouge_score.rouge_scorer import RougeScorer  # an extra
+    return _rouge().score(reference, answer)["rougeL"].fmeasure
 
-    return RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
+
+@cache
+def _rouge():
+    """InputError if rouge-score is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise InputError("generative tasks are scored by rouge-score: pip install 'minipeft[protocol]'") from None
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def token_f1(answer: str, reference: str) -> float:

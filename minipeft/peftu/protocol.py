@@ -18,6 +18,7 @@ from minipeft.methods.prompt import PromptTuning
 from minipeft.methods.ptuning import PTuning
 from minipeft.models.hooks import Sites
 from minipeft.models.t5 import T5
+from minipeft.prompts import ANSWER_TOKENS
 from minipeft.schedule import TrainConfig
 
 GRID = (1 / 3, 1, 3)  # times a method's own learning rate: what is tried of every method
@@ -27,7 +28,7 @@ RATES = {  # where each method's grid lies; others: OTHER_RATE
 }  # fmt: skip
 OTHER_RATE = 2e-3
 MOVED = ("lora", "dora", "houlsby", "pfeiffer", "parallel", "ia3")  # whose grids were moved, see docs/protocol.md
-ANSWER_TOKENS, ADAPTER_ANSWER_TOKENS = 128, 16  # at most, of a decoded answer; the latter as published for adapters
+ADAPTER_ANSWER_TOKENS = 16  # at most, of a bottleneck adapter's decoded answer, as published; of others ANSWER_TOKENS
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,8 @@ def overview(result: dict) -> Section:
     return Section(
         f"Protocol report: {count}, mode {result['mode']}",
         lines=[
-            "Accuracy is each user's share of right answers, averaged over users (and seeds), in percent. Brackets "
+            "Accuracy is each user's share of right answers, averaged over users (and seeds), in percent; of several "
+            "labels Jaccard's measure, and where users write the mean ROUGE-L. Brackets "
             "hold the 95 % interval: users redrawn with replacement, percentiles widened as Student's t asks "
             "(Hesterberg 2015); " + luck(result),
             "Two names whose intervals overlap may still differ, and the other way round: what was compared user by "
@@ -197,7 +198,8 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
     main = [pair for pair in pairs if pair["a"] in personal and pair["b"] in against]
     return Section(
         f"Task {task}",
-        lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings), *filter(None, [at_edges(names)])],
+        lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings), *writing_lines(figures),
+               *filter(None, [at_edges(names)])],
         pictures=[Picture(name, caption, figure) for name, caption, figure in drawn if figure is not None],
         tables=[table for table in (
             accuracy_table(figures),
@@ -251,6 +253,14 @@ def ceiling_lines(ceilings: dict[str, float]) -> list[str]:
         return []
     known = ", ".join(f"{label(name)} {value:.1f} %" for name, value in sorted(ceilings.items()))
     return [f"The best possible in expectation, for the truth of these users is known: {known}."]
+
+
+def writing_lines(figures: dict[str, dict]) -> list[str]:
+    if not any("rouge_l" in each["metrics"] for each in figures.values()):
+        return []
+    return ["Users write in this task. Accuracy, here and in every table, is ROUGE-L (the F1 of the longest common "
+            "subsequence of stemmed words, Lin 2004) of what the base writes greedily, in percent; the published "
+            "scoring of labels has nothing to say of it."]  # fmt: skip
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------

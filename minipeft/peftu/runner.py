@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from minipeft.peftu.asking import Asking, Questions
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import Answers
 from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
-from minipeft.peftu.metrics import Labels, Scored, label_metrics, scores
+from minipeft.peftu.metrics import Labels, Scored, label_metrics, scores, text_metrics, text_scores
 from minipeft.peftu.probes import chosen_labels
 from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
 from minipeft.peftu.records import UNANSWERED, Record, file_name, load_record, record_path, save_record
@@ -39,7 +40,7 @@ from minipeft.peftu.scoring import published_reading, published_right
 from minipeft.peftu.settings import Settings, check_settings, keep_settings
 from minipeft.peftu.tidy import Tidied
 from minipeft.peftu.untrained import Untrained
-from minipeft.prompts import JOINED_BY
+from minipeft.prompts import ANSWER_TOKENS, JOINED_BY
 from minipeft.running import for_base, pooled
 from minipeft.schedule import Adapter, Job, PassConfig
 from minipeft.tasks.task import SPLITS, Task
@@ -118,6 +119,8 @@ class TaskRun:
         if plan.top_layers is not None:
             keep_top(base, plan.top_layers)
         self.base = base
+        if self.task.generative and plan.mode == "paper":
+            raise InputError(f"task {self.task.name!r} is generative; --mode paper is for labels: leave it out")
         self.methods, self.left_out = self._methods()
         check_settings(out, self.task.name, self._settings)
         self.chosen: dict[str, float] = {}
@@ -332,21 +335,45 @@ class TaskRun:
             return {user: chosen_labels(self.task.labels, own, True) for user, own in scored.items()}
         return {user: [prompts.sets[i] for i in own.argmax(1)] for user, own in scored.items()}
 
+    def replies(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, Any]:
+        """`answers`, and what `record` wants beside them: `scored` where labels are, `decoded` where a T5 says them."""
+        if self.task.generative:
+            return {"answers": self.written(adapters, questions)}
+        scored = self.score(adapters, questions)
+        return {"answers": self.answers(scored), "scored": self.scored(scored),
+                "decoded": self.decoded(adapters, questions) if isinstance(self.base, T5) else None}  # fmt: skip
+
+    def written(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[Labels]]:
+        """The answers of a generative task."""
+        said = self.decoded(adapters, questions)
+        return {user: [(text.strip(),) for text in own] for user, own in said.items()}
+
     def decoded(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[str]]:
-        """What a T5 says, greedily, through adapters of one method."""
+        """What a language model says, greedily, through adapters of one method."""
         passes, found = self.plan.passes, {}
         speaking = Engine(self.base, self.asking.prompts.labels, passes)
-        users = list(adapters)
+        users = [user for user in adapters if questions[user]]
         for start in range(0, len(users), passes.slots):
             group = users[start : start + passes.slots]
             places = [speaking.admit(user, a.method, a.row, under=a.under, name=user)
                       for user, a in ((user, adapters[user]) for user in group)]  # fmt: skip
             asked = [(*place, [q.prompt for q in questions[user]]) for place, user in zip(places, group)]
-            for user, said in zip(group, speaking.generate(asked, answer_tokens(adapters[group[0]].method))):
+            method = adapters[group[0]].method
+            most = ANSWER_TOKENS if self.task.generative else answer_tokens(method)
+            for user, said in zip(group, speaking.generate(asked, most)):
                 found[user] = [self.asking.prompts.tokenizer.decode(tokens) for tokens in said]
             for place in places:
                 speaking.evict(*place)
         return found
+
+    def graded(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
+        """A score from 0 to 1 of each answer: right or not, Jaccard's measure, or of a text ROUGE-L."""
+        return text_scores(answers, truths) if self.task.generative else scores(answers, truths)
+
+    def _metrics(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[str, float]:
+        if self.task.generative:
+            return text_metrics(answers, truths)
+        return label_metrics(answers, truths, self.task.multi_label)
 
     def record(
         self, name: str, kind: str, seed: int, digest: str, answers: Answers, *,
@@ -362,26 +389,27 @@ class TaskRun:
         for user in users:
             truths = [task.test[user][i].label for i in known[user]]
             said = [answers[user][i] for i in known[user]]
-            texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
-            right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
-            paper.append(float(np.mean(right)))
-            fixed.append(float(np.mean(scores(said, truths))))
-            if self.protocol.decoded and decoded is not None:
-                said = [published_reading(text, task.labels) for text in texts]
-            correct.append(right if self.protocol.any_hit else scores(said, truths))
-            for metric, value in label_metrics(said, truths, task.multi_label).items():
+            fixed.append(float(np.mean(self.graded(said, truths))))
+            if not task.generative:
+                texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
+                right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
+                paper.append(float(np.mean(right)))
+                if self.protocol.decoded and decoded is not None:
+                    said = [published_reading(text, task.labels) for text in texts]
+            correct.append(right if self.protocol.any_hit else self.graded(said, truths))
+            for metric, value in self._metrics(said, truths).items():
                 metrics.setdefault(metric, []).append(value)
             all_said += said
             all_truths += truths
         if not users:
             raise InputError(f"task {task.name!r}: {name} has an answer to no test example")
-        pooled = label_metrics(all_said, all_truths, task.multi_label)
+        pooled = self._metrics(all_said, all_truths)
         if scored is not None:
             pooled["ece"] = scored.calibration_error({user: known[user] for user in users}, all_truths)
         facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
                  "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
         return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
-                      metrics, pooled, paper, notes=notes, fixed_accuracy=fixed,
+                      metrics, pooled, paper or None, notes=notes, fixed_accuracy=fixed,
                       answered=[known[user] for user in users] if unknown else None, **facts)  # fmt: skip
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
@@ -389,7 +417,7 @@ class TaskRun:
         questions, method = self.questions(name), best.cell.config.method
         own = best.adapters
         adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
-        scored = self.score(adapters, questions["test"])
+        replies = self.replies(adapters, questions["test"])
         rows = rows_trained(best, sum(method.virtual(self.base)))
         # shared_user stands on shared, whose seconds have the lower layers'
         seconds = best.seconds + (self.lower_seconds if name != SHARED_USER else 0.0)
@@ -403,9 +431,7 @@ class TaskRun:
                 "users who could not be trained, answered by the start value": len(best.failed),
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
         return self.record(
-            name, "shared" if name == SHARED else "personal", seed, digest, self.answers(scored),
-            scored=self.scored(scored),
-            decoded=self.decoded(adapters, questions["test"]) if isinstance(self.base, T5) else None,
+            name, "shared" if name == SHARED else "personal", seed, digest, **replies,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
             train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=seconds,
             peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),

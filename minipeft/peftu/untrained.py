@@ -16,9 +16,8 @@ import numpy as np
 
 from minipeft.labels import LabelSet
 from minipeft.methods.lora import LoRA
-from minipeft.models.t5 import T5
 from minipeft.peftu.asking import Asking
-from minipeft.peftu.baselines import BASELINES
+from minipeft.peftu.baselines import BASELINES, OF_TEXTS
 from minipeft.peftu.cells import digest_of
 from minipeft.peftu.features import features
 from minipeft.peftu.metrics import Scored
@@ -43,7 +42,7 @@ class Untrained:
 
     def save_all(self) -> None:
         """A record of each that has none yet."""
-        for name, baseline in BASELINES.items():
+        for name, baseline in (OF_TEXTS if self.task.generative else BASELINES).items():
             self._one(name, lambda name=name, baseline=baseline: {
                 "answers": baseline(self.task, self.audit), "bytes_per_user": self._bytes_kept(name)})  # fmt: skip
         if self.asking.prompts.instructed or isinstance(self.asking.prompts.labels, LabelSet):
@@ -53,7 +52,7 @@ class Untrained:
             balanced = replace(self.run.protocol, first_labels_only=False)
             asking = Asking(self.asking.base, self.task, balanced, self.audit, self.asking.prompts)
             self._one("few_shot", lambda: self._untrained(asking, FEW_SHOT))
-        for name in ("probe_pooled", "probe_user", "probe_pooled_user"):
+        for name in () if self.task.generative else ("probe_pooled", "probe_user", "probe_pooled_user"):
             self._one(name, lambda name=name: self._probed(name))
 
     def _one(self, name: str, make: Callable[[], dict]) -> None:
@@ -82,12 +81,10 @@ class Untrained:
         silent = for_base(LoRA(rank=1), self.run.base)
         adapters = {user: Adapter(user, silent, silent.initial_row(self.run.base, 0, user)) for user in self.users}
         questions = asking.questions(shots=shots)["test"]
-        scored = self.run.score(adapters, questions)
-        decoded = self.run.decoded(adapters, questions) if isinstance(self.run.base, T5) else None
         made_from = self.audit.report().get(f"fitted_{BASE_MADE}", 0)
-        return {"answers": self.run.answers(scored), "decoded": decoded, "bytes_per_user": self._bytes_of_texts(shots),
-                "more_notes": asking.notes_of(shots=shots) | ({MADE_FROM: made_from} if made_from else {}),
-                "scored": self.run.scored(scored)}  # fmt: skip
+        return self.run.replies(adapters, questions) | {
+            "bytes_per_user": self._bytes_of_texts(shots),
+            "more_notes": asking.notes_of(shots=shots) | ({MADE_FROM: made_from} if made_from else {})}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
         probed, scored = self._probes[name], self._probes[name].scores

@@ -5,6 +5,9 @@ A folder holds `task.json` (name, instruction, labels, multi_label; further keys
 
     {"user": "u7", "id": "t123", "text": "...", "label": ["yes"]}
 
+In a generative task users write: task.json has `"generative": true` and no labels, and a line `"target": "..."` for
+`label`. In memory that is an example whose one label is what the user wrote, in a task without labels of its own.
+
 These are the split of kind `leaked`. Others may lie in `splits/<kind>/{train,val,test}.jsonl`, beside one task.json;
 what the kinds mean is told in data_scripts/splits.py.
 
@@ -29,7 +32,8 @@ MAX_NAME = 80  # bytes of a task's name: files are called by it, each byte escap
 
 @dataclass(frozen=True)
 class Example:
-    """One text as one user labelled it. `label` holds one name, or several if the task is multi-label."""
+    """One text as one user labelled it. `label` holds one name, or several if the task is multi-label; in a generative
+    task what the user wrote."""
 
     user: str
     id: str
@@ -39,12 +43,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Header:
-    """What task.json says: all that asking and answering need to know of a task."""
+    """What task.json says: all that asking and answering need to know of a task. labels: () if it is generative."""
 
     name: str
     instruction: str
     labels: tuple[str, ...]
     multi_label: bool = False
+
+    @property
+    def generative(self) -> bool:
+        return not self.labels
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ class Task:
     def users(self) -> tuple[str, ...]:
         """All users, in order of first appearance in the training file."""
         return tuple(self.train)
+
+    @property
+    def generative(self) -> bool:
+        return self.header.generative
 
     @property
     def header(self) -> Header:
@@ -114,14 +126,15 @@ class Task:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def load_task(folder: str | Path, kind: str = "leaked", only_complete: bool = False) -> Task:
+def load_task(
+    folder: str | Path, kind: str = "leaked", only_complete: bool = False, generative: bool = False
+) -> Task:
     """Every example of task.json and three split files, or an InputError of one line: nothing is skipped or repaired.
-
-    Reads classification tasks, single- or multi-label; a generative task (`target` for `label`) is an error.
 
     Args:
         kind:           which split, of KINDS.
         only_complete:  leave out the users for whom train, val or test is empty, as the published PEFT-U runs do.
+        generative:     whether a generative task will do; else it is an error.
     Raises:
         InputError: a missing file, a line that is not JSON, a field that is missing, empty or of another type, a label
             outside task.json, a (user, id) that comes twice in a split or in two splits, a user who is never trained.
@@ -131,7 +144,10 @@ def load_task(folder: str | Path, kind: str = "leaked", only_complete: bool = Fa
         raise InputError(f"load_task: there is no split of kind {kind!r}; the kinds are {', '.join(KINDS)}")
     if not folder.is_dir():
         raise InputError(f"load_task: no folder {folder}; needed a folder with task.json and train, val, test .jsonl")
-    name, instruction, labels, multi_label = _read_header(folder / "task.json")
+    header = _read_header(folder / "task.json")
+    if header.generative and not generative:
+        raise InputError(f"load_task: {folder / 'task.json'}: {header.name!r} is a generative task; needed one of "
+                         "labels: only `python -m minipeft.bench peftu` takes tasks in which users write")
     folder = _split_folder(folder, kind)
     splits: dict[str, dict[str, list[Example]]] = {}
     places: dict[tuple[str, str], str] = {}                # (user, id) -> where it was first read
@@ -143,7 +159,7 @@ def load_task(folder: str | Path, kind: str = "leaked", only_complete: bool = Fa
             lines.pop()
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
-            example = _parse_line(line, place, labels, multi_label)
+            example = _parse_line(line, place, header)
             key = (example.user, example.id)
             if key in places:
                 raise InputError(f"load_task: {place}: user {key[0]!r} already has id {key[1]!r} at {places[key]}; "
@@ -163,20 +179,21 @@ def load_task(folder: str | Path, kind: str = "leaked", only_complete: bool = Fa
         raise InputError(f"load_task: {folder / 'train.jsonl'} has no example of {len(untrained)} user(s) of val or "
                          f"test: {_some(untrained)}; needed at least one each: drop these users or split again")
     val, test = ({user: splits[split].get(user, []) for user in train} for split in ("val", "test"))
-    return Task(name, instruction, labels, multi_label, train, val, test)
+    return Task(header.name, header.instruction, header.labels, header.multi_label, train, val, test)
 
 
 def save_task(task: Task, folder: str | Path) -> None:
     """Writes what `load_task` reads back as an equal task. Makes the folder; replaces the four files if they exist."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"name": task.name, "instruction": task.instruction, "labels": task.labels,
-              "multi_label": task.multi_label}
+    header = {"name": task.name, "instruction": task.instruction}
+    header |= {"generative": True} if task.generative else {"labels": task.labels, "multi_label": task.multi_label}
     (folder / "task.json").write_text(json.dumps(header, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     for split in SPLITS:
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as file:
             for example in task.pooled(split):
-                line = {"user": example.user, "id": example.id, "text": example.text, "label": example.label}
+                line = {"user": example.user, "id": example.id, "text": example.text}
+                line |= {"target": example.label[0]} if task.generative else {"label": example.label}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -204,37 +221,42 @@ def _read(path: Path) -> bytes:
         raise InputError(f"load_task: cannot read {path}: {error.strerror}") from None
 
 
-def _read_header(path: Path) -> tuple[str, str, tuple[str, ...], bool]:
+def _read_header(path: Path) -> Header:
     header = _parse_object(_read(path), str(path))
     name = _field(header, "name", str, str(path))
     if not (name.strip() and name.isprintable() and len(name.encode()) <= MAX_NAME):
         raise InputError(f"load_task: {path}: \"name\" is empty, too long or not printable; needed 1 to {MAX_NAME} "
                          "bytes of visible text")
-    if header.get("generative"):
-        raise InputError(f"load_task: {path}: {name!r} is a generative task, of targets; needed one of labels: "
-                         "training on targets is not built")
     instruction = _field(header, "instruction", str, str(path))
+    if header.get("generative"):
+        return Header(name, instruction, ())
     labels = _strings(header, "labels", str(path))
     multi_label = _field(header, "multi_label", bool, str(path))
     if len(labels) < 2:
         raise InputError(f"load_task: {path}: \"labels\" holds {len(labels)} label(s); needed at least 2")
-    return name, instruction, labels, multi_label
+    return Header(name, instruction, labels, multi_label)
 
 
-def _parse_line(line: bytes, place: str, labels: tuple[str, ...], multi_label: bool) -> Example:
+def _parse_line(line: bytes, place: str, task: Header) -> Example:
     fields = _parse_object(line, place)
     user, id_, text = (_field(fields, name, str, place) for name in ("user", "id", "text"))
     for name, value in (("user", user), ("id", id_), ("text", text)):
         if not value.strip():
             raise InputError(f"load_task: {place}: \"{name}\" is empty; needed at least one visible character")
+    if task.generative:
+        target = _field(fields, "target", str, place)
+        if not target.strip():
+            raise InputError(f"load_task: {place}: \"target\" is empty; needed at least one visible character")
+        return Example(user, id_, text, (target,))
     label = _strings(fields, "label", place)
-    if not label or (len(label) > 1 and not multi_label):
-        needed = "at least one" if multi_label else "exactly one, for task.json says multi_label is false"
+    if not label or (len(label) > 1 and not task.multi_label):
+        needed = "at least one" if task.multi_label else "exactly one, for task.json says multi_label is false"
         raise InputError(f"load_task: {place}: \"label\" holds {len(label)} label(s); needed {needed}")
-    unknown = [each for each in label if each not in labels]
+    unknown = [each for each in label if each not in task.labels]
     if unknown:
         came = repr(unknown[0]) if len(unknown[0]) <= 30 else f"a string of {len(unknown[0])} characters"
-        raise InputError(f"load_task: {place}: label {came} is not in task.json; needed one of {_some(labels, 12)}")
+        raise InputError(f"load_task: {place}: label {came} is not in task.json; "
+                         f"needed one of {_some(task.labels, 12)}")
     return Example(user, id_, text, label)
 
 
