@@ -16,7 +16,7 @@ from minipeft.peftu import charts
 from minipeft.peftu.charts import pareto
 from minipeft.peftu.protocol import MOVED, RATES
 from minipeft.peftu.records import save_record
-from minipeft.peftu.report import luck, plain, ranked_by, write_report
+from minipeft.peftu.report import luck, plain, ranked_by, single_user_lines, write_report
 from minipeft.peftu.summary import outcomes, summarise
 from minipeft.peftu.tables import (
     accuracy_table,
@@ -186,6 +186,10 @@ def test_a_method_is_told_as_it_was_configured():
 def test_of_one_or_two_seeds_the_report_says_how_little_is_known_of_luck():
     assert "not included" in luck({"seeds": [0]}) and "not included" not in luck({"seeds": [0, 1]})
     assert "too few" in luck({"seeds": [0, 1]}) and "too few" not in luck({"seeds": [0, 1, 2]})
+
+
+def test_of_a_single_user_the_report_says_that_intervals_are_nothing():
+    assert single_user_lines({"lora": {"num_users": 1}}) and not single_user_lines({"lora": {"num_users": 2}})
 
 
 def test_the_report_says_which_scoring_the_mode_ranks_by_and_shows_both(run):

@@ -199,7 +199,7 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
     return Section(
         f"Task {task}",
         lines=[*headline(figures, pairs, personal), *ceiling_lines(ceilings), *writing_lines(figures),
-               *filter(None, [at_edges(names)])],
+               *single_user_lines(figures), *filter(None, [at_edges(names)])],
         pictures=[Picture(name, caption, figure) for name, caption, figure in drawn if figure is not None],
         tables=[table for table in (
             accuracy_table(figures),
@@ -261,6 +261,11 @@ def writing_lines(figures: dict[str, dict]) -> list[str]:
     return ["Users write in this task. Accuracy, here and in every table, is ROUGE-L (the F1 of the longest common "
             "subsequence of stemmed words, Lin 2004) of what the base writes greedily, in percent; the published "
             "scoring of labels has nothing to say of it."]  # fmt: skip
+
+
+def single_user_lines(figures: dict[str, dict]) -> list[str]:
+    alone = any(each["num_users"] == 1 for each in figures.values())
+    return ["Of a single user an interval has no width: it knows nothing of other users."] if alone else []
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------

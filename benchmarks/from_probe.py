@@ -1,0 +1,157 @@
+"""Do personal adapters get past the pooled + user probe if they start where it ends? On an encoder, single labels.
+
+    python benchmarks/from_probe.py --task DIR --model FOLDER [--top-layers 2] [--epochs 3]
+
+The probe is two logistic regressions, a user's on top of everybody's (peftu/probes.py). Nearly all of it is a head:
+
+    f = h / |h|                  p = log softmax(G f + g), everybody's           z = U f + V p + u, the user's
+    head: W = (U + V G) / mean |h|,   b = u + V (g - mean logsumexp(G f + g))    what the two means leave out is lost
+
+Heads start there, alone and beside a LoRA in the top layers; everybody's best of the learning rates by validation, as
+the protocol has it. Printed: accuracy, and the difference from the probe with its paired interval over users.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import logsumexp
+from sklearn.linear_model import LogisticRegression
+
+from minipeft.engine import Engine, label_scores
+from minipeft.methods.head import Head
+from minipeft.methods.lora import LoRA
+from minipeft.methods.method import Method
+from minipeft.models.classifier import Base, Classifier
+from minipeft.models.loading import load_model
+from minipeft.models.rows import Rows
+from minipeft.models.trunk import Trunk, keep_top
+from minipeft.peftu.asking import Asking
+from minipeft.peftu.audit import Audit
+from minipeft.peftu.features import features
+from minipeft.peftu.probes import FAR, MAX_STEPS, STRENGTH, probe_scores
+from minipeft.peftu.protocol import FIXED
+from minipeft.peftu.tidy import load_tidied
+from minipeft.running import for_base, open_base, pooled
+from minipeft.schedule import Job, PassConfig
+from minipeft.stats import bootstrap_mean
+from minipeft.tasks.task import Task
+
+RATES = (3e-5, 3e-4, 3e-3)  # of those who start well
+PASSES = PassConfig(slots=64, token_budget=4096)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--top-layers", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    task = load_tidied(args.task).task
+    if task.multi_label:
+        parser.error(f"{args.task}: a multi-label task; the heads here have one class each")
+    base = open_base(load_model(args.model), len(task.labels))
+    if not isinstance(base, Classifier):
+        parser.error(f"{args.model}: needed an encoder, such as all-MiniLM-L6-v2")
+    audit = Audit(task)
+    asking = Asking(base, task, FIXED, audit)
+    questions = asking.questions()
+    users = [user for user in task.users if task.test[user]]
+    prompt_of = {example.text: question.prompt for split, own in questions.items() for user in own
+                 for example, question in zip(task.split(split)[user], own[user])}  # fmt: skip
+    feature = features(base, prompt_of.values())
+    probed = probe_scores(task, audit, lambda example: feature[prompt_of[example.text]])
+    found = {name: accuracies(task, users, each.scores) for name, each in probed.items()}
+    keep_top(base, args.top_layers)
+    base = Trunk(base, (question.prompt for split in questions.values() for question in pooled(split)))
+    heads = heads_like_the_probe(task, base, {text: feature[prompt] for text, prompt in prompt_of.items()}, prompt_of)
+    for name, method in (("head", Head()), ("lora", for_base(LoRA(), base))):
+        starts = {user: started(method, base, user, heads[user]) for user in users}
+        jobs = [Job(user, audit.fitting(name, questions["train"][user]), audit.fitting(name, questions["val"][user]),
+                    FIXED.config(method, rate, 0, args.epochs), f"{rate:g} {user}", starts[user])
+                for rate in RATES for user in users]  # fmt: skip
+        adapters = Engine(base, asking.prompts.labels, PASSES).train(jobs)
+        loss = {rate: np.mean([best_loss(adapters[f"{rate:g} {user}"].metrics) for user in users]) for rate in RATES}
+        best = min(loss, key=loss.get)
+        if name == "head":
+            some = {user: replace(adapters[f"{best:g} {user}"], row=starts[user]) for user in users}
+            found["head as it starts"] = answered(task, base, asking, some, questions["test"])
+        some = {user: adapters[f"{best:g} {user}"] for user in users}
+        found[f"{name} from there, learning rate {best:g}"] = answered(task, base, asking, some, questions["test"])
+    rival = found["probe_pooled_user"]
+    print(f"{task.name}: {len(users)} users, {args.epochs} epochs, LoRA in the top {args.top_layers} layers")
+    for name, own in found.items():
+        gain = bootstrap_mean((own - rival)[:, None])
+        print(f"  {name:40} {own.mean():5.1f}   {gain.mean:+5.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
+    print(json.dumps({"task": task.name, "accuracy": {name: own.mean() for name, own in found.items()}}))
+
+
+def heads_like_the_probe(
+    task: Task, base: Classifier, feature: dict[str, np.ndarray], prompt_of: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """User -> (W [C, width], b [C]) of the head that says nearly what pooled + user says."""
+    C, everyone = len(task.labels), task.pooled("train")
+    G, g = logits_of(np.stack([feature[e.text] for e in everyone]), numbers(task, everyone), C)
+    size = np.mean([float(norm_of(base, prompt_of[e.text])) for e in everyone[:: max(1, len(everyone) // 200)]])
+    found = {}
+    for user, own in task.train.items():
+        f = np.stack([feature[e.text] for e in own])
+        p = np.maximum(f @ G.T + g - logsumexp(f @ G.T + g, axis=1, keepdims=True), -FAR)
+        UV, u = logits_of(np.concatenate([f, p], 1), numbers(task, own), C)
+        U, V = UV[:, : f.shape[1]], UV[:, f.shape[1] :]
+        W, b = (U + V @ G) / size, u + V @ (g - logsumexp(f @ G.T + g, axis=1).mean())
+        found[user] = torch.tensor(W, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
+    return found
+
+
+def logits_of(x: np.ndarray, y: np.ndarray, C: int) -> tuple[np.ndarray, np.ndarray]:
+    """(W [C, width], b [C]) of scikit-learn's classifier; of a class that nobody has, b = -FAR."""
+    W, b = np.zeros((C, x.shape[1])), np.full(C, -FAR)
+    if len(known := np.unique(y)) == 1:
+        b[known] = 0
+        return W, b
+    model = LogisticRegression(C=STRENGTH, max_iter=MAX_STEPS).fit(x, y)
+    if len(known) == 2:  # one row, of the second class against the first
+        W[known], b[known] = np.stack([-model.coef_[0], model.coef_[0]]) / 2, np.array([-1, 1]) * model.intercept_ / 2
+    else:
+        W[known], b[known] = model.coef_, model.intercept_
+    return W, b
+
+
+def norm_of(base: Classifier, prompt: tuple[int, ...]) -> torch.Tensor:
+    """|h| of a text's vector."""
+    rows = Rows.pack([prompt], base.device, causal=False)
+    with torch.no_grad():
+        return base.last_hidden(rows).mean(0).norm()
+
+
+def started(method: Method, base: Base, user: str, head: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The method's own start, with this head."""
+    tensors = method.tensors(method.initial_row(base, 0, user), base)
+    return method.row(tensors | dict(zip(("head.weight", "head.bias"), head)), base)
+
+
+def numbers(task: Task, examples: list) -> np.ndarray:
+    return np.array([task.labels.index(example.label[0]) for example in examples])
+
+
+def best_loss(metrics: dict) -> float:
+    return metrics["val_loss"][metrics["best_epoch"] - 1]
+
+
+def answered(task: Task, base: Base, asking: Asking, adapters: dict, test: dict) -> np.ndarray:
+    asked = {user: test[user] for user in adapters}
+    return accuracies(task, list(adapters), label_scores(base, asking.prompts.labels, adapters, asked, PASSES))
+
+
+def accuracies(task: Task, users: list[str], scores: dict[str, np.ndarray]) -> np.ndarray:
+    """Percent of each user's test examples whose likeliest label is right."""
+    return np.array([100 * np.mean(scores[user].argmax(1) == numbers(task, task.test[user])) for user in users])
+
+
+if __name__ == "__main__":
+    main()
