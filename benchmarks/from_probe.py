@@ -27,20 +27,19 @@ from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.loading import load_model
-from minipeft.models.rows import Rows
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.asking import Asking
 from minipeft.peftu.audit import Audit
-from minipeft.peftu.features import features
+from minipeft.peftu.features import means
 from minipeft.peftu.probes import FAR, MAX_STEPS, STRENGTH, probe_scores
 from minipeft.peftu.protocol import FIXED
 from minipeft.peftu.tidy import load_tidied
-from minipeft.running import for_base, open_base, pooled
+from minipeft.running import for_base, open_base
 from minipeft.schedule import Job, PassConfig
 from minipeft.stats import bootstrap_mean
 from minipeft.tasks.task import Task
 
-RATES = (3e-5, 3e-4, 3e-3)  # of those who start well
+RATES = (1e-3, 3e-3, 1e-2)
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
@@ -63,12 +62,14 @@ def main() -> None:
     users = [user for user in task.users if task.test[user]]
     prompt_of = {example.text: question.prompt for split, own in questions.items() for user in own
                  for example, question in zip(task.split(split)[user], own[user])}  # fmt: skip
-    feature = features(base, prompt_of.values())
-    probed = probe_scores(task, audit, lambda example: feature[prompt_of[example.text]])
-    found = {name: accuracies(task, users, each.scores) for name, each in probed.items()}
     keep_top(base, args.top_layers)
-    base = Trunk(base, (question.prompt for split in questions.values() for question in pooled(split)))
-    heads = heads_like_the_probe(task, base, {text: feature[prompt] for text, prompt in prompt_of.items()}, prompt_of)
+    base = Trunk(base, prompt_of.values())
+    mean = {prompt: h.numpy() for prompt, h in means(base, prompt_of.values()).items()}
+    feature = {text: mean[prompt] / np.linalg.norm(mean[prompt]) for text, prompt in prompt_of.items()}
+    size = float(np.mean([np.linalg.norm(h) for h in mean.values()]))
+    probed = probe_scores(task, audit, lambda example: feature[example.text])
+    found = {name: accuracies(task, users, each.scores) for name, each in probed.items()}
+    heads = heads_like_the_probe(task, feature, size)
     for name, method in (("head", Head()), ("lora", for_base(LoRA(), base))):
         starts = {user: started(method, base, user, heads[user]) for user in users}
         jobs = [Job(user, audit.fitting(name, questions["train"][user]), audit.fitting(name, questions["val"][user]),
@@ -91,12 +92,11 @@ def main() -> None:
 
 
 def heads_like_the_probe(
-    task: Task, base: Classifier, feature: dict[str, np.ndarray], prompt_of: dict[str, tuple[int, ...]]
+    task: Task, feature: dict[str, np.ndarray], size: float
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """User -> (W [C, width], b [C]) of the head that says nearly what pooled + user says."""
+    """User -> (W [C, width], b [C]) of the head that says nearly what pooled + user says. size: mean |h|."""
     C, everyone = len(task.labels), task.pooled("train")
     G, g = logits_of(np.stack([feature[e.text] for e in everyone]), numbers(task, everyone), C)
-    size = np.mean([float(norm_of(base, prompt_of[e.text])) for e in everyone[:: max(1, len(everyone) // 200)]])
     found = {}
     for user, own in task.train.items():
         f = np.stack([feature[e.text] for e in own])
@@ -120,13 +120,6 @@ def logits_of(x: np.ndarray, y: np.ndarray, C: int) -> tuple[np.ndarray, np.ndar
     else:
         W[known], b[known] = model.coef_, model.intercept_
     return W, b
-
-
-def norm_of(base: Classifier, prompt: tuple[int, ...]) -> torch.Tensor:
-    """|h| of a text's vector."""
-    rows = Rows.pack([prompt], base.device, causal=False)
-    with torch.no_grad():
-        return base.last_hidden(rows).mean(0).norm()
 
 
 def started(method: Method, base: Base, user: str, head: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
