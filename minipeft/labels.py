@@ -51,7 +51,15 @@ def begun(labels: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
             if i != j and other[: len(label)] == label]  # fmt: skip
 
 
-class LabelSet:
+class OneOf:
+    """Answers that are predicted as one of many: of all tokens, or of all classes."""
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Logits of read rows -> log-probabilities of what a target may be, fp32, both [M, vocab] or [M, C]."""
+        return F.log_softmax(logits.float(), dim=-1)
+
+
+class LabelSet(OneOf):
     """The labels of a task as tokens.
 
     Args:
@@ -108,16 +116,12 @@ class LabelSet:
         scores = picked.new_zeros(len(picked), len(self.labels))
         return scores.index_add_(1, self.owners, picked)
 
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits of read rows -> log-probabilities of what a target may be, fp32, both [M, vocab]."""
-        return F.log_softmax(logits.float(), dim=-1)
-
     def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Scores [questions, C] and right answers [questions] -> -log p of each right one, per label token."""
         return -scores[np.arange(len(right)), right] / self.lengths.numpy()[right]
 
 
-class Texts:
+class Texts(OneOf):
     """What users wrote in training and validation examples, as tokens: the answers of a generative task.
 
     A question's answer has a number, as a label has. Only that one is scored: others are not alternatives to it.
@@ -146,16 +150,12 @@ class Texts:
         picked = log_probs.gather(1, targets[:, None]).flatten().cpu()
         return torch.stack([own.mean() for own in picked.split([read.num_read for read in reads])])[:, None]
 
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits of read rows -> log-probabilities of what a target may be, fp32, both [M, vocab]."""
-        return F.log_softmax(logits.float(), dim=-1)
-
     def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Scores [questions, 1] -> -log p of each answer, per token; `right` is not read, for no other is scored."""
         return -scores[:, 0]
 
 
-class Classes:
+class Classes(OneOf):
     """The labels of a task as classes of an encoder's head (classifier.py): a LabelSet for bases that do not speak."""
 
     reads_per_question = rows_per_question = 1
@@ -173,10 +173,6 @@ class Classes:
     def scores(self, log_probs: Tensor, reads: Sequence[Read] = ()) -> Tensor:
         """[questions, C], as they are."""
         return log_probs
-
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """Logits -> log-probabilities of the classes, fp32, both [M, C]."""
-        return F.log_softmax(logits.float(), dim=-1)
 
     def nats(self, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Scores [questions, C] and right classes [questions] -> -log p of each right one."""

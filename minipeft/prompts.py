@@ -17,8 +17,9 @@ as PEFT-U's targets do, "anger, fear": its answers are the label sets it is give
 end with a full stop, as labels do in a prompt's examples, so that no set begins another; single
 labels do too where one of them begins another.
 
-In a generative task a language model writes: "Answer:" stands for "Label:", and what users wrote, up to ANSWER_TOKENS
-tokens of it, ends with the base's own end of text, so that the base learns to stop.
+In a generative task a language model writes: "Answer:" stands for "Label:", and what users wrote ends with the base's
+own end of text, so that the base learns to stop. Of what is longer than ANSWER_TOKENS tokens, the end included, that
+many are kept.
 """
 
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ class Prompts:
     ):  # fmt: skip
         if task.multi_label and sets is None:
             raise InputError(f"task {task.name!r} is multi-label; training takes tasks with one label per example")
+        if task.generative and sets is None:
+            raise InputError(f"task {task.name!r} is generative; only `minipeft.bench peftu` takes such tasks")
         self.task, self.tokenizer, self.max_tokens = task, tokenizer, max_tokens
         self._ask = lru_cache(REMEMBERED)(self.question)
         self.sets = list(sets) if task.multi_label or task.generative else [(label,) for label in task.labels]
@@ -122,10 +125,10 @@ class Prompts:
     def _answer(self, text: str, start: int | None, stop: int | None) -> Sequence[int]:
         """What is written, and its end unless it was cut. InputError where the base knows none."""
         end = [stop] if start is None else self.closing
-        if end == [None]:
+        if end in ([None], []):
             raise InputError(f"task {self.task.name!r} is generative, and this base's folder names no end of text: add "
-                             "eos_token_id to its config.json")  # fmt: skip
-        ids = [*token_ids(self.tokenizer, text if start is not None else f" {text}"), *end]
+                             "eos_token_id to a decoder's config.json, an end to a T5's tokenizer")  # fmt: skip
+        ids = [*token_ids(self.tokenizer, f" {text}" if text and start is None else text), *end]
         self.num_cut_answers += len(ids) > ANSWER_TOKENS
         return ids[:ANSWER_TOKENS]
 

@@ -16,15 +16,19 @@ from minipeft.labels import LabelSet, Question, Texts
 from minipeft.methods.lora import LoRA
 from minipeft.models.generate import generate, generate_from
 from minipeft.models.loading import load_model
-from minipeft.peftu import command
+from minipeft.peftu import command, runner
 from minipeft.peftu.asking import ANSWERS_CUT, Asking
 from minipeft.peftu.audit import Audit
+from minipeft.peftu.baselines import retrieval
+from minipeft.peftu.metrics import rouge_l
 from minipeft.peftu.protocol import FIXED
 from minipeft.peftu.records import load_records
-from minipeft.peftu.runner import TaskRun
-from minipeft.peftu.tidy import tidied
+from minipeft.peftu.runner import SILENT, Plan, TaskRun
+from minipeft.peftu.tidy import Tidied, load_tidied, tidied
 from minipeft.prompts import ANSWER_TOKENS, Prompts
-from minipeft.schedule import Job, TrainConfig
+from minipeft.running import prompts_of
+from minipeft.schedule import Adapter, Job, PassConfig, TrainConfig
+from minipeft.tasks.folder import TaskFolder
 from minipeft.tasks.task import Example, Task, load_task, save_task
 
 WRITTEN = {"ann": "red apples", "bob": "blue skies", "cem": "no idea", "dan": "green tea"}  # whatever they are asked
@@ -74,7 +78,7 @@ def test_a_generative_task_is_saved_and_loaded_and_refused_where_labels_are_need
 
 
 @pytest.mark.parametrize("line, said", [
-    ({"label": ["yes"]}, 'no field "target"'), ({"target": " "}, '"target" is empty'), ({"target": 3}, "of type int"),
+    ({"label": ["yes"]}, 'no field "target"'), ({"target": 3}, "of type int"),
 ])  # fmt: skip
 def test_a_bad_target_is_named(task, tmp_path, line, said):
     save_task(task, tmp_path)
@@ -82,6 +86,22 @@ def test_a_bad_target_is_named(task, tmp_path, line, said):
         file.write(json.dumps({"user": "ann", "id": "new", "text": "x"} | line) + "\n")
     with pytest.raises(InputError, match=rf"train.jsonl:41: .*{said}"):
         load_task(tmp_path, generative=True)
+
+
+def test_a_user_may_have_written_nothing(task, tmp_path):
+    """goodreads has empty reviews and Stack Exchange empty answers, and they are kept."""
+    silent = Example("ann", "nothing", "a question", ("",))
+    some = Task(task.name, task.instruction, (), False, task.train | {"ann": [silent, *task.train["ann"]]}, task.val,
+                task.test)  # fmt: skip
+    save_task(some, tmp_path)
+    assert load_tidied(tmp_path).task.train["ann"][0] == silent
+
+
+def test_training_refuses_a_generative_task(task, folder, bases):
+    base = load_model(bases["t5"])
+    for refused in (lambda: TaskFolder(folder), lambda: prompts_of(base, task.header)):
+        with pytest.raises(InputError, match=r"'musings' is (a )?generative"):
+            refused()
 
 
 # ---- Training ------------------------------------------------------------------------------------------------------
@@ -143,6 +163,15 @@ def test_long_answers_are_cut_and_counted(task, bases):
     assert asking.notes_of()[ANSWERS_CUT] == 1
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_who_wrote_nothing_ends_at_once(task, bases, kind):
+    base = load_model(bases[kind])
+    wrote = {"ann": [Example("ann", "n", "a question", ("",))]}
+    some = Task(task.name, task.instruction, (), False, task.train | wrote, task.val, task.test)
+    asking = Asking(base, some, FIXED, Audit(some))
+    assert asking.prompts.labels.texts[asking.questions()["train"]["ann"][0].label] == (base.stop_tokens[0],)
+
+
 def test_validation_is_lent_but_never_the_only_example(task):
     few = {user: own[: 1 + i] for i, (user, own) in enumerate(task.train.items())}
     lending = Task(task.name, task.instruction, (), False, few, {user: [] for user in few}, task.test)
@@ -167,21 +196,77 @@ def test_everybody_learns_to_write_as_they_do(task, folder, bases, kind, least, 
     assert made == {"retrieval", "zero_shot", "few_shot", "lora", "shared", "shared_user"} and len(names) == 12
     assert names["retrieval"]["accuracy"] == 100, "who always writes the same"
     assert names["lora"]["accuracy"] > least and names["zero_shot"]["accuracy"] < 5
-    assert names["lora"]["metrics"] == pytest.approx({"rouge_l": names["lora"]["accuracy"] / 100,
-                                                      "token_f1": names["lora"]["metrics"]["token_f1"]})  # fmt: skip
-    assert names["lora"]["paper_accuracy"] is None
-    assert kind == "gpt2" or names["lora"]["cold_start"]["8"]["accuracy"] > least / 2
-    (pair,) = [pair for pair in result["comparisons"] if (pair["a"], pair["b"]) == ("lora", "shared")]
-    assert pair["difference"] > 0 or kind == "gpt2"
+    assert names["lora"]["metrics"]["rouge_l"] == pytest.approx(names["lora"]["accuracy"] / 100)
+    assert names["lora"]["metrics"]["token_f1"] > least / 100 and names["lora"]["paper_accuracy"] is None
+    if kind == "t5":
+        assert names["lora"]["cold_start"]["8"]["accuracy"] > least / 2
+        (pair,) = [pair for pair in result["comparisons"] if (pair["a"], pair["b"]) == ("lora", "shared")]
+        assert pair["difference"] > 0
     assert result["audit"]["musings"]["fitted_answers"] == 4 * 13
-    assert "ROUGE-L" in (tmp_path / "report.html").read_text() and "Rouge" not in (tmp_path / "report.md").read_text()
+    assert "ROUGE-L" in (tmp_path / "report.html").read_text()
     before = {(each.name, each.seed): each for each in load_records(tmp_path)}
     assert run(*argv) == 0 and before == {(each.name, each.seed): each for each in load_records(tmp_path)}
+
+
+def test_the_nearest_texts_answer_is_retrieved_and_no_vote_is_held(task):
+    def example(number, text, wrote):
+        return Example("ann", f"n{number}", text, (wrote,))
+
+    own = [example(0, "a book about whales", "lovely"), example(1, "a book of poems", "meh"),
+           example(2, "one more book of poems", "meh")]  # fmt: skip
+    asked = [example(3, "a book about whales", "x"), example(4, "zzz", "x")]
+    little = Task("t", "Write.", (), False, {"ann": own}, {"ann": []}, {"ann": asked})
+    assert retrieval(little, Audit(little)) == {"ann": [("lovely",), ("lovely",)]}, "who shares no word: the first one"
+
+
+def test_rouge_knows_every_script():
+    plain = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    for text in ("Отличная книга", "とても良い", "!!!", "", "naïve façade"):
+        assert rouge_l(text, text) == 1, text
+    assert rouge_l("Отличная книга", "плохая книга") == pytest.approx(0.5) and rouge_l("!!!", "???") == 0
+    for said, wanted in (("The cats are running", "a cat ran, running!"), ("x_y 12", "y 12 x")):
+        assert rouge_l(said, wanted) == plain.score(wanted, said)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_answers_do_not_depend_on_how_many_are_written_at_once(task, bases, kind, tmp_path, monkeypatch):
+    def answers(at_once):
+        monkeypatch.setattr(runner, "WRITTEN_AT_ONCE", at_once)
+        plan = Plan(FIXED, {"lora": LoRA()}, passes=PassConfig(slots=3, token_budget=1000))
+        run_ = TaskRun(plan, Tidied(task), load_model(bases[kind]), tmp_path, print, print)
+        method = run_.methods["lora"]
+        rows = {user: method.initial_row(run_.base, i, user) for i, user in enumerate(WRITTEN)}
+        noise = torch.Generator().manual_seed(0)
+        adapters = {user: Adapter(user, method, row + torch.randn(len(row), generator=noise))
+                    for user, row in rows.items()}  # fmt: skip
+        asked = run_.questions("lora")["test"]
+        sizes = [sum(len(own) for _, own in group) for group in run_._batches(asked, 140)]
+        return sizes, run_.decoded(adapters, asked)
+
+    (many, said), (few, alone) = answers(4), answers(0.3)
+    assert sum(many) == sum(few) == 16 and len(many) == 2 < len(few)
+    assert said == alone and said[1] == 0 and len({*map(tuple, said[0].values())}) == 4, "everybody their own"
+
+
+def test_whose_logits_are_not_finite_says_nothing_and_is_counted(task, bases, tmp_path):
+    plan = Plan(FIXED, {"lora": LoRA()}, passes=PassConfig(slots=3))
+    run_ = TaskRun(plan, Tidied(task), load_model(bases["t5"]), tmp_path, print, print)
+    method = run_.methods["lora"]
+    rows = {user: method.initial_row(run_.base, 0, user) for user in WRITTEN}
+    rows["bob"] = torch.full_like(rows["bob"], 1e30)
+    said, silent = run_.decoded({user: Adapter(user, method, row) for user, row in rows.items()},
+                                run_.questions("lora")["test"])  # fmt: skip
+    assert silent == 4 and said["bob"] == [""] * 4 and all(said["ann"])
+    record = run_.record("lora", "personal", 0, "d", run_.written(
+        {user: Adapter(user, method, row) for user, row in rows.items()}, run_.questions("lora")["test"])[0],
+        silent=silent)  # fmt: skip
+    assert record.notes[SILENT] == 4 and record.accuracy[record.users.index("bob")] == 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_what_is_measured_is_what_the_base_says(task, bases, kind, tmp_path, monkeypatch):
     """Through a LoRA that changes nothing: the base's own generation, sequence by sequence."""
+    pytest.importorskip("rouge_score")
     monkeypatch.setattr(command, "report_writer", lambda: lambda out: out / "report.html")
     save_task(task, tmp_path / "task")
     asked = ("--tasks", tmp_path / "task", "--model", bases[kind], "--methods", "lora", "--epochs", 1, "--lrs", "1e-3")
@@ -196,6 +281,7 @@ def test_what_is_measured_is_what_the_base_says(task, bases, kind, tmp_path, mon
     assert run(*asked, "--out", tmp_path / "out") == 0
     run_, answers = said["zero_shot"]
     base, questions = load_model(bases[kind]), run_.questions("lora")["test"]
+    assert [len(own) for own in answers.values()] == [4] * 4
     for user, own in answers.items():
         for question, (text,) in zip(questions[user], own):
             alone = (generate_from if kind == "t5" else generate)(base, [question.prompt], ANSWER_TOKENS)[0]

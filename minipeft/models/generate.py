@@ -28,6 +28,10 @@ from minipeft.randomness import generator
 HooksOf = Callable[[np.ndarray, int | None], Hooks]
 
 
+class NotFinite(ValueError):
+    """Logits that no token can be chosen by."""
+
+
 @dataclass
 class Shelf:
     """Keys and values of sequences of one padded length.
@@ -208,7 +212,7 @@ class Sampling:
         """logits [n, vocab], draws [n] uniform in [0, 1) -> tokens [n]. ValueError if a logit is NaN or +inf."""
         largest, likeliest = logits.max(-1, keepdim=True)  # NaN where any is
         if not largest.isfinite().all():
-            raise ValueError(f"generate: the logits of {int((~largest.isfinite()).sum())} of {len(logits)} sequences "
+            raise NotFinite(f"generate: the logits of {int((~largest.isfinite()).sum())} of {len(logits)} sequences "
                              "are NaN or infinite; look for such numbers in the base's weights and in the adapters, or "
                              "take a dtype with more range.")  # fmt: skip
         if self.temperature == 0:

@@ -22,7 +22,7 @@ from minipeft.tasks.task import SPLITS, Example, Task
 
 PUBLISHED_LENGTH = 512  # tokens of a prompt, where the base has no limit of its own
 PUBLISHED_SEED = 42
-ANSWERS_CUT = f"answers of training and validation cut after {ANSWER_TOKENS} tokens"
+ANSWERS_CUT = f"different answers of training and validation cut after {ANSWER_TOKENS} tokens"
 
 Shot = tuple[str, str]  # a text and its label, as a prompt shows them
 

@@ -91,7 +91,8 @@ def _nearest_vote(task: Task, index: bm25s.BM25 | None, known: list[Example], te
     if not words:
         return None
     scores = index.get_scores(words)  # [len(known)]
-    nearest = [i for i in np.argsort(-scores, kind="stable")[:NEAREST] if scores[i] > 0]
+    nearest = [i for i in np.argsort(-scores, kind="stable")[: 1 if task.generative else NEAREST]
+               if scores[i] > 0]  # fmt: skip
     votes = Counter(_ordered(task, known[i].label) for i in nearest)  # in the order of nearness
     return max(votes, key=votes.get, default=None)
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.engine import Engine
-from minipeft.labels import Answerable, Question
+from minipeft.labels import Answerable, Question, Texts
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
 from minipeft.models.trunk import above_frozen
@@ -198,17 +198,16 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
 def flops_per_row(
     base: Base, labels: Answerable, method: Method, questions: Sequence[Question], under: Adapter | None = None,
 ) -> float:  # fmt: skip
-    """Counted floating-point operations of a training step, forward and backward, per row of its prompts.
+    """Counted floating-point operations of a training step, forward and backward, per row (`asked_rows`).
 
-    What is read beside them, as a T5's targets, is in the count and not among the rows (`rows_trained`). By
-    PyTorch's counter, which sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which
-    it does not see: theirs are taken as 6 per trained number and row, and as 4 of an adapter under them, whose weights
-    have no gradient.
+    What is read beside those rows, as a T5's labels, is in the count and not among them. By PyTorch's counter, which
+    sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
+    are taken as 6 per trained number and row, and as 4 of an adapter under them, whose weights have no gradient.
     """
     engine = Engine(base, labels, PassConfig(slots=1))
     run = engine.begin(Job("counted", questions, questions, TrainConfig(method), under=under))
     asked = [questions[i] for i in run.upcoming]
-    rows = sum(len(question.prompt) + sum(method.virtual(base)) for question in asked)
+    rows = sum(asked_rows(labels, question) + sum(method.virtual(base)) for question in asked)
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])
     unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
@@ -240,8 +239,16 @@ def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:
             for kind, moved in of.items()}  # fmt: skip
 
 
-def rows_trained(trained: Trained, virtual: int) -> Mapping[str, int]:
+def asked_rows(labels: Answerable, question: Question) -> int:
+    """A question's rows, by which operations are shared out: its prompt's, and its answer's where users write."""
+    if isinstance(labels, Texts):
+        read = labels.training_read(question)
+        return len(read.tokens) + len(read.inputs)
+    return len(question.prompt)
+
+
+def rows_trained(trained: Trained, labels: Answerable, virtual: int) -> Mapping[str, int]:
     """User -> rows of all of the user's training steps, virtual tokens included."""
     return {learner.user: trained.adapters[learner.user].metrics["epochs"]
-            * sum(len(question.prompt) + virtual for question in learner.train)
+            * sum(asked_rows(labels, question) + virtual for question in learner.train)
             for learner in trained.cell.learners}  # fmt: skip

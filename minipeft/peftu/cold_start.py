@@ -128,7 +128,7 @@ def _cell(run: TaskRun, name: str, known: Asking, shared: Cell) -> Cell:
 
 def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter], known: Asking) -> dict[str, float]:
     asked = run.questions(name, known)["test"]
-    answers = run.written(adapters, asked) if run.task.generative else run.answers(run.score(adapters, asked))
+    answers = run.written(adapters, asked)[0] if run.task.generative else run.answers(run.score(adapters, asked))
     return {user: _mean_score(run, user, own) for user, own in answers.items()}
 
 

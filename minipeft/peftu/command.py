@@ -42,7 +42,8 @@ from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_
 from minipeft.tasks.task import KINDS, Task
 
 METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
-LIBRARIES = {"scipy": "scipy", "sklearn": "scikit-learn", "bm25s": "bm25s", "triton": "triton"}  # module -> package
+LIBRARIES = {"scipy": "scipy", "sklearn": "scikit-learn", "bm25s": "bm25s", "triton": "triton",
+             "rouge_score": "rouge-score"}  # module -> package  # fmt: skip
 RESULT = "result.json"  # in OUT, once a task is done
 PASSES = PassConfig(slots=64, token_budget=4096)
 

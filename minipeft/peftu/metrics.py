@@ -9,7 +9,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from minipeft.errors import InputError
 
 Labels = tuple[str, ...]
 BINS = 10
+WORD = re.compile(r"[^\W_]+")  # of a written answer
 
 
 def scores(answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
@@ -117,19 +118,37 @@ def text_metrics(answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[st
             "token_f1": _mean(token_f1(answer, truth) for (answer,), (truth,) in zip(answers, truths))}  # fmt: skip
 
 
+@lru_cache(1 << 14)
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of stemmed words (Lin 2004), by the library rouge-score."""
-    return _rouge().score(reference, answer)["rougeL"].fmeasure
+    """F1 of the longest common subsequence of stemmed words (Lin 2004), by the library rouge-score.
+
+    Words are runs of letters and digits of any script; the library's own are of a-z and 0-9 alone, and a text of others
+    would score 0 against itself. Where neither has a word it is whether they are the same.
+    """
+    if not any(map(WORD.search, (answer, reference))):
+        return float(answer.strip() == reference.strip())
+    return rouge().score(reference, answer)["rougeL"].fmeasure
 
 
 @cache
-def _rouge():
-    """InputError if rouge-score is not installed."""
+def rouge():
+    """What counts ROUGE-L. InputError if rouge-score is not installed."""
     try:
+        from nltk.stem.porter import PorterStemmer  # rouge-score's own stemmer
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise InputError("generative tasks are scored by rouge-score: pip install 'minipeft[protocol]'") from None
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words(PorterStemmer()))
+
+
+class _Words:
+    """A tokenizer for rouge-score. stemmer: of words of more than three characters, as the library has it."""
+
+    def __init__(self, stemmer):
+        self.stem = cache(stemmer.stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        return [self.stem(word) if len(word) > 3 else word for word in WORD.findall(text.lower())]
 
 
 def token_f1(answer: str, reference: str) -> float:

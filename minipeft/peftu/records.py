@@ -33,7 +33,8 @@ class Record:
     metrics:         other scores, one per user: macro_f1, jaccard, ...; None where one is not defined.
     pooled:          the same of all users' test examples at once, and "ece" where labels are scored.
     paper_accuracy:  accuracy under the published scoring, per user; None where that scoring cannot be applied.
-    fixed_accuracy:  of the answer of the highest likelihood, whatever the mode: share right, or Jaccard.
+    fixed_accuracy:  of the answer of the highest likelihood, whatever the mode: share right, or Jaccard; of a
+                     written answer ROUGE-L.
                      None in records of before it was kept.
     num_train:       training examples of each user.
     digest:          of everything that determines the record: task, base, method, settings, seed.

@@ -163,7 +163,7 @@ def ranked_by(mode: str) -> str:
     """Which of the two scorings the accuracies, intervals and comparisons are of."""
     kind = {"fixed": "the fixed scoring", "paper": "the published scoring"}.get(mode, "its own scoring")
     return (f"Mode {mode} ranks by {kind}: every accuracy, interval and comparison is of that one. Both scorings stand "
-            "under each task.")  # fmt: skip
+            "under each task of labels.")  # fmt: skip
 
 
 def luck(result: dict) -> str:

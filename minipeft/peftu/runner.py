@@ -12,7 +12,7 @@ again.
 import resource
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +26,24 @@ from minipeft.errors import InputError
 from minipeft.labels import Question, Tags
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
+from minipeft.models.generate import NotFinite
 from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.asking import Asking, Questions
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import Answers
-from minipeft.peftu.cells import Cell, Learner, Trained, digest_of, flops_per_row, movement, rows_trained, train_cells
-from minipeft.peftu.metrics import Labels, Scored, label_metrics, scores, text_metrics, text_scores
+from minipeft.peftu.cells import (
+    Cell,
+    Learner,
+    Trained,
+    asked_rows,
+    digest_of,
+    flops_per_row,
+    movement,
+    rows_trained,
+    train_cells,
+)
+from minipeft.peftu.metrics import Labels, Scored, label_metrics, rouge, scores, text_metrics, text_scores
 from minipeft.peftu.probes import chosen_labels
 from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
 from minipeft.peftu.records import UNANSWERED, Record, file_name, load_record, record_path, save_record
@@ -49,6 +60,8 @@ from minipeft.training import EVERYONE
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
 FEW = 4  # users who are trained for a profile
+WRITTEN_AT_ONCE = 4  # times a training pass's rows: no activations are kept
+SILENT = "test examples answered by nothing, for logits were not finite"
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,8 @@ class TaskRun:
         self.base = base
         if self.task.generative and plan.mode == "paper":
             raise InputError(f"task {self.task.name!r} is generative; --mode paper is for labels: leave it out")
+        if self.task.generative:
+            rouge()  # is it there?
         self.methods, self.left_out = self._methods()
         check_settings(out, self.task.name, self._settings)
         self.chosen: dict[str, float] = {}
@@ -286,7 +301,8 @@ class TaskRun:
     def _step_cost(self, name: str) -> float:
         """Operations of a training pass over one text, of this method."""
         method, question = self._method(name), self.questions(name)["train"][self.users[0]][0]
-        return self._flops(name) * (len(question.prompt) + sum(method.virtual(self.base)))
+        rows = asked_rows(self.asking.prompts.labels, question) + sum(method.virtual(self.base))
+        return self._flops(name) * rows
 
     def _flops(self, name: str) -> float:
         """Per row of a training step; the adapter that lies under it acts in it."""
@@ -338,33 +354,74 @@ class TaskRun:
     def replies(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, Any]:
         """`answers`, and what `record` wants beside them: `scored` where labels are, `decoded` where a T5 says them."""
         if self.task.generative:
-            return {"answers": self.written(adapters, questions)}
+            return dict(zip(("answers", "silent"), self.written(adapters, questions)))
         scored = self.score(adapters, questions)
-        return {"answers": self.answers(scored), "scored": self.scored(scored),
-                "decoded": self.decoded(adapters, questions) if isinstance(self.base, T5) else None}  # fmt: skip
+        found = {"answers": self.answers(scored), "scored": self.scored(scored)}
+        said = self.decoded(adapters, questions) if isinstance(self.base, T5) else ()
+        return found | dict(zip(("decoded", "silent"), said))
 
-    def written(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[Labels]]:
-        """The answers of a generative task."""
-        said = self.decoded(adapters, questions)
-        return {user: [(text.strip(),) for text in own] for user, own in said.items()}
+    def written(
+        self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]
+    ) -> tuple[dict[str, list[Labels]], int]:
+        """The answers of a generative task, and how many of them could not be written."""
+        said, silent = self.decoded(adapters, questions)
+        return {user: [(text.strip(),) for text in own] for user, own in said.items()}, silent
 
-    def decoded(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, list[str]]:
-        """What a language model says, greedily, through adapters of one method."""
-        passes, found = self.plan.passes, {}
-        speaking = Engine(self.base, self.asking.prompts.labels, passes)
-        users = [user for user in adapters if questions[user]]
-        for start in range(0, len(users), passes.slots):
-            group = users[start : start + passes.slots]
-            places = [speaking.admit(user, a.method, a.row, under=a.under, name=user)
-                      for user, a in ((user, adapters[user]) for user in group)]  # fmt: skip
-            asked = [(*place, [q.prompt for q in questions[user]]) for place, user in zip(places, group)]
-            method = adapters[group[0]].method
-            most = ANSWER_TOKENS if self.task.generative else answer_tokens(method)
-            for user, said in zip(group, speaking.generate(asked, most)):
-                found[user] = [self.asking.prompts.tokenizer.decode(tokens) for tokens in said]
+    def decoded(
+        self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]
+    ) -> tuple[dict[str, list[str]], int]:
+        """What a language model says, greedily, through adapters of one method. And to how many questions it says
+        nothing, for its logits are not finite."""
+        method = next(iter(adapters.values())).method
+        most = ANSWER_TOKENS if self.task.generative else answer_tokens(method)
+        beside, silent = sum(method.virtual(self.base)) + most, 0
+        engine = Engine(self.base, self.asking.prompts.labels, self.plan.passes)
+        found = {user: [] for user in adapters}
+        for group in self._batches({user: questions[user] for user in adapters}, beside):
+            for user, said in self._said(engine, adapters, group, most):
+                silent += said is None
+                found[user].append("" if said is None else self._text(said))
+        return found, silent
+
+    def _batches(self, questions: dict[str, list[Question]], beside: int) -> Iterator[list[tuple[str, list[Question]]]]:
+        """Users with some of their questions: what is answered at a time. beside: rows of each question but its
+        prompt's."""
+        group, used = [], 0
+        for user, own in questions.items():
+            for question in own:
+                rows, new = len(question.prompt) + beside, not group or group[-1][0] != user
+                full = new and len(group) == self.plan.passes.slots
+                if group and (full or used + rows > WRITTEN_AT_ONCE * self.plan.passes.token_budget):
+                    yield group
+                    group, used, new = [], 0, True
+                if new:
+                    group.append((user, []))
+                group[-1][1].append(question)
+                used += rows
+        if group:
+            yield group
+
+    def _said(
+        self, engine: Engine, adapters: dict[str, Adapter], group: list[tuple[str, list[Question]]], most: int
+    ) -> list[tuple[str, list[int] | None]]:
+        """User and tokens of each answer, in order; None where the user's logits are not finite."""
+        places = [engine.admit(user, a.method, a.row, under=a.under, name=user)
+                  for user, a in ((user, adapters[user]) for user, _ in group)]  # fmt: skip
+        try:
+            asked = [(*place, [q.prompt for q in own]) for place, (_, own) in zip(places, group)]
+            new = engine.generate(asked, most)
+            return [(user, tokens) for (user, _), own in zip(group, new) for tokens in own]
+        except NotFinite:
+            if len(group) == 1:
+                return [(group[0][0], None) for _ in group[0][1]]
+        finally:
             for place in places:
-                speaking.evict(*place)
-        return found
+                engine.evict(*place)
+        return [each for one in group for each in self._said(engine, adapters, [one], most)]
+
+    def _text(self, tokens: list[int]) -> str:
+        ended = bool(tokens) and tokens[-1] in self.base.stop_tokens
+        return self.asking.prompts.tokenizer.decode(tokens[: len(tokens) - ended])
 
     def graded(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
         """A score from 0 to 1 of each answer: right or not, Jaccard's measure, or of a text ROUGE-L."""
@@ -377,26 +434,31 @@ class TaskRun:
 
     def record(
         self, name: str, kind: str, seed: int, digest: str, answers: Answers, *,
-        scored: Scored | None = None, decoded: dict[str, list[str]] | None = None, **facts,
+        scored: Scored | None = None, decoded: dict[str, list[str]] | None = None, silent: int = 0, **facts,
     ) -> Record:  # fmt: skip
-        """The record of these answers to the test examples; those that are None are left out and counted."""
+        """The record of these answers to the test examples; those that are None are left out and counted.
+
+        silent: test examples to which the base said nothing, for its logits were not finite.
+        """
         task, notes = self.task, self.tidied.notes | facts.pop("more_notes", {})
         known = {user: [i for i, answer in enumerate(answers[user]) if answer is not None] for user in self.users}
         users = [user for user in self.users if known[user]]
         unknown = sum(len(answers[user]) - len(known[user]) for user in self.users)
-        notes |= {UNANSWERED: unknown} if unknown else {}
+        notes |= {what: number for what, number in ((UNANSWERED, unknown), (SILENT, silent)) if number}
         correct, fixed, metrics, paper, all_said, all_truths = [], [], {}, [], [], []
         for user in users:
             truths = [task.test[user][i].label for i in known[user]]
             said = [answers[user][i] for i in known[user]]
-            fixed.append(float(np.mean(self.graded(said, truths))))
+            graded = self.graded(said, truths)
+            fixed.append(float(np.mean(graded)))
             if not task.generative:
                 texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
                 right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
                 paper.append(float(np.mean(right)))
                 if self.protocol.decoded and decoded is not None:
                     said = [published_reading(text, task.labels) for text in texts]
-            correct.append(right if self.protocol.any_hit else self.graded(said, truths))
+                graded = right if self.protocol.any_hit else self.graded(said, truths)
+            correct.append(graded)
             for metric, value in self._metrics(said, truths).items():
                 metrics.setdefault(metric, []).append(value)
             all_said += said
@@ -418,7 +480,7 @@ class TaskRun:
         own = best.adapters
         adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
         replies = self.replies(adapters, questions["test"])
-        rows = rows_trained(best, sum(method.virtual(self.base)))
+        rows = rows_trained(best, self.asking.prompts.labels, sum(method.virtual(self.base)))
         # shared_user stands on shared, whose seconds have the lower layers'
         seconds = best.seconds + (self.lower_seconds if name != SHARED_USER else 0.0)
         trained_for = len(self.task.users) if name == SHARED else len(own)

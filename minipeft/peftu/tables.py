@@ -79,8 +79,8 @@ def accuracy_table(figures: dict[str, dict]) -> Table:
                               "users below own majority", "users", "test examples", "seeds"],
                  rows, note="Worst tenth: mean over the tenth of the users who are worst off. Pooled: over all test "
                  "examples at once. Fixed scoring: of the answer of the highest likelihood, share of right ones, or "
-                 "Jaccard's measure. Published scoring: of decoded text on a T5, else of the answered label's name; of "
-                 "several labels one right one is enough.")  # fmt: skip
+                 "Jaccard's measure; ROUGE-L where users write. Published scoring: of decoded text on a T5, else of "
+                 "the answered label's name; of several labels one right one is enough.")  # fmt: skip
 
 
 def comparison_table(title: str, pairs: list[dict], family: int, folded: bool = False) -> Table:

@@ -69,20 +69,18 @@ def tidied(task: Task, new_users: Sequence[str] = ()) -> Tidied:
 def _lent(user: str, own: Sequence[Example], generative: bool) -> tuple[list[Example], list[Example]]:
     """A user's training examples: those that still are, and those given for validation, perhaps none.
 
-    Of a generative task those that are drawn first, never the only one. Else stratified: the j-th drawn of s examples
-    with the same labels lies at a random place between j / s and (j + 1) / s, and the first of all are taken, but none
-    that is the last one left of any of its labels.
+    Stratified: the j-th drawn of s examples with the same labels lies at a random place between j / s and (j + 1) / s,
+    and the first of all are taken, but none that is the last one left of any of its labels. In a generative task all
+    examples are alike.
     """
     number, draw, alike = max(1, round(VALIDATION_SHARE * len(own))), generator(0, user, "validation"), {}
-    if generative:
-        taken = {int(i) for i in draw.permutation(len(own))[: min(number, len(own) - 1)]}
-        return [e for i, e in enumerate(own) if i not in taken], [e for i, e in enumerate(own) if i in taken]
+    labels = [("",) if generative else example.label for example in own]
     for i in draw.permutation(len(own)):
-        alike.setdefault(own[i].label, []).append(int(i))
+        alike.setdefault(labels[i], []).append(int(i))
     places = {i: (j + draw.random()) / len(same) for same in alike.values() for j, i in enumerate(same)}
-    left, taken = Counter(label for example in own for label in example.label), set()
+    left, taken = Counter(label for each in labels for label in each), set()
     for i in sorted(places, key=places.__getitem__):
-        if len(taken) < number and all(left[label] > 1 for label in own[i].label):
-            left.subtract(own[i].label)
+        if len(taken) < number and all(left[label] > 1 for label in labels[i]):
+            left.subtract(labels[i])
             taken.add(i)
     return [e for i, e in enumerate(own) if i not in taken], [e for i, e in enumerate(own) if i in taken]

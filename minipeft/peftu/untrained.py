@@ -69,11 +69,12 @@ class Untrained:
         return self._bytes_of_texts() if name == "retrieval" else int(name == "own_majority")
 
     def _bytes_of_texts(self, most: float = math.inf) -> int:
-        """Of a user's labelled texts, or of so many of them of mean length; mean over users."""
+        """Of a user's labelled texts, or of so many of them of mean length; mean over users. A label is a number."""
         kept = 0.0
         for user in self.users:
             own = self.task.train[user]
-            kept += sum(len(example.text.encode()) + 1 for example in own) * min(1, most / len(own))
+            labels = sum(len(example.label[0].encode()) if self.task.generative else 1 for example in own)
+            kept += (labels + sum(len(example.text.encode()) for example in own)) * min(1, most / len(own))
         return round(kept / len(self.users))
 
     def _untrained(self, asking: Asking, shots: int) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from minipeft.errors import InputError
-from minipeft.tasks.task import Example, Header, _field, _parse_line, _parse_object, _read, _read_header
+from minipeft.tasks.task import Example, _field, _parse_line, _parse_object, _read, _read_header, labels_needed
 
 SPLITS = ("train", "val")  # what training reads
 
@@ -32,7 +32,7 @@ class TaskFolder:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"no folder {folder}; needed a task's folder with task.json and train, val, test .jsonl")
-        self.header = Header(*_read_header(folder / "task.json"))
+        self.header = labels_needed(_read_header(folder / "task.json"), folder)
         digest, numbers = hashlib.sha256(_read(folder / "task.json")), {}
         self._splits = {split: _Split(folder / f"{split}.jsonl", numbers, digest) for split in SPLITS}
         for split in self._splits.values():
@@ -59,7 +59,7 @@ class TaskFolder:
         for name in SPLITS:
             splits.append([])
             for place, line in self._splits[name].lines_of(self._numbers[user]):
-                example = _parse_line(line, place, self.header.labels, self.header.multi_label)
+                example = _parse_line(line, place, self.header)
                 if example.user != user:
                     raise InputError(f"{place} was changed while it was in use; start again")
                 if example.id in places:

@@ -145,9 +145,7 @@ def load_task(
     if not folder.is_dir():
         raise InputError(f"load_task: no folder {folder}; needed a folder with task.json and train, val, test .jsonl")
     header = _read_header(folder / "task.json")
-    if header.generative and not generative:
-        raise InputError(f"load_task: {folder / 'task.json'}: {header.name!r} is a generative task; needed one of "
-                         "labels: only `python -m minipeft.bench peftu` takes tasks in which users write")
+    header = header if generative else labels_needed(header, folder)
     folder = _split_folder(folder, kind)
     splits: dict[str, dict[str, list[Example]]] = {}
     places: dict[tuple[str, str], str] = {}                # (user, id) -> where it was first read
@@ -180,6 +178,14 @@ def load_task(
                          f"test: {_some(untrained)}; needed at least one each: drop these users or split again")
     val, test = ({user: splits[split].get(user, []) for user in train} for split in ("val", "test"))
     return Task(header.name, header.instruction, header.labels, header.multi_label, train, val, test)
+
+
+def labels_needed(header: Header, folder: str | Path) -> Header:
+    """The header of the task in that folder. Raises InputError if it is generative."""
+    if header.generative:
+        raise InputError(f"{Path(folder) / 'task.json'}: {header.name!r} is a generative task; needed one of "
+                         "labels: only `python -m minipeft.bench peftu` takes tasks in which users write")
+    return header
 
 
 def save_task(task: Task, folder: str | Path) -> None:
@@ -244,10 +250,7 @@ def _parse_line(line: bytes, place: str, task: Header) -> Example:
         if not value.strip():
             raise InputError(f"load_task: {place}: \"{name}\" is empty; needed at least one visible character")
     if task.generative:
-        target = _field(fields, "target", str, place)
-        if not target.strip():
-            raise InputError(f"load_task: {place}: \"target\" is empty; needed at least one visible character")
-        return Example(user, id_, text, (target,))
+        return Example(user, id_, text, (_field(fields, "target", str, place),))
     label = _strings(fields, "label", place)
     if not label or (len(label) > 1 and not task.multi_label):
         needed = "at least one" if task.multi_label else "exactly one, for task.json says multi_label is false"
