@@ -1,6 +1,6 @@
 """Do personal adapters get past the pooled + user probe if they start where it ends? On an encoder, single labels.
 
-    python benchmarks/from_probe.py --task DIR --model FOLDER [--top-layers 2] [--epochs 3]
+    python benchmarks/from_probe.py --task DIR --model FOLDER [--top-layers 2] [--epochs 3] [--lrs 1e-3,3e-3,1e-2]
 
 The probe is two logistic regressions, a user's on top of everybody's (peftu/probes.py). Nearly all of it is a head:
 
@@ -27,9 +27,10 @@ from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.loading import load_model
-from minipeft.models.trunk import Trunk, keep_top
+from minipeft.models.trunk import Trunk, above_frozen, keep_top
 from minipeft.peftu.asking import Asking
 from minipeft.peftu.audit import Audit
+from minipeft.peftu.command import rates
 from minipeft.peftu.features import means
 from minipeft.peftu.probes import FAR, MAX_STEPS, STRENGTH, probe_scores
 from minipeft.peftu.protocol import FIXED
@@ -39,7 +40,6 @@ from minipeft.schedule import Job, PassConfig
 from minipeft.stats import bootstrap_mean
 from minipeft.tasks.task import Task
 
-RATES = (1e-3, 3e-3, 1e-2)
 PASSES = PassConfig(slots=64, token_budget=4096)
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--top-layers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lrs", type=rates, default=(1e-3, 3e-3, 1e-2))
     args = parser.parse_args()
     task = load_tidied(args.task).task
     if task.multi_label:
@@ -74,9 +75,9 @@ def main() -> None:
         starts = {user: started(method, base, user, heads[user]) for user in users}
         jobs = [Job(user, audit.fitting(name, questions["train"][user]), audit.fitting(name, questions["val"][user]),
                     FIXED.config(method, rate, 0, args.epochs), f"{rate:g} {user}", starts[user])
-                for rate in RATES for user in users]  # fmt: skip
-        adapters = Engine(base, asking.prompts.labels, PASSES).train(jobs)
-        loss = {rate: np.mean([best_loss(adapters[f"{rate:g} {user}"].metrics) for user in users]) for rate in RATES}
+                for rate in args.lrs for user in users]  # fmt: skip
+        adapters = Engine(above_frozen(base, method), asking.prompts.labels, PASSES).train(jobs)
+        loss = {rate: np.mean([best_loss(adapters[f"{rate:g} {user}"].metrics) for user in users]) for rate in args.lrs}
         best = min(loss, key=loss.get)
         if name == "head":
             some = {user: replace(adapters[f"{best:g} {user}"], row=starts[user]) for user in users}
