@@ -33,6 +33,7 @@ from minipeft.default_base import SHAPE, default_base, initialise
 from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.labels import LabelSet, Question
+from minipeft.lanes import lanes_of
 from minipeft.methods.lora import LoRA
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
@@ -344,8 +345,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="where LoRA of rank 8 acts (default: q,v)")
     parser.add_argument("--top-layers", type=int, metavar="N",
                         help="act in the last N layers only; an encoder's lower ones run once per distinct text")
-    parser.add_argument("--token-budget", type=int, default=PASSES.token_budget, metavar="N",
-                        help=f"rows of a fused pass at most (default: {PASSES.token_budget}); fewer take less memory")
+    parser.add_argument("--token-budget", type=int, metavar="N",
+                        help=f"rows of a fused pass at most; fewer take less memory (default: {PASSES.token_budget}, "
+                             "twice as many with --top-layers, where few layers keep something for a row)")
+    parser.add_argument("--lanes", type=int, metavar="N",
+                        help="parts of a fused pass that run side by side on a CPU (default: one for each core; with "
+                             "the default base one, for its operations are too short)")
     parser.add_argument("--published-steps", type=int, default=PUBLISHED_STEPS, metavar="N",
                         help=f"steps of each user by the published protocol, 1 to {STEPS}: it is slow (default: "
                              f"{PUBLISHED_STEPS})")
@@ -368,7 +373,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown := [name for name in args.bases if name not in BASES]:
         parser.error(f"--bases: there is no {unknown[0]!r}; choose of {', '.join(BASES)}")
     args.method = replace(METHOD, sites=args.sites)
-    args.passes = replace(PASSES, token_budget=args.token_budget)
+    budget = args.token_budget or PASSES.token_budget * (1 if args.top_layers is None else 2)
+    args.passes = replace(PASSES, token_budget=budget, lanes=args.lanes or lanes_of(args))
     args.passes.check()
     return args
 

@@ -4,6 +4,8 @@
     gradient  : each user's is what they would have had alone, because nobody else's loss depends on their row
     step      : one AdamW launch over the rows in the pass, each with its own step count and learning rate
 
+On a CPU a pass may run in lanes (lanes.py): users side by side, a lane's a pass of their own.
+
 `run` takes many users to the end of their own plans (schedule.py), a pass at a time; `train` is that in one call.
 `score` asks trained users' models questions. Where memory does not hold a pass, its halves go one after the other.
 """
@@ -12,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from threading import Lock
 
 import numpy as np
 import torch
@@ -21,6 +25,7 @@ from minipeft.acting import Acting
 from minipeft.batch import Batch, Group, Part, groups_of, pack, shared_tokens
 from minipeft.errors import InputError
 from minipeft.labels import Answerable, Question
+from minipeft.lanes import Lanes
 from minipeft.methods.method import Method, Residents, Share
 from minipeft.models.classifier import Base
 from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
@@ -34,6 +39,7 @@ from minipeft_kernels.adamw import AdamWSettings, adamw_
 from minipeft_kernels.backend import backend
 from minipeft_kernels.segments import TILE, Segments
 
+COUNTING = Lock()  # of all Totals: lanes count in the same
 LEAST_SHARED = 8  # first tokens of prompts: for fewer, splitting sequences does not pay
 # What PyTorch says on a CPU; CUDA to PyTorch and to Triton; cuBLAS, of its workspace.
 NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
@@ -54,17 +60,19 @@ class Totals:
     planning: float = 0.0
 
     @contextmanager
-    def planned(self) -> Iterator[None]:
-        """What runs inside is planning."""
+    def planned(self, lanes: int = 1) -> Iterator[None]:
+        """What runs inside is planning, beside that of so many lanes."""
         began = time.perf_counter()
         with region("plan"):
             yield
-        self.planning += time.perf_counter() - began
+        with COUNTING:
+            self.planning += (time.perf_counter() - began) / lanes
 
     def count(self, batch: Batch) -> None:
-        self.passes += 1
-        self.rows += batch.num_rows
-        self.tokens += batch.num_real_rows
+        with COUNTING:
+            self.passes += 1
+            self.rows += batch.num_rows
+            self.tokens += batch.num_real_rows
 
 
 class DoesNotFit(InputError):
@@ -255,7 +263,32 @@ class Engine:
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
-        with self.totals.planned():
+        lanes = self._lanes_of(chosen)
+        if len(lanes) == 1:
+            self._train_lane(chosen)
+            return
+        self._threads.run([partial(self._train_lane, lane, len(lanes)) for lane in lanes])
+
+    def _lanes_of(self, chosen: Sequence[Run]) -> list[Sequence[Run]]:
+        """Of about as many rows each, and sorted as these are. One lane where they would be in each other's way: ranks
+        agree on each pass, parameters are derived for a pass; and under the profiler, which watches one thread."""
+        most = min(self.passes.lanes, len(chosen))
+        derived = any(actor.derived for bank in {run.bank for run in chosen} for actor in self._banks[bank].actors)
+        together = derived or self.model.lockstep is not None or torch.autograd._profiler_enabled()
+        if most == 1 or together or backend(self.model.device) != "torch":
+            return [chosen]
+        rows = {run.job.key: run.minibatch(self.labels).num_rows for run in chosen}
+        lanes: list[list[Run]] = [[] for _ in range(most)]
+        for run in sorted(chosen, key=lambda run: -rows[run.job.key]):  # the largest first, each to who has least
+            min(lanes, key=lambda lane: sum(rows[other.job.key] for other in lane)).append(run)
+        return [sorted(lane, key=lambda run: (run.bank, run.slot)) for lane in lanes]
+
+    @cached_property
+    def _threads(self) -> Lanes:
+        return Lanes(self.passes.lanes)
+
+    def _train_lane(self, chosen: Sequence[Run], lanes: int = 1) -> None:
+        with self.totals.planned(lanes):
             parts = [run.minibatch(self.labels) for run in chosen]
             batch = pack(parts, self.model.device, self.model.causal)
             targets, weights = [], []

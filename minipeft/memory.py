@@ -63,7 +63,7 @@ def fitted(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Seq
     free = free_memory(base.device)
     while True:
         try:
-            kept, num_rows = _kept_bytes(replace(passes, slots=len(jobs)), base, labels, jobs)
+            kept, num_rows = _kept_bytes(replace(passes, slots=len(jobs), lanes=1), base, labels, jobs)
             break
         except (NoRoom, RuntimeError, MemoryError) as error:
             if not (isinstance(error, NoRoom) or out_of_memory(error)):

@@ -84,14 +84,17 @@ class PassConfig:
     deterministic: bool = False  # also the last bits, on a CPU alone: products in fixed tiles of one user's rows
     recompute: bool = False  # activation checkpointing: less memory, a third more work, on a CPU the same bits
     share: bool = True  # what all of a user's prompts begin with is read once a minibatch, where the base is a decoder
+    lanes: int = 1  # on a CPU: parts of a training pass that run side by side, each on its share of the cores
 
     def check(self, device: torch.device | None = None) -> None:
         """Raises InputError if a field makes no sense, or not on this device."""
-        for name in ("slots", "token_budget"):
+        for name in ("slots", "token_budget", "lanes"):
             if not (isinstance(value := getattr(self, name), int) and value >= 1):
                 raise InputError(f"{name} must be at least 1, got {value}")
         if self.deterministic and device is not None and device.type == "cuda":
             raise InputError("deterministic mode is not built for a GPU; leave it out, or take a CPU")
+        if self.lanes > 1 and device is not None and device.type == "cuda":
+            raise InputError(f"lanes must be 1 on a GPU, which runs a pass as a whole; got {self.lanes}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ known and there is room.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,6 +113,7 @@ class Trunk(Classifier):
         self.states = [torch.zeros(0, n, device=self.device, dtype=self.dtype) for n in widths]  # and the products
         self.num_rows = 0  # of `states` that hold some; the rest is room
         self.most_rows = most // sum(widths)
+        self._lock = Lock()  # lanes of a pass ask at once
         self._passing: list[Tokens] = []  # the last of `starts`, for which there is no room
         self.have(self._fitting(texts))
 
@@ -149,9 +151,10 @@ class Trunk(Classifier):
 
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """As Classifier's. Raises ValueError for rows with virtual tokens."""
-        places = self._places(rows)
         again = self.recompute and torch.is_grad_enabled()  # a layer that is computed again computes its products too
-        x, *products = (kept.index_select(0, places) for kept in self.states[: 1 if again else None])
+        with self._lock:  # those that pass are gone after the next call
+            places = self._places(rows)
+            x, *products = (kept.index_select(0, places) for kept in self.states[: 1 if again else None])
         for layer in self.encoder.layers[self.first :]:
             known = (products,) if products else ()  # which are overwritten
             x, products = run(self.encoder, layer, x, rows, hooks, *known), None

@@ -22,6 +22,7 @@ from minipeft.console import MINUTE, OneLineParser, check_device
 from minipeft.default_base import default_base
 from minipeft.errors import InputError
 from minipeft.files import write_file
+from minipeft.lanes import lanes_of
 from minipeft.models.checkpoint import read_json
 from minipeft.models.classifier import Base
 from minipeft.models.loading import load_model
@@ -218,7 +219,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     first = 42 if args.mode == "paper" else 0
     carried, origin = carried_from(args.lrs_from) if args.lrs_from else ((), "")
     return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs, carried, origin,
-                args.equal, args.top_layers, PASSES)  # fmt: skip
+                args.equal, args.top_layers, replace(PASSES, lanes=lanes_of(args)))  # fmt: skip
 
 
 def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
