@@ -16,7 +16,7 @@ from minipeft.labels import Classes
 from minipeft.lanes import Lanes, lanes_on
 from minipeft.methods.bottleneck import Houlsby
 from minipeft.methods.dora import DoRA
-from minipeft.methods.prefix import PrefixTuning
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.prompt import PromptTuning
 from minipeft.models.trunk import Trunk
 from minipeft.profiling import region
@@ -31,7 +31,7 @@ def model():
 @pytest.fixture(scope="module")
 def jobs():
     """LoRA of several ranks and sites, and other methods among them."""
-    others = (Houlsby(reduction=4), PromptTuning(tokens=3), PrefixTuning(tokens=2, bottleneck=None))
+    others = (Houlsby(reduction=4), PromptTuning(tokens=3), IA3())
     some = [make_job(i) for i in range(12)]
     return some[:8] + [replace(job, config=replace(job.config, method=others[i % 3])) for i, job in enumerate(some[8:])]
 
