@@ -373,8 +373,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown := [name for name in args.bases if name not in BASES]:
         parser.error(f"--bases: there is no {unknown[0]!r}; choose of {', '.join(BASES)}")
     args.method = replace(METHOD, sites=args.sites)
-    budget = args.token_budget or PASSES.token_budget * (1 if args.top_layers is None else 2)
-    args.passes = replace(PASSES, token_budget=budget, lanes=args.lanes or lanes_of(args))
+    usual = {"token_budget": PASSES.token_budget * (1 if args.top_layers is None else 2), "lanes": lanes_of(args)}
+    asked = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
+    args.passes = replace(PASSES, **usual | asked)
     args.passes.check()
     return args
 
