@@ -464,7 +464,7 @@ def test_paper_mode_decodes_and_reads_as_published(task, bases, tmp_path, monkey
 
     def decoded(run, adapters, questions):
         said.update({user: ["", "yes."] * len(own) for user, own in questions.items()})
-        return {user: said[user][: len(own)] for user, own in questions.items()}
+        return {user: said[user][: len(own)] for user, own in questions.items()}, 0
 
     def likeliest(run, scored):
         return {user: [("yes",)] * len(own) for user, own in scored.items()}
@@ -497,7 +497,8 @@ def test_paper_mode_asks_untrained_bases_as_published_and_with_four_examples_of_
     plan = Plan(PAPER, {"lora": PAPER.methods()["lora"]}, (42,))
     run = TaskRun(plan, tidied(task.subset(task.users[:2])), open_base(bases["t5"], 2), tmp_path, print, print)
     heard = []
-    run.decoded = lambda adapters, asked: heard.append(asked) or {user: [""] * len(own) for user, own in asked.items()}
+    nothing = lambda asked: ({user: [""] * len(own) for user, own in asked.items()}, 0)  # noqa: E731
+    run.decoded = lambda adapters, asked: heard.append(asked) or nothing(asked)
     Untrained(run).save_all()
     said = [run.asking.prompts.tokenizer.decode(asked[run.users[0]][0].prompt) for asked in heard]
     counts = [[text.count(f"Label: {label}.") for label in ("no", "yes")] for text in said]
@@ -512,7 +513,8 @@ def test_a_t5_is_heard_through_each_users_own_adapter(task, bases, tmp_path):
     run = TaskRun(plan, tidied(replace(task.subset(taught), train=train, val=train)), open_base(bases["t5"], 2),
                   tmp_path, print, lambda done, planned: None)  # fmt: skip
     (trained,) = run.train([run.cell("lora", 3e-2, 0)])
-    said = run.decoded(trained.adapters, run.questions("lora")["test"])
+    said, silent = run.decoded(trained.adapters, run.questions("lora")["test"])
+    assert silent == 0
     one, other = taught
     assert said[one] == ["yes"] * len(task.test[one])
     assert len(said[other]) == len(task.test[other]) and all(text.startswith("n") for text in said[other])
