@@ -30,17 +30,15 @@ from minipeft.models.loading import load_model
 from minipeft.models.trunk import Trunk, above_frozen, keep_top
 from minipeft.peftu.asking import Asking
 from minipeft.peftu.audit import Audit
-from minipeft.peftu.command import rates
+from minipeft.peftu.command import PASSES, rates
 from minipeft.peftu.features import means
 from minipeft.peftu.probes import FAR, MAX_STEPS, STRENGTH, probe_scores
 from minipeft.peftu.protocol import FIXED
 from minipeft.peftu.tidy import load_tidied
 from minipeft.running import for_base, open_base
-from minipeft.schedule import Job, PassConfig
+from minipeft.schedule import Job
 from minipeft.stats import bootstrap_mean
 from minipeft.tasks.task import Task
-
-PASSES = PassConfig(slots=64, token_budget=4096)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     gradient  : each user's is what they would have had alone, because nobody else's loss depends on their row
     step      : one AdamW launch over the rows in the pass, each with its own step count and learning rate
 
-On a CPU a pass may run in lanes (lanes.py): users side by side, a lane's a pass of their own.
+On a CPU a pass may run in lanes (lanes.py): users side by side, those of a lane in a pass of their own.
 
 `run` takes many users to the end of their own plans (schedule.py), a pass at a time; `train` is that in one call.
 `score` asks trained users' models questions. Where memory does not hold a pass, its halves go one after the other.
@@ -273,7 +273,8 @@ class Engine:
         """Of about as many rows each, and sorted as these are. One lane where they would be in each other's way: ranks
         agree on each pass, parameters are derived for a pass; and under the profiler, which watches one thread."""
         most = min(self.passes.lanes, len(chosen))
-        derived = any(actor.derived for bank in {run.bank for run in chosen} for actor in self._banks[bank].actors)
+        acting = {table[run.bank] for run in chosen for table in (self._banks, self._under)} - {None}
+        derived = any(actor.derived for residents in acting for actor in residents.actors)
         together = derived or self.model.lockstep is not None or torch.autograd._profiler_enabled()
         if most == 1 or together or backend(self.model.device) != "torch":
             return [chosen]

@@ -20,7 +20,7 @@ from minipeft.methods.ia3 import IA3
 from minipeft.methods.prompt import PromptTuning
 from minipeft.models.trunk import Trunk
 from minipeft.profiling import region
-from minipeft.schedule import PassConfig
+from minipeft.schedule import Adapter, PassConfig
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,11 @@ def test_lanes_have_about_as_many_rows_each(model, jobs, seen):
 def test_a_user_alone_and_parameters_derived_for_a_pass_have_one_lane(model, jobs, seen):
     engine = Engine(model, LABELS, PassConfig(slots=4, lanes=2))
     engine.train(jobs[:1])
-    engine.train([replace(job, config=replace(job.config, method=DoRA(rank=2))) for job in jobs[:4]])
+    by_dora = DoRA(rank=2)
+    engine.train([replace(job, config=replace(job.config, method=by_dora)) for job in jobs[:4]])
+    shared = Adapter("everyone", by_dora, by_dora.initial_row(model, 0, "everyone"))
+    above = Houlsby(reduction=4)
+    engine.train([replace(job, config=replace(job.config, method=above), under=shared) for job in jobs[:4]])
     assert {name for name, _ in seen} == {"MainThread"}
 
 
