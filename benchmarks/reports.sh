@@ -29,5 +29,6 @@ for run in ${3:-tweeteval others}; do
     done
     "$python" -m minipeft.bench peftu --tasks ${tasks[$run]} --model all-MiniLM-L6-v2 ${options[$run]} --out "$run"
     mkdir -p "$root/docs/results/$run"
+    rm -rf "$root/docs/results/$run/figures"
     cp -r "$run"/{report.html,report.md,figures,result.json} "$root/docs/results/$run/"
 done

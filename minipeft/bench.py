@@ -10,7 +10,6 @@ known, so that the best possible scores can be printed too.
 
 import argparse
 import json
-import platform
 import resource
 import shutil
 import sys
@@ -31,6 +30,7 @@ from minipeft.default_base import default_base
 from minipeft.engine import Adapter, Engine, label_scores
 from minipeft.errors import InputError
 from minipeft.labels import Question
+from minipeft.machine import versions
 from minipeft.methods.lora import LoRA
 from minipeft.models.classifier import POOLINGS, Base
 from minipeft.models.loading import load_model
@@ -187,9 +187,7 @@ def run_quick(args: argparse.Namespace, finished: list[str]) -> dict:
             "bitwise_isolated": bitwise_isolated(model, encoded, jobs),
         },
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "device": args.device, "dtype": str(args.dtype).removeprefix("torch."),
-                     "cpu": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": versions(args.device, ("numpy",)) | {"dtype": str(args.dtype).removeprefix("torch.")},
         "seconds": time.perf_counter() - began,
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")

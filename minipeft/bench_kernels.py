@@ -11,7 +11,6 @@ compared with the definition in fp64. On a GPU the kernels run, in bf16; on a CP
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,11 +34,11 @@ from minipeft.kernel_cases import (
     tolerance,
 )
 from minipeft.kernel_ops import OPS
+from minipeft.machine import cpu_name, versions
 from minipeft.profiling import profiled, region
 from minipeft.timing import Clock, ceilings, clock_of, floor_ms, side_by_side
 from minipeft_kernels.backend import backend
 from minipeft_kernels.baselines import DoesNotApply
-from minipeft_kernels.dtypes import triton
 from minipeft_kernels.segments import TILE
 
 BASELINES = ("loop", "gather_bmm", "padded_bmm", "grouped_mm")
@@ -136,7 +135,8 @@ def run_kernels(args: argparse.Namespace, finished: list[str]) -> dict:
     grid, ops, clock = GPU if on_gpu(args) else CPU, chosen_ops(args.op, path), clock_of(args.device)
     result = {
         "suite": "kernels", "device": device_name(args), "backend": path, "seed": args.seed, "full": args.full,
-        "versions": versions(), "ceilings": ceilings(args.device, grid.dtype, clock), "runs": [], "left_out": [],
+        "versions": versions(args.device, ("numpy", "triton")),
+        "ceilings": ceilings(args.device, grid.dtype, clock), "runs": [], "left_out": [],
     }  # fmt: skip
     print(heading(result, grid), flush=True)
     for name, point in plan(grid, ops, args.full):
@@ -260,12 +260,7 @@ def write(out: Path, result: dict) -> None:
 def device_name(args: argparse.Namespace) -> str:
     if on_gpu(args):
         return torch.cuda.get_device_name(args.device)
-    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "triton": None if triton is None else triton.__version__}  # fmt: skip
+    return f"CPU ({cpu_name()}, {torch.get_num_threads()} threads)"
 
 
 def title(name: str, point: Point, backward: bool) -> str:

@@ -13,7 +13,6 @@ curves: who wins where, over tokens per user and step, and over users.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.labels import LabelSet, Question
 from minipeft.lanes import lanes_of
+from minipeft.machine import versions
 from minipeft.methods.lora import LoRA
 from minipeft.models.classifier import Base, Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
@@ -298,7 +298,7 @@ def run_train(argv: Sequence[str]) -> dict:
               f"protocol's {PUBLISHED_LENGTH} tokens", flush=True)  # fmt: skip
     result = {
         "suite": "train", "command": "python -m minipeft.bench train " + " ".join(map(str, argv)), "full": args.full,
-        "versions": versions(args.device), "peers": why or "measured", "runs": [],
+        "versions": versions(args.device, ("transformers", "peft")), "peers": why or "measured", "runs": [],
     }  # fmt: skip
 
     def note(entry: dict) -> None:
@@ -378,17 +378,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.passes = replace(PASSES, **usual | asked)
     args.passes.check()
     return args
-
-
-def versions(device: str) -> dict:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "device": device,
-             "cpu": platform.machine(), "threads": torch.get_num_threads()}  # fmt: skip
-    for name in ("transformers", "peft"):
-        try:
-            found[name] = __import__(name).__version__
-        except ImportError:
-            found[name] = None
-    return found
 
 
 # ---- What is shown -------------------------------------------------------------------------------------------------

@@ -47,6 +47,13 @@ def test_figures_of_a_case_by_hand():
     assert all(result["tasks"]["t"][name] is None for name in BASELINES if name != "own_majority")
 
 
+def test_one_figure_reached_in_two_ways_is_one_figure():
+    """Means of sevenths: 100 times their mean, and the mean of 100 times each."""
+    rows = [[1.0] * right + [0.0] * (7 - right) for right in (1, 3, 5, 6, 2, 4, 7, 1)]
+    entry = summarise([record("lora", rows, correct=rows, fixed_accuracy=[np.mean(row) for row in rows])])["tasks"]["t"]["lora"]
+    assert entry["accuracy"] == entry["fixed_accuracy"] == round(entry["accuracy"], 9)
+
+
 def test_a_clear_order_is_found_and_stated_with_its_uncertainty():
     result = summarise(simulate(users=68))
     tasks = result["tasks"]["sarcasm"]

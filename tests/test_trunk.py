@@ -100,6 +100,17 @@ def test_products_are_kept_where_there_is_room_for_those_of_all_texts():
     assert len(Trunk(whole).states) == 1  # whose texts nobody knows yet
 
 
+def test_states_come_from_those_that_a_base_keeps_already(monkeypatch):
+    jobs = make_jobs(2)
+    whole, top = made(jobs)
+    texts = list(top.starts)
+    straight = Trunk(whole, texts, first=2)
+    monkeypatch.setattr(top.encoder.layers[0], "forward", lambda *args: pytest.fail("a layer ran again"))
+    above = Trunk(top, texts, first=2)
+    assert above.starts == straight.starts
+    torch.testing.assert_close(above.states[0], straight.states[0])
+
+
 def test_texts_are_kept_when_they_are_first_asked_about():
     jobs = make_jobs(3)
     whole, at_once = made(jobs)

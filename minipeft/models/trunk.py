@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minipeft.methods.method import Method
 
 TOKEN_BUDGET = 4096  # rows in a pass that computes states
-MOST_BYTES = 1 << 30  # of kept states
+MOST_BYTES = 2 << 30  # of kept states
 TABLES = ("sites", "linears", "norms", "blocks", "attentions")  # of a base, by site
 
 Tokens = tuple[int, ...]
@@ -74,20 +74,30 @@ def first_acting_layer(places: Iterable[str], num_layers: int) -> int:
     return min(found[1] if found else num_layers if "head." in place else 0 for place, found in layers.items())
 
 
-def above_frozen(base: Base, method: "Method") -> Base:
+def start_layer(base: Base, method: "Method | None" = None) -> int:
+    """Where passes on this base start, 0 before the first layer; or those of a method's users at the latest: where its
+    lowest place is, after the last layer if it acts at the head only."""
+    lowest = base.first if isinstance(base, Trunk) else 0
+    if method is None or not isinstance(base, Classifier) or base.lockstep is not None or any(method.virtual(base)):
+        return lowest
+    return max(lowest, first_acting_layer(method.shapes(base), len(base.encoder.layers)))
+
+
+def above_frozen(base: Base, method: "Method", texts: Iterable[Sequence[int]] = ()) -> Base:
     """What users of this method train on: a Trunk where the base is an encoder and the method leaves its lowest layers
-    alone, else the base."""
-    if not isinstance(base, Classifier) or base.lockstep is not None or any(method.virtual(base)):
-        return base
-    first = first_acting_layer(method.shapes(base), len(base.encoder.layers))
-    return Trunk(base, first=first) if first > (base.first if isinstance(base, Trunk) else 0) else base
+    alone, else the base.
+
+    texts: as a Trunk's.
+    """
+    first = start_layer(base, method)
+    return Trunk(base, texts, first) if first > start_layer(base) else base
 
 
 class Trunk(Classifier):
     """A classifier that starts from kept states. A text's are computed when it is first asked about.
 
     Args:
-        whole: the classifier.
+        whole: the classifier; of a Trunk, states are computed from those it keeps.
         texts: token ids of texts whose states are computed at once, as far as there is room, and layer `first`'s
             products with them if there is room for all.
         first: the layer that passes start at, below which there are no sites; None: the lowest of whole's that has one.
@@ -99,6 +109,7 @@ class Trunk(Classifier):
         most_bytes: int = MOST_BYTES,
     ):  # fmt: skip
         super().__init__(whole.encoder, whole.head_size[1], whole.pooling)
+        self._under = whole if isinstance(whole, Trunk) else None
         for table in (*TABLES, "shared_inputs"):
             setattr(self, table, getattr(whole, table))
         self.first = first_acting_layer(whole.sites, len(whole.encoder.layers)) if first is None else first
@@ -140,8 +151,8 @@ class Trunk(Classifier):
     @torch.no_grad()
     def _compute(self, texts: list[Tokens]) -> None:
         rows = Rows.pack(texts, self.device, causal=False)
-        x = self.encoder.embedded(rows)
-        for layer in self.encoder.layers[: self.first]:
+        x, first = (self.encoder.embedded(rows), 0) if self._under is None else self._under.start_of(rows)
+        for layer in self.encoder.layers[first : self.first]:
             x = layer(x, rows, BASE)
         for kept, own in zip(self.states, (x, *(linear(x, BASE) for linear in self._products))):
             kept[self.num_rows :][: len(x)] = own
@@ -159,6 +170,11 @@ class Trunk(Classifier):
             known = (products,) if products else ()  # which are overwritten
             x, products = run(self.encoder, layer, x, rows, hooks, *known), None
         return x
+
+    def start_of(self, rows: Rows) -> tuple[Tensor, int]:
+        """The rows' states [T, width], and the layer that takes them."""
+        with self._lock:
+            return self.states[0].index_select(0, self._places(rows)), self.first
 
     def _places(self, rows: Rows) -> Tensor:
         """Where in `states` each row's state is, [T], once it is there."""

@@ -4,7 +4,8 @@
     a leak      an example (user, id) that is in the test split of the task
 
 The published `leaked` split has the same *text* in one user's training and another's test, by design: those are counted
-(`texts_others_test`), not refused.
+(`texts_others_test`), not refused. So are test examples whose text the same user has labelled in training or validation
+too, under another id (`own_texts_test`).
 """
 
 import json
@@ -37,6 +38,8 @@ class Audit:
         if not all(isinstance(count, int) for count in self._earlier.values()):
             raise InputError(f"{kept} is damaged: needed whole numbers; delete it and run again")
         self._texts = {id_ for _, id_ in self._test}
+        known = {(example.user, example.text) for split in ("train", "val") for example in task.pooled(split)}
+        self._twice = sum((example.user, example.text) in known for example in task.pooled("test"))
         self._seen: dict[str, set[tuple[str, str]]] = {}
 
     def fitting(self, what: str, examples: Iterable[Some]) -> list[Some]:
@@ -60,6 +63,7 @@ class Audit:
             "test_examples": len(self._test),
             "test_examples_fitted": len(everything & self._test),
             "texts_others_test": len({id_ for _, id_ in everything} & self._texts),
+            "own_texts_test": self._twice,
             **{f"fitted_{what}": len(seen) for what, seen in self._seen.items()},
         }
         return {what: max(each.get(what, 0) for each in (found, self._earlier)) for what in found | self._earlier}

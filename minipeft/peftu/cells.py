@@ -20,7 +20,7 @@ from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question, Texts
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
-from minipeft.models.trunk import above_frozen
+from minipeft.models.trunk import above_frozen, start_layer
 from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, TrainConfig
@@ -173,19 +173,25 @@ def train_cells(
         found[owners[job.key]][job.user] = Adapter(job.user, job.config.method, row, metrics, job.under, job.key)
 
     by_key, checks = {job.key: job for job in jobs}, Engine(base, labels, passes)
-    starts: dict[tuple[Method, bool], int] = {}  # the layer where each method's passes start, alone or on a shared one
-    bases, together = {0: base}, {}  # by that layer: the base, and the jobs
+    together: dict[int, list[Job]] = {}  # by the layer where their passes start
     for job in jobs:
         checks.check(job)
-        kind = method, alone = job.config.method, job.under is None
-        if kind not in starts:
-            own = above_frozen(base, method) if alone and not passes.deterministic else base
-            starts[kind] = own.first if own is not base else 0
-            bases.setdefault(starts[kind], own)
-        together.setdefault(starts[kind], []).append(job)
+        alone = job.under is None and not passes.deterministic
+        together.setdefault(start_layer(base, job.config.method if alone else None), []).append(job)
     for first, some in together.items():
-        Timed(bases[first], labels, passes, seconds).train(some, keep, on_progress, give_up)
+        own = base
+        if first > start_layer(base):
+            began = time.perf_counter()
+            own = above_frozen(base, some[0].config.method, texts_of(some))
+            spent = time.perf_counter() - began  # each of these cells would have to spend it, were it alone
+            seconds |= {job.key: spent / len(cells[owners[job.key]].learners) for job in some}
+        Timed(own, labels, passes, seconds).train(some, keep, on_progress, give_up)
     return [Trained(*each) for each in zip(cells, found, stores)]
+
+
+def texts_of(jobs: Sequence[Job]) -> list[tuple[int, ...]]:
+    """The different prompts that these train on."""
+    return list(dict.fromkeys(question.prompt for job in jobs for question in job.train))
 
 
 def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
@@ -198,16 +204,18 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
 def flops_per_row(
     base: Base, labels: Answerable, method: Method, questions: Sequence[Question], under: Adapter | None = None,
 ) -> float:  # fmt: skip
-    """Counted floating-point operations of a training step, forward and backward, per row (`asked_rows`).
+    """Counted floating-point operations of a training step on these questions, forward and backward, per row
+    (`asked_rows`). Frozen layers that run beforehand, as all under a head, are not in it.
 
     What is read beside those rows, as a T5's labels, is in the count and not among them. By PyTorch's counter, which
     sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
     are taken as 6 per trained number and row, and as 4 of an adapter under them, whose weights have no gradient.
     """
-    engine = Engine(base, labels, PassConfig(slots=1))
-    run = engine.begin(Job("counted", questions, questions, TrainConfig(method), under=under))
-    asked = [questions[i] for i in run.upcoming]
-    rows = sum(asked_rows(labels, question) + sum(method.virtual(base)) for question in asked)
+    own = base if under is not None else above_frozen(base, method, [question.prompt for question in questions])
+    engine = Engine(own, labels, PassConfig(slots=1))
+    config = TrainConfig(method, batch_size=len(questions))
+    run = engine.begin(Job("counted", questions, questions, config, under=under))
+    rows = sum(asked_rows(labels, question) + sum(method.virtual(base)) for question in questions)
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])
     unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -10,12 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from minipeft.console import MINUTE, OneLineParser, check_device
@@ -23,6 +18,7 @@ from minipeft.default_base import default_base
 from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.lanes import lanes_of
+from minipeft.machine import versions
 from minipeft.models.checkpoint import read_json
 from minipeft.models.classifier import Base
 from minipeft.models.loading import load_model
@@ -43,8 +39,7 @@ from minipeft.tasks.synthetic import SyntheticConfig, ceiling_personal, ceiling_
 from minipeft.tasks.task import KINDS, Task
 
 METHODS = ("lora", "houlsby", "ia3", "prefix", "head")  # if none are named; what does not apply is left out and said
-LIBRARIES = {"scipy": "scipy", "sklearn": "scikit-learn", "bm25s": "bm25s", "triton": "triton",
-             "rouge_score": "rouge-score"}  # module -> package  # fmt: skip
+LIBRARIES = ("numpy", "scipy", "scikit-learn", "bm25s", "triton", "rouge-score")
 RESULT = "result.json"  # in OUT, once a task is done
 PASSES = PassConfig(slots=64, token_budget=4096)
 
@@ -137,9 +132,7 @@ def result_of(args: argparse.Namespace, argv: Sequence[str], plan: Plan, names: 
         "command": shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]),
         "options": {"epochs at most": args.epochs, "equal": args.equal or "neither parameters nor time",
                     "top layers": args.top_layers or "all", "split": args.split, "users": args.users or "all"},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     **{name: version(name) for module, name in LIBRARIES.items() if find_spec(module)},
-                     "device": args.device, "cpu": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {name: what for name, what in versions(args.device, LIBRARIES).items() if what is not None},
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ again.
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,8 @@ from minipeft.training import EVERYONE
 
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
+MOST_TIMES = 20  # the epochs of the first method: what an equal-time comparison gives another at most
+COUNTED = 8  # questions, of lengths evenly drawn, of whose training step operations are counted
 FEW = 4  # users who are trained for a profile
 WRITTEN_AT_ONCE = 4  # times a training pass's rows: no activations are kept
 SILENT = "test examples answered by nothing, for logits were not finite"
@@ -72,7 +74,8 @@ class Plan:
     carried: name -> the one to take; of every method, and of the shared adapters. origin: where those were chosen.
     equal:   "parameters": every method at the size whose trained numbers come nearest to those of a LoRA of rank 1,
              an encoder's head not counted; "time": as many epochs as cost what `epochs` of the first method cost,
-             counted in floating-point operations; "": neither.
+             counted in floating-point operations, but at most 20 times as many; the shared adapters, `epochs`;
+             "": neither.
     top_layers: methods act in that many last layers only; None: in all.
     """
 
@@ -140,6 +143,7 @@ class TaskRun:
         check_settings(out, self.task.name, self._settings)
         self.chosen: dict[str, float] = {}
         self.lower_seconds = 0.0  # of frozen lower layers, which ran on the training texts beforehand
+        self.num_unkept = 0  # training texts whose states found no room: lower layers run on them in every pass
         self._done = self._planned = 0
 
     def _methods(self) -> tuple[dict[str, Method], dict[str, str]]:
@@ -185,13 +189,19 @@ class TaskRun:
         keep_settings(self.out, self.task.name, self._settings)
         for line in self.left_out.values():
             self.show(f"{self.task.name}: left out: {line}")
-        self._run_lower_layers()
-        Untrained(self).save_all()
         names = (*self.methods, SHARED, SHARED_USER)
+        if later or not self._all_recorded(names):
+            self._run_lower_layers()
+        Untrained(self).save_all()
         self._planned = later + sum(self.plan.examples(self.task, name, self._epochs(name)) for name in names)
         for first, seeds in ((True, self.plan.seeds[:1]), (False, self.plan.seeds[1:])):
             for stage in ([*self.methods, SHARED], [SHARED_USER]):
                 self._stage(stage, seeds, first)
+
+    def _all_recorded(self, names: Iterable[str]) -> bool:
+        """Whether a run before this one has trained everything; it began with the baselines."""
+        return all(record_path(self.out, self.task.name, name, seed).exists()
+                   for name in names for seed in self.plan.seeds)  # fmt: skip
 
     def _run_lower_layers(self) -> None:
         """Those of an encoder in which no method acts: from here on passes start above them, see Trunk."""
@@ -200,9 +210,10 @@ class TaskRun:
         questions = self.asking.questions()
         began = time.perf_counter()
         self.base = Trunk(self.base, (each.prompt for split in questions.values() for each in pooled(split)))
-        kept = {each.prompt for each in pooled(questions["train"])} & self.base.starts.keys()
-        of_training = sum(map(len, kept)) / self.base.num_rows
-        self.lower_seconds = (time.perf_counter() - began) * of_training
+        texts = {each.prompt for each in pooled(questions["train"])}
+        kept = texts & self.base.starts.keys()
+        self.num_unkept = len(texts) - len(kept)
+        self.lower_seconds = (time.perf_counter() - began) * sum(map(len, kept)) / self.base.num_rows
 
     def train_a_little(self) -> None:
         """A few users by every method for an epoch, all at once, of which nothing is kept: for --profile."""
@@ -295,22 +306,24 @@ class TaskRun:
     def _epochs(self, name: str) -> int:
         if self.plan.equal != "time" or name in (SHARED, SHARED_USER):
             return self.plan.epochs
-        first = next(iter(self.methods))
-        return max(1, round(self.plan.epochs * self._step_cost(first) / self._step_cost(name)))
+        first, most = next(iter(self.methods)), MOST_TIMES * self.plan.epochs
+        return min(most, max(1, round(self.plan.epochs * self._step_cost(first) / self._step_cost(name))))
 
     def _step_cost(self, name: str) -> float:
-        """Operations of a training pass over one text, of this method."""
-        method, question = self._method(name), self.questions(name)["train"][self.users[0]][0]
-        rows = asked_rows(self.asking.prompts.labels, question) + sum(method.virtual(self.base))
-        return self._flops(name) * rows
+        """Operations of a training pass over a text of mean length, by this method."""
+        labels, questions = self.asking.prompts.labels, pooled(self.questions(name)["train"])
+        mean = sum(asked_rows(labels, question) for question in questions) / len(questions)
+        return self._flops(name) * (mean + sum(self._method(name).virtual(self.base)))
 
     def _flops(self, name: str) -> float:
         """Per row of a training step; the adapter that lies under it acts in it."""
         if name not in self._counted:
-            questions, method = self.questions(name)["train"][self.users[0]], self._method(name)
+            labels, method = self.asking.prompts.labels, self._method(name)
+            by_length = sorted(pooled(self.questions(name)["train"]), key=lambda each: asked_rows(labels, each))
+            questions = [by_length[(2 * i + 1) * len(by_length) // (2 * COUNTED)] for i in range(COUNTED)]
             start = method.initial_row(self.base, 0, EVERYONE) if name == SHARED_USER else None
             under = None if start is None else Adapter(EVERYONE, method, start)  # its numbers do not matter
-            self._counted[name] = flops_per_row(self.base, self.asking.prompts.labels, method, questions, under)
+            self._counted[name] = flops_per_row(self.base, labels, method, questions, under)
         return self._counted[name]
 
     @cached_property
@@ -491,6 +504,8 @@ class TaskRun:
                 "learning rates given up, for somebody could not be trained at them": given_up,
                 "steps skipped, gradient not finite": skipped,
                 "users who could not be trained, answered by the start value": len(best.failed),
+                "training texts whose lower layers ran in every pass, for there was no room for their states":
+                    self.num_unkept,
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
         return self.record(
             name, "shared" if name == SHARED else "personal", seed, digest, **replies,

@@ -15,6 +15,7 @@ from minipeft.peftu.records import BASELINES, Record
 from minipeft.stats import Estimate, Interval, bootstrap_mean, estimates, holm, luck_of, share_luck, worst_decile
 
 EXACT = 1e-9  # points; differences below are of rounding
+DIGITS = 9  # so that what two ways add up to 70.25 is printed alike
 STANDS_ON = {"shared_user": "shared", "probe_pooled_user": "probe_pooled"}  # of which there is one for all users
 
 
@@ -133,10 +134,10 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
     scores = [score for each in outcome.records for user in each.correct for score in user]
     return {
         "kind": record.kind,
-        "accuracy": mean.mean,
+        "accuracy": round(mean.mean, DIGITS),
         "ci": within_percent(mean),
         "worst_decile": worst_decile(outcome.values.mean(1)),
-        "pooled_accuracy": 100 * float(np.mean(scores)),
+        "pooled_accuracy": round(100 * float(np.mean(scores)), DIGITS),
         "paper_accuracy": scored_by(outcome, "paper_accuracy"),
         "fixed_accuracy": scored_by(outcome, "fixed_accuracy"),
         "harmed_vs_shared": harmed(outcome, names.get("shared")),
@@ -163,7 +164,7 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
 def scored_by(outcome: Outcome, field: str) -> float | None:
     """Percent under one of the two scorings, mean over users and seeds; None where no record has it."""
     found = [values for each in outcome.records if (values := getattr(each, field)) is not None]
-    return 100 * float(np.mean(found)) if found else None
+    return round(100 * float(np.mean(found)), DIGITS) if found else None
 
 
 def within_percent(interval: Interval) -> list[float]:

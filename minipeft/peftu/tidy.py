@@ -17,7 +17,7 @@ from pathlib import Path
 from minipeft.errors import InputError
 from minipeft.randomness import generator
 from minipeft.running import first_users
-from minipeft.tasks.task import Example, Task, load_new_users, load_task
+from minipeft.tasks.task import Example, Task, load_new_users, load_sample, load_task
 
 VALIDATION_SHARE = 0.1
 
@@ -36,7 +36,11 @@ def load_tidied(folder: Path, kind: str = "leaked", num_users: int | None = None
     task = load_task(folder, kind, only_complete=kind == "no_leak", generative=True)
     new = load_new_users(folder) if kind == "new_users" else ()
     task = task if num_users is None else first_users(task, num_users)
-    return tidied(task, [user for user in new if user in task.train])
+    found = tidied(task, [user for user in new if user in task.train])
+    if (sample := load_sample(folder)) is None:
+        return found
+    users, seed = sample
+    return replace(found, notes=found.notes | {f"users drawn with seed {seed} when the task was prepared": users})
 
 
 def tidied(task: Task, new_users: Sequence[str] = ()) -> Tidied:

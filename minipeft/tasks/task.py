@@ -1,7 +1,7 @@
 """A task: many users' labelled texts in three splits, as files and in memory.
 
-A folder holds `task.json` (name, instruction, labels, multi_label; further keys are allowed and not read) and
-`train.jsonl`, `val.jsonl`, `test.jsonl`, UTF-8, one example a line, further fields not read:
+A folder holds `task.json` (name, instruction, labels, multi_label; sample, if users were drawn; further keys are
+allowed and not read) and `train.jsonl`, `val.jsonl`, `test.jsonl`, UTF-8, one example a line, further fields not read:
 
     {"user": "u7", "id": "t123", "text": "...", "label": ["yes"]}
 
@@ -214,6 +214,17 @@ def load_new_users(folder: str | Path) -> tuple[str, ...]:
     if not isinstance(users, list) or not all(isinstance(user, str) for user in users):
         raise InputError(f"load_new_users: {path}: needed a list of user ids")
     return tuple(users)
+
+
+def load_sample(folder: str | Path) -> tuple[int, int] | None:
+    """(users, seed) if the task's users were drawn from more when it was prepared, else None."""
+    path = Path(folder) / "task.json"
+    sample = _parse_object(_read(path), str(path)).get("sample")
+    if sample is None:
+        return None
+    if not isinstance(sample, dict):
+        raise InputError(f"load_task: {path}: \"sample\" is of type {type(sample).__name__}; needed users and seed")
+    return _field(sample, "users", int, str(path)), _field(sample, "seed", int, str(path))
 
 
 def _split_folder(folder: Path, kind: str) -> Path:
