@@ -2,6 +2,7 @@
 
     pytest benchmarks --benchmark-json now.json
     python benchmarks/compare.py now.json                 against baseline.json; exit code 1 if ours lost more than 25 %
+                                                          or a group of it was not measured
     python benchmarks/compare.py now.json --write         now.json becomes the baseline
 
 Seconds belong to a machine; how ours stands beside the other ways of the same group, timed in the same run, belongs
@@ -56,7 +57,7 @@ def main() -> int:
         print(f"{change:6.2f}x  {group}{'   SLOWER' if change > SLOWER else ''}")
     for group in sorted(before.keys() ^ now.keys()):
         print(f"{'':8}{group}: only {'in the baseline' if group in before else 'now'}")
-    return int(any(change > SLOWER for change in changes.values()))
+    return int(any(change > SLOWER for change in changes.values()) or bool(before.keys() - now.keys()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 
 from minipeft.bench_train import main_work, parse
-from minipeft.lanes import lanes_on
 
 TURNS = 5
 ROWS = (2048, 4096)
@@ -22,7 +21,7 @@ ROWS = (2048, 4096)
 def main() -> None:
     work = main_work(parse(sys.argv[1:]))
     ways = {(lanes, rows): replace(work, passes=replace(work.passes, lanes=lanes, token_budget=rows))
-            for lanes in (1, lanes_on(work.base.device)) for rows in ROWS}  # fmt: skip
+            for lanes in (1, torch.get_num_threads()) for rows in ROWS}  # fmt: skip
     rows = {way: each.fused() for way, each in ways.items()}
     first = rows[1, ROWS[0]]
     apart = max(float((own[user] - row).norm() / row.norm()) for own in rows.values() for user, row in first.items())

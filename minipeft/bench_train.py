@@ -7,8 +7,9 @@
 
 The same base, LoRA, users, minibatches, learning rates and precision. Contenders that go user by user are timed on 8 of
 the users, the published protocol on fewer steps; who was timed on what is printed. Before a time counts, those users'
-adapters are compared: fused with one by one, kept states with all layers, and their losses with the peers'. Then the
-curves: who wins where, over tokens per user and step, and over users.
+adapters are compared: fused with one by one, kept states with all layers, and with the peers', losses too. Then the
+curves: who wins where, over tokens per user and step, over users, and over the base's size; and what the model of cost
+says of them (docs/performance.md).
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from minipeft.console import OneLineParser, add_dtype, check_device
-from minipeft.contenders import FEW, PASSES, PUBLISHED_STEPS, Work, compared
+from minipeft.contenders import FEW, PASSES, Work, compared
 from minipeft.default_base import SHAPE, default_base, initialise
 from minipeft.errors import InputError
 from minipeft.files import write_file
@@ -44,17 +45,18 @@ from minipeft.peers import PUBLISHED_LENGTH, Peft, Published
 from minipeft.profiling import profiled
 from minipeft.prompts import Prompts
 from minipeft.running import first_users, for_base, open_base, prompts_of, tokenizer_of
-from minipeft.schedule import Job, TrainConfig
+from minipeft.schedule import Job, PassConfig, TrainConfig
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import Task, load_task
+from minipeft_kernels.segments import TILE
 
 METHOD = LoRA(rank=8, alpha=16, sites=("q", "v"))
 STEPS = 5  # of each user in one turn
 TURNS = 5  # of each contender, in alternating order
 CONTENDERS = ("fused", "one_by_one", "peft", "published")
 CURVE_TOKENS = {False: (16, 64, 256, 1024), True: (16, 32, 64, 128, 256, 512, 1024)}  # per user and step; by --full
-CURVE_USERS = {False: (1, 8, 64, 512), True: (1, 4, 16, 64, 256, 1024, 4096)}
-CURVE_AT = (64, 64)  # users of the curve over tokens, tokens of the curve over users
+CURVE_USERS = {False: (1, 8, 64, 512), True: (1, 4, 16, 64, 256, 1024)}
+CURVE_AT = (64, 64)  # users of the curve over tokens, tokens of the curve over users; both of the one over bases
 CURVE_STEPS = 2
 MEMORY_LIMIT = 1.5  # times peft's, beside the resident users' rows
 CURVE_LONGEST = 64  # tokens of one text of the curves
@@ -81,13 +83,14 @@ def measured(work: Work, contenders: Sequence[str]) -> dict:
         "users": len(work.jobs), "steps": work.steps, "timed": timed, "num_cut": work.num_cut,
         "num_cut_published": work.num_short_cut,
         "published_reload_seconds": work.peer(Published).load_seconds if "published" in contenders else None,
+        "base_numbers": sum(weight.numel() for weight in work.base.parameters()),
         "method": work.jobs[0].config.method.described(), "numbers": work.jobs[0].config.method.count(work.base),
         "tokens_per_user_step": work.tokens(work.jobs, work.steps) / work.steps / len(work.jobs),
         "tokens_per_user_step_few": work.tokens(work.few, work.steps) / work.steps / len(work.few),
         "planned_steps": sum(job.steps_per_epoch * job.config.epochs for job in work.jobs) / len(work.jobs),
         "frozen_trunk": work.trunk_seconds is not None, "trunk_seconds": work.trunk_seconds,
         "fused_with_states_users_per_s": None, "fused_over_plan_users_per_s": None,
-        "planning_share": median(planning),
+        "planning_share": median(planning), "model_times_one_by_one": None,
     }  # fmt: skip
     for name in CONTENDERS:
         entry[f"{name}_users_per_s"], entry[f"{name}_seconds"] = None, seconds.get(name)
@@ -179,19 +182,42 @@ def curve_work(name: str, base: Decoder | T5, users: int, tokens: int) -> Work:
     return Work(name, base, labels, jobs, CURVE_STEPS)
 
 
-def curve_works(work: Work, full: bool, bases: Sequence[str]) -> Iterator[Work]:
-    """Every point of the curves, on decoders of these sizes."""
+def curve_works(work: Work, full: bool, bases: dict[str, bool]) -> Iterator[Work]:
+    """The points of the curves, on decoders of these sizes: all, or the one where all sizes are measured."""
     users, tokens = CURVE_AT
     points = dict.fromkeys([*((users, t) for t in CURVE_TOKENS[full]), *((u, tokens) for u in CURVE_USERS[full])])
     tokenizer = load_tokenizer(work.base.origin.folder)
-    for name in bases:
+    for name, every in bases.items():
         with tempfile.TemporaryDirectory() as folder:
             shape = {**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "tied_head": True, **BASES[name]}
             config = DecoderConfig(**shape)
             save_model(initialise(Decoder(config), seed=0), tokenizer, folder)
             base = load_model(folder, work.base.dtype, work.base.device)
-            for point in points:
+            for point in points if every else [CURVE_AT]:
                 yield curve_work(f"random {name}", base, *point)
+
+
+def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] | None:
+    """Seconds of what a pass takes whatever is in it, and of each token, as one by one shows them, fitted to its runs
+    at CURVE_AT's users by least relative squares. Fills in what that says of all the runs:
+
+        s(T) = pass + token T
+        times one by one = U s(T) / (passes pass + token U T)          U users of T tokens in so many passes
+
+    runs: of one base. None where they have one number of tokens only.
+    """
+    some = [run for run in runs if run["users"] == CURVE_AT[0]]
+    tokens = np.array([run["tokens_per_user_step"] for run in some])
+    if len(set(tokens)) < 2:
+        return None
+    seconds = 1 / np.array([run["one_by_one_users_per_s"] * run["steps"] for run in some])
+    found, *_ = np.linalg.lstsq(np.stack([1 / seconds, tokens / seconds], 1), np.ones(len(some)), rcond=None)
+    a, b = map(float, found)
+    for run in runs:
+        users, T = run["users"], run["tokens_per_user_step"]
+        together = min(users, passes.slots, max(1, passes.token_budget // (TILE * -(-int(T) // TILE))))
+        run["model_times_one_by_one"] = users * (a + b * T) / (a * -(-users // together) + b * users * T)
+    return {"pass_s": a, "token_s": b}
 
 
 # ---- Memory --------------------------------------------------------------------------------------------------------
@@ -317,7 +343,12 @@ def run_train(argv: Sequence[str]) -> dict:
         print(f"curves: {CURVE_STEPS} steps of each user; one by one and peft of {FEW} users at most", flush=True)
         for each in curve_works(work, args.full, args.bases):
             note(measured(each, ["fused", "one_by_one", *(name for name in peers if name == "peft")]))
-        plot(args.out / "train.png", result["runs"][1:])
+        curves = result["runs"][1:]
+        result["model"] = {name: model_of_cost([run for run in curves if run["base"] == name], PASSES)
+                           for name in dict.fromkeys(run["base"] for run in curves)}  # fmt: skip
+        write_file(args.out / "result.json", json.dumps(result, indent=1).encode() + b"\n")
+        print(*model_lines(result), sep="\n", flush=True)
+        plot(args.out / "train.png", curves)
     if args.profile:
         with profiled(args.out):
             work.fused()
@@ -349,15 +380,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help=f"rows of a fused pass at most; fewer take less memory (default: {PASSES.token_budget}, "
                              "twice as many with --top-layers, where few layers keep something for a row)")
     parser.add_argument("--lanes", type=int, metavar="N",
-                        help="parts of a fused pass that run side by side on a CPU (default: one for each core; with "
-                             "the default base one, for its operations are too short)")
-    parser.add_argument("--published-steps", type=int, default=PUBLISHED_STEPS, metavar="N",
-                        help=f"steps of each user by the published protocol, 1 to {STEPS}: it is slow (default: "
-                             f"{PUBLISHED_STEPS})")
+                        help="parts of a fused pass that run side by side on a CPU (default: one for each core and "
+                             "1,024 rows; with the default base one, for its operations are too short)")
+    parser.add_argument("--published-steps", type=int, default=STEPS, metavar="N",
+                        help=f"steps of each user by the published protocol, which is slow; 1 to {STEPS}, the default")
     add_dtype(parser)
-    parser.add_argument("--full", action="store_true", help="every point of the curves, larger bases too: an hour")
+    parser.add_argument("--full", action="store_true",
+                        help="more points of the curves, and all of them on larger bases too: an hour and a half")
     parser.add_argument("--bases", type=lambda text: tuple(text.split(",")), metavar="NAME,...",
-                        help=f"sizes of the curves' bases, of {', '.join(BASES)} (default: 1M, with --full all)")
+                        help=f"sizes of bases, of {', '.join(BASES)}, on which all points of the curves are measured "
+                             "(default: 1M, with --full all; of the others one point)")
     parser.add_argument("--no-curves", action="store_true", help="the users alone, no curves")
     parser.add_argument("--profile", action="store_true", help="also write trace.json and a table of kernels")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
@@ -369,13 +401,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--users must be at least 1, got {args.users}")
     if not 1 <= args.published_steps <= STEPS:
         parser.error(f"--published-steps must be 1 to {STEPS}, got {args.published_steps}")
-    args.bases = args.bases or (tuple(BASES) if args.full else ("1M",))
-    if unknown := [name for name in args.bases if name not in BASES]:
+    if unknown := [name for name in args.bases or () if name not in BASES]:
         parser.error(f"--bases: there is no {unknown[0]!r}; choose of {', '.join(BASES)}")
+    args.bases = dict.fromkeys(args.bases, True) if args.bases else {name: args.full or name == "1M" for name in BASES}
     args.method = replace(METHOD, sites=args.sites)
-    usual = {"token_budget": PASSES.token_budget * (1 if args.top_layers is None else 2), "lanes": lanes_of(args)}
-    asked = {name: getattr(args, name) for name in usual if getattr(args, name) is not None}
-    args.passes = replace(PASSES, **usual | asked)
+    budget = args.token_budget
+    if budget is None:
+        budget = PASSES.token_budget * (1 if args.top_layers is None else 2)
+    lanes = lanes_of(args, budget) if args.lanes is None else args.lanes
+    args.passes = replace(PASSES, token_budget=budget, lanes=lanes)
     args.passes.check()
     return args
 
@@ -426,6 +460,20 @@ def details(entry: dict) -> list[str]:
     return [f"  {text}" for text in lines]
 
 
+def model_lines(result: dict) -> list[str]:
+    """What the model of cost says, beside what was measured."""
+    lines = []
+    for name, model in result["model"].items():
+        if model is None:
+            continue
+        lines.append(f"model of {name}: {1e3 * model['pass_s']:.1f} ms a pass and {1e6 * model['token_s']:.0f} us a "
+                     "token, from one by one; times one by one, by the model and measured:")  # fmt: skip
+        lines += [f"{run['users']:>8} users {run['tokens_per_user_step']:>6.0f} tokens"
+                  f"{run['model_times_one_by_one']:>8.2f}{faster(run, 'one_by_one'):>8.2f}"
+                  for run in result["runs"] if run["base"] == name]  # fmt: skip
+    return lines
+
+
 def plot(path: Path, runs: Sequence[dict]) -> None:
     """Who wins where: how many times as fast as peft fused training is, over tokens and over users. 1 is a draw."""
     try:
@@ -433,22 +481,38 @@ def plot(path: Path, runs: Sequence[dict]) -> None:
     except ImportError:
         print("no train.png: matplotlib is not installed (pip install 'minipeft[report]')", file=sys.stderr)
         return
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     users, tokens = CURVE_AT
     panels: list[tuple[str, str, Callable[[dict], bool]]] = [
         ("tokens_per_user_step", f"tokens per user and step, {users} users", lambda run: run["users"] == users),
         ("users", f"users, {tokens} tokens per user and step", lambda run: run["tokens_per_user_step"] == tokens)]
-    for axes, (x, title, belongs) in zip(figure.subplots(1, 2, sharey=True), panels):
-        for base in dict.fromkeys(run["base"] for run in runs):
+    bases = list(dict.fromkeys(run["base"] for run in runs))
+    *pairs, sizes = figure.subplots(1, 3, sharey=True)
+    for axes, (x, title, belongs) in zip(pairs, panels):
+        for color, base in enumerate(bases):
             some = sorted((run for run in runs if run["base"] == base and belongs(run)), key=lambda run: run[x])
-            for than, dashes in (("peft", "-"), ("one_by_one", ":")):
-                points = [(run[x], ratio) for run in some if (ratio := faster(run, than)) is not None]
-                axes.plot(*zip(*points) if points else ([], []), dashes, marker="o", markersize=4,
-                          label=f"{base} against {than.replace('_', ' ')}")
+            if len(some) > 1:
+                draw(axes, some, x, base, f"C{color}")
+        axes.set(xscale="log", xlabel=title)
+    draw(sizes, [run for run in runs if (run["users"], run["tokens_per_user_step"]) == CURVE_AT], "base_numbers",
+         "all", "black")  # fmt: skip
+    sizes.set(xscale="log", xlabel=f"numbers of the base, {users} users, {tokens} tokens")
+    for axes in figure.axes:
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel=title)
+        axes.set(yscale="log")
+        axes.legend(fontsize=7, frameon=False)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylabel("fused is so many times as fast")
-    figure.axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def draw(axes, runs: Sequence[dict], x: str, base: str, color: str) -> None:
+    """One base's lines: against peft and against one by one, as measured, and as the model of cost has the latter."""
+    for than, dashes in (("peft", "-"), ("one_by_one", ":")):
+        points = [(run[x], ratio) for run in runs if (ratio := faster(run, than)) is not None]
+        axes.plot(*zip(*points) if points else ([], []), dashes, marker="o", markersize=4, color=color,
+                  label=f"{base} against {than.replace('_', ' ')}")  # fmt: skip
+    points = [(run[x], run["model_times_one_by_one"]) for run in runs if run["model_times_one_by_one"] is not None]
+    if len(points) > 1:
+        axes.plot(*zip(*points), "x--", markersize=4, linewidth=0.8, color=color, label=f"{base}, model of one by one")

@@ -15,10 +15,10 @@ from torch import Tensor
 from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question
 from minipeft.models.classifier import Base
+from minipeft.models.t5 import T5
 from minipeft.peers import Peft, Published
 from minipeft.schedule import Job, PassConfig, Run, choose
 
-PUBLISHED_STEPS = 1  # it is slow
 FEW = 8  # users of the contenders that go user by user
 SAME = 1e-5  # relative difference of rows, ours against one by one
 SAME_LOSS = 1e-4  # and of a user's loss, against the peers
@@ -26,6 +26,7 @@ SAME_LOSS = 1e-4  # and of a user's loss, against the peers
 # that is all rounding as for any other: so there this share of what training changed, of a row and of a loss. Of an
 # adapter that was not trained all of it differs.
 SAME_CHANGE = 0.5
+SAME_STEPS = 0.05  # of what training changed of a row, against the peers, in fp32
 PASSES = PassConfig(slots=64, token_budget=2048)
 
 
@@ -39,7 +40,7 @@ class Work:
     short: user -> their training questions as the published protocol has them, at most 512 tokens; who is not among
            them has none that is longer.
     num_cut, num_short_cut: training texts that were cut to fit the base, and to fit the published protocol.
-    published_steps: of each user, by the published protocol; at most `steps`.
+    published_steps: of each user, by the published protocol; at most `steps`. None: as many.
     planning: seconds that the last training by our engine planned and packed.
     """
 
@@ -54,8 +55,11 @@ class Work:
     short: Mapping[str, Sequence[Question]] = field(default_factory=dict)
     num_cut: int = 0
     num_short_cut: int = 0
-    published_steps: int = PUBLISHED_STEPS
+    published_steps: int | None = None
     planning: float = 0.0
+
+    def __post_init__(self):
+        self.published_steps = self.published_steps or self.steps
 
     @cached_property
     def few(self) -> list[Job]:
@@ -147,24 +151,30 @@ def compared(work: Work, contenders: Sequence[str]) -> dict[str, float | None]:
 
     Returns:
         max_relative_difference of a row, fused against one by one; max_trunk_difference of a row, one by one from kept
-        states against all layers, None without; max_loss_difference, relative, peft against one by one;
-        max_published_loss_difference, the same of the published protocol.
+        states against all layers, and max_sharing_difference, with what prompts share read once against each time: None
+        where there is no such choice; max_loss_difference and max_step_difference, peft against one by one: of a loss,
+        relative, and of a row, as a share of what training changed of it; max_published_loss_difference and
+        max_published_step_difference, the same of the published protocol.
     Raises:
-        Apart: more than rounding (SAME and SAME_LOSS, in bf16 SAME_CHANGE).
+        Apart: more than rounding (SAME, SAME_LOSS and SAME_STEPS, in bf16 SAME_CHANGE).
     """
     alone = work.one_by_one()
-    found = {"max_relative_difference": _apart(work, "fused and one by one", work.fused(), alone),
-             "max_trunk_difference": None, "max_loss_difference": None,
-             "max_published_loss_difference": None}  # fmt: skip
+    found = dict.fromkeys(("max_relative_difference", "max_trunk_difference", "max_sharing_difference",
+                           "max_loss_difference", "max_step_difference", "max_published_loss_difference",
+                           "max_published_step_difference"))  # fmt: skip
+    found["max_relative_difference"] = _apart(work, "fused and one by one", work.fused(), alone)
     if work.whole is not None:
         all_layers = replace(work, base=work.whole, whole=None)
         found["max_trunk_difference"] = _apart(work, "kept states and all layers", alone, all_layers.one_by_one())
+    if work.base.causal and not isinstance(work.base, T5) and work.passes.share:
+        each = replace(work, passes=replace(work.passes, share=False)).one_by_one()
+        found["max_sharing_difference"] = _apart(work, "prompts' beginnings read once and each time", alone, each)
     if "peft" in contenders:
-        found["max_loss_difference"] = _losses_apart(work, "peft", work.peft(), alone)
+        found["max_loss_difference"], found["max_step_difference"] = _peer_apart(work, "peft", work.peft(), alone)
     if "published" in contenders:
-        short = work.shortened
-        found["max_published_loss_difference"] = _losses_apart(short, "the published protocol", work.published(),
-                                                               short.one_by_one())  # fmt: skip
+        short, who = work.shortened, "the published protocol"
+        apart = _peer_apart(short, who, work.published(), short.one_by_one())
+        found["max_published_loss_difference"], found["max_published_step_difference"] = apart
     return found
 
 
@@ -175,12 +185,17 @@ def _apart(work: Work, who: str, rows: dict[str, Tensor], others: dict[str, Tens
     return _largest(work, f"{who} differ in a user's row", found, SAME, changes)
 
 
-def _losses_apart(work: Work, who: str, rows: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
-    """The largest relative difference of a user's loss, under our row and under theirs."""
-    theirs, before, after = (work.losses(some) for some in (rows, _starts(work, ours), ours))
-    found = {user: abs(theirs[user] - loss) / loss for user, loss in after.items()}
+def _peer_apart(work: Work, who: str, rows: dict[str, Tensor], ours: dict[str, Tensor]) -> tuple[float, float]:
+    """The largest relative difference of a user's loss, under our row and under theirs; and of their rows, as a share
+    of how far ours is from its start."""
+    starts = _starts(work, ours)
+    theirs, before, after = (work.losses(some) for some in (rows, starts, ours))
+    losses = {user: abs(theirs[user] - loss) / loss for user, loss in after.items()}
     changes = {user: abs(before[user] - loss) / loss for user, loss in after.items()}
-    return _largest(work, f"{who} and one by one differ in a user's loss", found, SAME_LOSS, changes)
+    steps = {user: float((rows[user] - row).norm() / (row - starts[user]).norm()) for user, row in ours.items()}
+    return (_largest(work, f"{who} and one by one differ in a user's loss", losses, SAME_LOSS, changes),
+            _largest(work, f"{who} and one by one differ in what training changed of a user's row", steps, SAME_STEPS,
+                     dict.fromkeys(steps, 1.0)))  # fmt: skip
 
 
 def _largest(work: Work, words: str, found: dict[str, float], same: float, changes: dict[str, float]) -> float:

@@ -241,21 +241,25 @@ class Engine:
             if (shared := self._under[group.bank]) is not None:
                 shared.begin(np.zeros(1, dtype=np.int64), training=False)
 
-    def _log_probs(self, batch: Batch, steps: dict[tuple[int, int], int] | None = None) -> Tensor:
-        """Log-probabilities of what a target may be at the rows that were asked for: [M, vocab]."""
+    def _log_probs(self, batch: Batch, steps: dict[tuple[int, int], int] | None = None, lanes: int = 1) -> Tensor:
+        """Log-probabilities of what a target may be at the rows that were asked for: [M, vocab].
+
+        lanes: see Totals.planned.
+        """
         if self.model.lockstep is not None:
             self.model.lockstep.before(steps is not None)
         self.totals.count(batch)
         self.model.recompute = self.passes.recompute
         self._begin(batch.groups, steps is not None)
-        hooks = self._hooks(batch.groups, steps)
-        acting = (table[group.bank] for group in batch.groups for table in (self._banks, self._under))
-        acts = batch.head_attend is not None or any(residents.at_head for residents in acting if residents is not None)
-        top = Top(batch.head_rows, batch.head_attend, self._hooks(batch.head_groups() if acts else (), steps))
+        with self.totals.planned(lanes):
+            hooks = self._hooks(batch.groups, steps)
+            acting = [table[group.bank] for group in batch.groups for table in (self._banks, self._under)]
+            acts = batch.head_attend is not None or any(each.at_head for each in acting if each is not None)
+            top = Top(batch.head_rows, batch.head_attend, self._hooks(batch.head_groups() if acts else (), steps))
+            reading = None if batch.inputs is None else self._hooks(batch.inputs.groups, steps)
         if batch.inputs is None:
             read = self.model.read(batch.rows, top, hooks)  # [M', width]
         else:
-            reading = self._hooks(batch.inputs.groups, steps)
             keys = self.model.cross_keys(self.model.encode_rows(batch.inputs.rows, reading), reading)
             read = self.model.decode_rows(batch.rows, keys, batch.cross, hooks).index_select(0, batch.head_rows)
         logits = self.model.head(read, top.hooks)  # [M', vocab]
@@ -263,7 +267,8 @@ class Engine:
 
     def train_step(self, chosen: Sequence[Run]) -> None:
         """One optimizer step of every chosen user on their next minibatch, in one pass. Sorted by bank and slot."""
-        lanes = self._lanes_of(chosen)
+        with self.totals.planned():
+            lanes = self._lanes_of(chosen)
         if len(lanes) == 1:
             self._train_lane(chosen)
             return
@@ -280,8 +285,11 @@ class Engine:
             return [chosen]
         rows = {run.job.key: run.minibatch(self.labels).num_rows for run in chosen}
         lanes: list[list[Run]] = [[] for _ in range(most)]
+        loads = [0] * most
         for run in sorted(chosen, key=lambda run: -rows[run.job.key]):  # the largest first, each to who has least
-            min(lanes, key=lambda lane: sum(rows[other.job.key] for other in lane)).append(run)
+            least = loads.index(min(loads))
+            lanes[least].append(run)
+            loads[least] += rows[run.job.key]
         return [sorted(lane, key=lambda run: (run.bank, run.slot)) for lane in lanes]
 
     @cached_property
@@ -298,7 +306,7 @@ class Engine:
                 targets += tokens
                 weights += [1 / len(tokens)] * len(tokens)
         with region("forward"):
-            log_probs = self._log_probs(batch, {(run.bank, run.slot): run.step for run in chosen})
+            log_probs = self._log_probs(batch, {(run.bank, run.slot): run.step for run in chosen}, lanes)
             of_rows = torch.tensor(targets, device=log_probs.device).view(len(log_probs), -1)  # a tag's row: C targets
             losses = -log_probs.gather(1, of_rows).flatten()
             loss = (losses * torch.tensor(weights, device=log_probs.device)).sum()

@@ -9,21 +9,25 @@ import ctypes
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Barrier
 
 import torch
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
+LEAST_ROWS = 1024  # of a lane: with fewer its operations are so short that lanes wait for each other's Python
 
 
-def lanes_on(device: torch.device | str) -> int:
-    """One for each core that PyTorch uses on a CPU; on a GPU one."""
-    return torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+def lanes_on(device: torch.device | str, token_budget: int) -> int:
+    """One for each core that PyTorch uses on a CPU, as many as passes of so many rows fill; on a GPU one."""
+    if torch.device(device).type != "cpu":
+        return 1
+    return max(1, min(torch.get_num_threads(), token_budget // LEAST_ROWS))
 
 
-def lanes_of(args: Namespace) -> int:
-    """What a command takes that has --device and --model: the default base's operations are so short that lanes would
-    wait for each other's Python, so it has one."""
-    return lanes_on(args.device) if args.model is not None else 1
+def lanes_of(args: Namespace, token_budget: int) -> int:
+    """What a command takes that has --device and --model: the default base's operations are short whatever a lane's
+    rows, so it has one."""
+    return lanes_on(args.device, token_budget) if args.model is not None else 1
 
 
 class Lanes:
@@ -31,8 +35,14 @@ class Lanes:
 
     def __init__(self, number: int):
         one_arena()
-        share = max(1, torch.get_num_threads() // number)
-        self._pool = ThreadPoolExecutor(number, "lane", torch.set_num_threads, (share,))
+        cores = torch.get_num_threads()
+        self._pool, there = ThreadPoolExecutor(number, "lane", self._begin, (max(1, cores // number),)), Barrier(number)
+        wait([self._pool.submit(there.wait) for _ in range(number)])  # until each has begun, and then
+        torch.set_num_threads(cores)  # for what they said holds for every thread that begins after them, too
+
+    @staticmethod
+    def _begin(share: int) -> None:
+        torch.set_num_threads(share)
 
     def run(self, parts: Sequence[Callable[[], None]]) -> None:
         """Run all of these to their ends; then raise what the first that failed has raised."""

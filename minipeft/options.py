@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from typing import Any, get_args, get_origin
 
 from minipeft.errors import InputError
+from minipeft.lanes import lanes_on
 from minipeft.methods import METHODS
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
@@ -16,6 +17,7 @@ from minipeft.schedule import PassConfig, TrainConfig
 NAMES = [name for name in METHODS if name != "stack"]  # what people choose from
 SETTINGS = [field for field in fields(TrainConfig) if field.name != "method"]
 AUTO = {"slots": "; auto: this and the token budget from the memory that is free"}
+DEFAULTS = {"lanes": "one for each core, as many as passes of 1,024 rows each fill"}
 SHAPES = {int: "N", float: "X", str: "NAME"}
 
 
@@ -45,12 +47,14 @@ def add_pass_options(parser: argparse.ArgumentParser) -> None:
     for field in fields(PassConfig):
         reading = {"type": _number_or_auto, "metavar": "N"} if field.name == "slots" else _reading(field.type)
         together.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS,
-                              help=f"default {field.default}{AUTO.get(field.name, '')}", **reading)  # fmt: skip
+                              help=f"default {DEFAULTS.get(field.name, field.default)}{AUTO.get(field.name, '')}",
+                              **reading)  # fmt: skip
 
 
 def passes_of(args: argparse.Namespace) -> PassConfig:
-    """What `add_pass_options` read."""
-    return PassConfig(**{field.name: getattr(args, field.name) for field in fields(PassConfig) if field.name in args})
+    """What `add_pass_options` read, for a command that has --device."""
+    passes = PassConfig(**{field.name: getattr(args, field.name) for field in fields(PassConfig) if field.name in args})
+    return passes if "lanes" in args else replace(passes, lanes=lanes_on(args.device, passes.token_budget))
 
 
 def options() -> dict[str, dict[str, Field]]:

@@ -12,11 +12,11 @@ from small_bases import MAKERS
 
 from minipeft import bench, bench_train, contenders, default_base, peers
 from minipeft.bench_train import base_name, main_work, parse
-from minipeft.contenders import SAME, SAME_LOSS, Apart, compared
+from minipeft.contenders import SAME, SAME_LOSS, SAME_STEPS, Apart, compared
 from minipeft.errors import InputError
 from minipeft.methods.ia3 import IA3
 from minipeft.models.trunk import Trunk
-from minipeft.schedule import Run
+from minipeft.schedule import PassConfig, Run
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
 from minipeft.tasks.task import load_task, save_task
 
@@ -61,10 +61,15 @@ def test_the_default_run_measures_every_contender_and_the_curves(tmp_path, capsy
     assert first["base"] == "default" and first["users"] == 3 and first["resident_mb"] > 0
     assert all(first[f"{name}_users_per_s"] > 0 for name in bench_train.CONTENDERS)
     assert len(first["fused_seconds"]) == 2 and first["max_loss_difference"] <= SAME_LOSS
-    assert first["timed"]["peft"] == {"users": 3, "steps": 3} and first["timed"]["published"]["steps"] == 1
+    assert first["timed"]["peft"] == first["timed"]["published"] == {"users": 3, "steps": 3}
+    assert 0 < first["max_step_difference"] <= SAME_STEPS and 0 < first["max_published_step_difference"] <= SAME_STEPS
+    assert first["max_sharing_difference"] <= SAME
     assert first["published_reload_seconds"] > 0 and first["num_cut"] == first["num_cut_published"] == 0
     assert first["peak_within_limit"] and first["grown_within_limit"]
-    assert [(run["users"], run["tokens_per_user_step"]) for run in curve] == [(3, 16), (3, 128), (1, 16)]
+    assert [(run["base"][7:], run["users"], run["tokens_per_user_step"]) for run in curve] == [
+        ("1M", 3, 16), ("1M", 3, 128), ("1M", 1, 16), ("8M", 3, 16), ("25M", 3, 16)]
+    assert result["model"]["random 8M"] is None and result["model"]["random 1M"]["token_s"] > 0
+    assert [run["model_times_one_by_one"] is not None for run in curve] == [True] * 3 + [False] * 2
     assert {run["published_users_per_s"] for run in curve} == {None}
     assert (tmp_path / "out" / "train.png").stat().st_size and (tmp_path / "out" / "kernels.txt").stat().st_size
 
@@ -86,6 +91,53 @@ def test_an_encoder_with_kept_states_trains_what_peft_trains(folders, tmp_path, 
     ours, theirs = work.one_by_one(), work.peft()
     for user, row in ours.items():
         torch.testing.assert_close(theirs[user], row, rtol=1e-3, atol=1e-5)
+
+
+def test_the_model_of_cost_is_that_of_passes_and_tokens():
+    """Of times that the model itself has made, both constants are found and every gain is met."""
+    a, b, passes = 5e-3, 2e-5, PassConfig(slots=64, token_budget=2048)
+
+    def run(users, tokens, num_passes):
+        alone, together = a + b * tokens, a * num_passes + b * users * tokens
+        return {"users": users, "tokens_per_user_step": tokens, "steps": 2, "one_by_one_users_per_s": 1 / (2 * alone),
+                "fused_users_per_s": users / (2 * together)}  # fmt: skip
+
+    runs = [run(3, 16, 1), run(3, 1000, 2), run(1, 16, 1), run(300, 16, 5)]
+    found = bench_train.model_of_cost(runs, passes)
+    assert (found["pass_s"], found["token_s"]) == pytest.approx((a, b))
+    for each in runs:
+        assert each["model_times_one_by_one"] == pytest.approx(bench_train.faster(each, "one_by_one"))
+    assert bench_train.model_of_cost(runs[2:], passes) is None
+
+
+def test_lanes_train_what_one_lane_trains(folders):
+    task, model = folders
+    argv = ["--task", str(task), "--model", str(model)]
+    work, alone = (main_work(parse([*argv, "--lanes", lanes])) for lanes in ("2", "1"))
+    assert compared(work, ["fused", "one_by_one", "peft"])["max_relative_difference"] <= SAME
+    for user, row in alone.fused().items():
+        assert (work.fused()[user] - row).norm() <= SAME * row.norm()
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "head"])
+def test_a_peer_that_trains_a_part_only_is_noticed(part, folders, monkeypatch):
+    """Losses alone would pass some: in few steps most of a loss's change is the head's."""
+    task, model = folders
+    work = main_work(parse(["--task", str(task), "--model", str(model)]))
+    method, base, made = work.jobs[0].config.method, work.base, work.peft()
+
+    def in_part():
+        for user, row in made.items():
+            old = method.tensors(method.initial_row(base, work.jobs[0].config.seed, user), base)
+            yield user, method.row({name: old[name] if is_part(name) else new
+                                    for name, new in method.tensors(row, base).items()}, base)  # fmt: skip
+
+    is_part = {"head": lambda name: name.startswith("head."), "lora_A": lambda name: name.endswith(".A"),
+               "lora_B": lambda name: name.endswith(".B")}[part]  # fmt: skip
+    assert any(map(is_part, method.shapes(base)))
+    monkeypatch.setattr(work, "peft", lambda: dict(in_part()))
+    with pytest.raises(Apart):
+        compared(work, ["fused", "one_by_one", "peft"])
 
 
 @pytest.mark.parametrize("who", ["fused", "peft", "published"])
@@ -172,9 +224,10 @@ def test_adapters_that_differ_are_one_line_and_exit_code_1(tmp_path, monkeypatch
 def test_padding_to_512_changes_no_gradient(folders):
     task, model = folders
     work = main_work(parse(["--task", str(task), "--model", str(model)]))
-    tuned, published = replace(work, steps=1).peft(), work.published()
-    for user, row in tuned.items():
-        torch.testing.assert_close(published[user], row, rtol=1e-4, atol=1e-6)
+    assert work.published_steps == work.steps == 3  # from the second step on LoRA's A has a gradient, too
+    tuned, published = work.peft(), work.published()
+    for user, start in contenders._starts(work, tuned).items():
+        assert (published[user] - tuned[user]).norm() <= 1e-2 * (tuned[user] - start).norm()
 
 
 @pytest.mark.parametrize("who", ["fused", "peft"])

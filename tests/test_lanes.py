@@ -1,6 +1,7 @@
 """Does a pass in lanes train everybody as one in a single lane does, and do the lanes stay out of each other's way?"""
 
 import threading
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from minipeft.methods.dora import DoRA
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.prompt import PromptTuning
 from minipeft.models.trunk import Trunk
+from minipeft.options import passes_of
 from minipeft.profiling import region
 from minipeft.schedule import Adapter, PassConfig
 
@@ -117,7 +119,21 @@ def test_what_fails_in_a_lane_is_raised_once_all_have_ended():
 def test_cores_are_shared_out_and_the_caller_keeps_all():
     before, threads = torch.get_num_threads(), []
     Lanes(max(1, before)).run([lambda: threads.append(torch.get_num_threads())] * 3)
-    assert threads == [1] * 3 and torch.get_num_threads() == before == lanes_on("cpu") and lanes_on("cuda") == 1
+    assert threads == [1] * 3 and torch.get_num_threads() == before
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [before], "who begins after the lanes"
+
+
+def test_as_many_lanes_as_cores_and_as_rows_fill(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
+    assert [lanes_on("cpu", rows) for rows in (512, 2048, 4096, 1 << 20)] == [1, 2, 4, 32]
+    assert lanes_on("cuda", 1 << 20) == 1
+    args = Namespace(device="cpu", token_budget=4096)
+    assert passes_of(args) == PassConfig(token_budget=4096, lanes=4)
+    assert passes_of(Namespace(device="cpu", lanes=1)) == PassConfig() != passes_of(Namespace(device="cpu"))
 
 
 @pytest.mark.parametrize("most_bytes", [1 << 30, 4000], ids=["all kept", "few kept"])

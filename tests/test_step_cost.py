@@ -1,6 +1,7 @@
 """Does a fused step take as many operations as it should, however many users are in it?
 
-Counts, not seconds: PyTorch operations of forward, backward and optimizer step, and calls of Python functions.
+Counts, not seconds: PyTorch operations of forward, backward and optimizer step, what they multiply, and calls of
+Python functions.
 """
 
 import sys
@@ -8,14 +9,20 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.default_base import initialise
 from minipeft.engine import Engine
-from minipeft.labels import LabelSet, Question
+from minipeft.labels import Classes, LabelSet, Question
 from minipeft.methods import METHODS
 from minipeft.methods import lora as lora_file
+from minipeft.models.bert import Bert, BertConfig
+from minipeft.models.classifier import Classifier
 from minipeft.models.decoder import Decoder, DecoderConfig
+from minipeft.models.t5 import T5, T5Config
+from minipeft.models.trunk import Trunk, keep_top
 from minipeft.running import for_base
 from minipeft.schedule import Job, PassConfig, Run, TrainConfig
 
@@ -66,6 +73,27 @@ def operations(base, name: str, num_users: int) -> Counter:
     return +counted.ops
 
 
+def filled(model):
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=draw) * 0.1)
+    return model
+
+
+def multiplied(base, labels, prompts: list[list[tuple[int, ...]]]) -> int:
+    """Floating-point operations of the matrix products and the attention of a fused LoRA step."""
+    method = for_base(METHODS["lora"](rank=2, sites=("q", "v")), base)
+    engine = Engine(base, labels, PassConfig(slots=len(prompts)))
+    runs = []
+    for u, own in enumerate(prompts):
+        questions = [Question(prompt, i % 2) for i, prompt in enumerate(own)]
+        runs.append(engine.begin(Job(f"user {u}", questions, questions, TrainConfig(method))))
+    with FlopCounterMode(display=False) as counter:
+        engine.train_step(runs)
+    return counter.get_total_flops()
+
+
 def python_calls(action) -> int:
     """Calls of Python functions while action runs."""
     calls = 0
@@ -93,6 +121,30 @@ def test_more_users_are_no_more_operations(base, name):
     few, many = operations(base, name, 4), operations(base, name, 32)
     assert few == many
     assert sum(many.values()) <= MOST[name], f"{sum(many.values())} operations: {many.most_common()}"
+
+
+PRODUCTS = {"decoder": 33_570_816, "encoder": 39_585_536, "encoder, top layer": 14_714_624,
+            "encoder-decoder": 71_876_608}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_no_row_is_multiplied_that_nobody_reads(base, kind):
+    """Operations of one step; a change that needs more says why, one that needs fewer lowers the figure. The head at
+    every row, an unread row of the last layer or users filled up to more rows would be more."""
+    words = np.random.default_rng(0).integers(3, 90, (6, 4, 40)).tolist()
+    prompts = [[tuple(text[: 20 + 3 * u]) for text in own] for u, own in enumerate(words)]
+    whole = Classifier(filled(Bert(BertConfig(100, 32, LAYERS, 2, 48, max_positions=96))), 2)
+    if kind == "encoder, top layer":
+        keep_top(whole, 1)
+    made, labels = {
+        "decoder": (base, LabelSet([[1], [2]])),
+        "encoder": (whole, Classes(2)),
+        "encoder, top layer": (Trunk(whole, (prompt for own in prompts for prompt in own)), Classes(2)),
+        "encoder-decoder": (filled(T5(T5Config(100, 32, LAYERS, LAYERS, 2, 16, 48, start_token=0, gated=True))),
+                            LabelSet([[1], [2]], 0)),
+    }[kind]  # fmt: skip
+    operations = multiplied(made.requires_grad_(False), labels, prompts)
+    assert 0.99 * PRODUCTS[kind] < operations <= PRODUCTS[kind], f"{operations:,}"
 
 
 def test_dropout_is_drawn_once_for_every_input_of_a_step_and_copied_at_once(base, monkeypatch):

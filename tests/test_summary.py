@@ -50,7 +50,8 @@ def test_figures_of_a_case_by_hand():
 def test_one_figure_reached_in_two_ways_is_one_figure():
     """Means of sevenths: 100 times their mean, and the mean of 100 times each."""
     rows = [[1.0] * right + [0.0] * (7 - right) for right in (1, 3, 5, 6, 2, 4, 7, 1)]
-    entry = summarise([record("lora", rows, correct=rows, fixed_accuracy=[np.mean(row) for row in rows])])["tasks"]["t"]["lora"]
+    result = summarise([record("lora", rows, correct=rows, fixed_accuracy=[np.mean(row) for row in rows])])
+    entry = result["tasks"]["t"]["lora"]
     assert entry["accuracy"] == entry["fixed_accuracy"] == round(entry["accuracy"], 9)
 
 

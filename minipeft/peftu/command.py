@@ -212,7 +212,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     first = 42 if args.mode == "paper" else 0
     carried, origin = carried_from(args.lrs_from) if args.lrs_from else ((), "")
     return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs, carried, origin,
-                args.equal, args.top_layers, replace(PASSES, lanes=lanes_of(args)))  # fmt: skip
+                args.equal, args.top_layers, replace(PASSES, lanes=lanes_of(args, PASSES.token_budget)))  # fmt: skip
 
 
 def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
