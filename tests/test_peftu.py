@@ -599,7 +599,7 @@ def test_a_head_pays_for_the_states_that_it_starts_from(top, task, bases, tmp_pa
     def slow(base, method, texts):
         nonlocal now
         now += 100.0
-        base.encoder.embedded = lambda rows, embedded=base.encoder.embedded: ran.append(rows) or embedded(rows)
+        base.encoder.embedded = lambda *args, embedded=base.encoder.embedded: ran.append(args) or embedded(*args)
         return above_frozen(base, method, texts)
 
     plan = Plan(FIXED, {name: FIXED.methods()[name] for name in ("lora", "head")}, epochs=1, top_layers=top)
@@ -613,8 +613,8 @@ def test_a_head_pays_for_the_states_that_it_starts_from(top, task, bases, tmp_pa
     monkeypatch.setattr(cells, "above_frozen", above_frozen)
     rows = sum(len(question.prompt) for own in run.questions("head")["train"].values() for question in own)
     mean = rows / sum(map(len, run.task.train.values()))
-    head = 2 * 2 * 2 * run.base.config.width  # C = 2 classes, forward and the gradient of W
-    assert run._flops("head") * mean == pytest.approx(head, rel=0.2) and run._flops("lora") > 100 * run._flops("head")
+    head = 2 * 2 * 2 * run.base.config.width  # C = 2 classes, forward and the gradient of W; users fill whole tiles
+    assert head <= run._flops("head") * mean < 16 * head and run._flops("lora") > 100 * run._flops("head")
 
 
 def test_a_finished_tasks_lower_layers_do_not_run_again(task, bases, tmp_path, monkeypatch):
@@ -698,7 +698,7 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
         patch.setattr(cells, "FlopCounterMode", lambda display: current)
         patch.setattr(Engine, "train_step", seen)
         per_row = cells.flops_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base), questions)
-    assert per_row * rows == pytest.approx(counted[0])
+    assert len(counted) == 2 and per_row * rows == pytest.approx(counted[1])
 
 
 def test_operations_of_shared_user_hold_those_of_the_adapter_under_it(task, bases, tmp_path):

@@ -213,9 +213,10 @@ def flops_per_row(
     """
     own = base if under is not None else above_frozen(base, method, [question.prompt for question in questions])
     engine = Engine(own, labels, PassConfig(slots=1))
-    config = TrainConfig(method, batch_size=len(questions))
+    config = TrainConfig(method, batch_size=len(questions), epochs=2)
     run = engine.begin(Job("counted", questions, questions, config, under=under))
     rows = sum(asked_rows(labels, question) + sum(method.virtual(base)) for question in questions)
+    engine.train_step([run])  # after which the states are kept of what fills a user's rows up, too
     with FlopCounterMode(display=False) as counter:
         engine.train_step([run])
     unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
