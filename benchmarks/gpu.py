@@ -5,9 +5,9 @@ fast is training? Run by gpu.sh, one part per process:
             both ways of attention
     soak    thousands of runs over block configurations and ranks, looking for NaN and for bits that change
     sweep   time over block configurations at three shapes: which is best, and how far is ours from it?
-    train   what LoRA adds to a Llama-3.1-8B layer; every method's gradients in the engine against the CPU's; then
+    layer   what LoRA adds to a Llama-3.1-8B layer; every method's gradients in the engine against the CPU's; then
             `python -m minipeft.bench quick` on the GPU
-    models  whole models of random weights (gpu_models.py): the contenders of `python -m minipeft.bench train` on
+    train   whole models of random weights (gpu_models.py): the contenders of `python -m minipeft.bench train` on
             Flan-T5-base's and Qwen2.5-1.5B's shapes; what LoRA adds to Llama-3.1-8B's forward and backward
 
 Each part writes <out>/<part>.json after every item, so a part that is stopped leaves what it has. No item starts later
@@ -446,10 +446,10 @@ def sweep(sizes: Sizes, report: Report) -> None:
               f"{100 * row['fraction_of_floor']:>5.0f} %{row['shipped_ms']:>9.4f}  {row['best']}")
 
 
-# ---- train ---------------------------------------------------------------------------------------------------------
+# ---- layer ---------------------------------------------------------------------------------------------------------
 
 
-def train(sizes: Sizes, report: Report, out: Path) -> None:
+def layer(sizes: Sizes, report: Report, out: Path) -> None:
     clock, totals = clock_of(sizes.device), {"ours": 0.0, "frozen": 0.0}
     for point in sizes.layer:
         if report.time_is_up():
@@ -526,10 +526,10 @@ def rehearsal(out: Path) -> list[str]:
     return ["--task", str(out / "task")]
 
 
-# ---- models --------------------------------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------------------------
 
 
-def models(sizes: Sizes, report: Report) -> None:
+def train(sizes: Sizes, report: Report) -> None:
     try:
         import gpu_models
     except ImportError as error:
@@ -545,7 +545,7 @@ def models(sizes: Sizes, report: Report) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["check", "soak", "sweep", "train", "models"])
+    parser.add_argument("part", choices=["check", "soak", "sweep", "layer", "train"])
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("gpu-%Y%m%d-%H%M%S"))
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in the interpreter, tiny")
     args = parser.parse_args()
@@ -560,10 +560,10 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out, args.part, sizes)
     print(f"{args.part}: {report.result['device']}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
-    if args.part == "train":
-        train(sizes, report, args.out)
+    if args.part == "layer":
+        layer(sizes, report, args.out)
     else:
-        {"check": check, "soak": soak, "sweep": sweep, "models": models}[args.part](sizes, report)
+        {"check": check, "soak": soak, "sweep": sweep, "train": train}[args.part](sizes, report)
     result = report.result
     report.note(finished=True)
     print(f"{args.part}: {len(result['items'])} items, {result['failed']} failed, {result['left_out']} left out, "

@@ -1,4 +1,4 @@
-"""Whole models for gpu.py's part `models`: the shapes of published bases, random weights, nothing is downloaded. bf16.
+"""Whole models for gpu.py's part `train`: the shapes of published bases, random weights, nothing is downloaded. bf16.
 
     contenders   those of `python -m minipeft.bench train`, on a folder that is written here and that ours and peft load
     overhead     what all-linear LoRA adds to the frozen base's forward and backward, on a base made in memory

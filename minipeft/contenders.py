@@ -156,7 +156,8 @@ def compared(work: Work, contenders: Sequence[str]) -> dict[str, float | None]:
         relative, and of a row, as a share of what training changed of it; max_published_loss_difference and
         max_published_step_difference, the same of the published protocol.
     Raises:
-        Apart: more than rounding (SAME, SAME_LOSS and SAME_STEPS, in bf16 SAME_CHANGE).
+        Apart: more than rounding (SAME, SAME_LOSS and SAME_STEPS, in bf16 SAME_CHANGE; there peers' rows are not
+            asked to be ours).
     """
     alone = work.one_by_one()
     found = dict.fromkeys(("max_relative_difference", "max_trunk_difference", "max_sharing_difference",
@@ -193,9 +194,11 @@ def _peer_apart(work: Work, who: str, rows: dict[str, Tensor], ours: dict[str, T
     losses = {user: abs(theirs[user] - loss) / loss for user, loss in after.items()}
     changes = {user: abs(before[user] - loss) / loss for user, loss in after.items()}
     steps = {user: float((rows[user] - row).norm() / (row - starts[user]).norm()) for user, row in ours.items()}
-    return (_largest(work, f"{who} and one by one differ in a user's loss", losses, SAME_LOSS, changes),
-            _largest(work, f"{who} and one by one differ in what training changed of a user's row", steps, SAME_STEPS,
-                     dict.fromkeys(steps, 1.0)))  # fmt: skip
+    loss = _largest(work, f"{who} and one by one differ in a user's loss", losses, SAME_LOSS, changes)
+    if work.base.dtype != torch.float32:
+        return loss, max(steps.values())
+    words = f"{who} and one by one differ in what training changed of a user's row"
+    return loss, _largest(work, words, steps, SAME_STEPS, {})
 
 
 def _largest(work: Work, words: str, found: dict[str, float], same: float, changes: dict[str, float]) -> float:

@@ -263,18 +263,18 @@ def test_all_goes_on_and_ends_with_the_worst_code(tmp_path, codes, worst):
     python.write_text(f"""#!/usr/bin/env bash
         echo "$2" "${{@:3}}"
         declare -A codes
-        read -r codes[check] codes[soak] codes[sweep] codes[train] codes[models] <<< "{codes}"
+        read -r codes[check] codes[soak] codes[sweep] codes[layer] codes[train] <<< "{codes}"
         exit "${{codes[$2]}}"
     """)
     for out in (["--out", "here"], ["--out=here"]):  # no other --out is added
         done = gpu_sh(python, "all", *out)
-        parts = ("check", "soak", "sweep", "train", "models")
+        parts = ("check", "soak", "sweep", "layer", "train")
         assert done.stdout.splitlines() == [f"{part} {' '.join(out)}" for part in parts]
         assert done.returncode == worst and not done.stderr
     assert gpu_sh(python, *out).returncode == worst
 
 
-@pytest.mark.parametrize("part, code", [("soak", 0), ("train", 3), ("models", 3)])
+@pytest.mark.parametrize("part, code", [("soak", 0), ("layer", 3), ("train", 3)])
 def test_runs_without_the_packages_that_only_models_and_tasks_need(tmp_path, part, code):
     python = python_without(tmp_path, "safetensors tokenizers tqdm")
     done = gpu_sh(python, part, "--rehearse", f"--out={tmp_path}")
@@ -308,16 +308,16 @@ def test_configurations_are_overridden_and_restored(gpu):
 
 def test_an_unknown_part_is_a_usage_line():
     done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", "cheque"], capture_output=True, text=True)
-    usage = "usage: benchmarks/gpu.sh [check|soak|sweep|train|models|all]"
+    usage = "usage: benchmarks/gpu.sh [check|soak|sweep|layer|train|all]"
     assert done.returncode == 2 and done.stderr.startswith(usage)
 
 
 def test_whole_models_are_measured_and_compared(tmp_path):
     for peer in ("transformers", "peft"):
         pytest.importorskip(peer)
-    done = subprocess.run(["env", f"PYTHON={sys.executable}", "bash", BENCHMARKS / "gpu.sh", "models", "--rehearse",
+    done = subprocess.run(["env", f"PYTHON={sys.executable}", "bash", BENCHMARKS / "gpu.sh", "train", "--rehearse",
                            f"--out={tmp_path}"], capture_output=True, text=True)  # fmt: skip
-    written = json.loads((tmp_path / "models.json").read_text())
+    written = json.loads((tmp_path / "train.json").read_text())
     assert done.returncode == 0 == written["failed"] and written["finished"], done.stdout + done.stderr
     *contenders, overhead = written["items"]
     for item in contenders:
@@ -343,20 +343,20 @@ def test_where_memory_does_not_hold_activations_it_is_said_and_both_compute_them
         return {"ours_ms": 2.0, "frozen_ms": 1.0}
 
     monkeypatch.setattr(gpu_models, "timed", timed)
-    one = report(gpu, tmp_path, "models")
+    one = report(gpu, tmp_path, "train")
     gpu_models.overhead(gpu_models.TINY, "cpu", one)
     first, second = one.result["items"]
     assert first["cannot"] == "out of memory" and not first["recompute"] and second["recompute"]
     assert second["ok"] and second["added_percent"] == 100.0
 
 
-def test_train_begins_nothing_once_the_time_is_up(gpu, tmp_path, monkeypatch):
+def test_a_layer_begins_nothing_once_the_time_is_up(gpu, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(gpu, "LIMIT_S", -1)
     monkeypatch.setattr(gpu, "LORA_LINEAR", None)
     monkeypatch.setattr(bench, "main", None)
-    one = report(gpu, tmp_path, "train")
-    gpu.train(replace(gpu.TINY), one, tmp_path)
+    one = report(gpu, tmp_path, "layer")
+    gpu.layer(replace(gpu.TINY), one, tmp_path)
     assert not one.result["items"] and one.exit_code() == 3 and "added_percent" not in one.result
 
 
