@@ -7,8 +7,9 @@ The probe is two logistic regressions, a user's on top of everybody's (peftu/pro
     f = h / |h|                  p = log softmax(G f + g), everybody's           z = U f + V p + u, the user's
     head: W = (U + V G) / mean |h|,   b = u + V (g - mean logsumexp(G f + g))    what the two means leave out is lost
 
-Heads start there, alone and beside a LoRA in the top layers; everybody's best of the learning rates by validation, as
-the protocol has it. Printed: accuracy, and the difference from the probe with its paired interval over users.
+Heads start there, alone and beside a LoRA in the top layers; and at zero, as the protocol has them, for comparison.
+The best of the learning rates for all by validation, as there. Printed: accuracy, and the differences from the probe
+and from those that start at zero, with their paired intervals over users.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
 from minipeft.engine import Engine, label_scores
+from minipeft.machine import versions
 from minipeft.methods.head import Head
 from minipeft.methods.lora import LoRA
 from minipeft.methods.method import Method
@@ -37,7 +39,7 @@ from minipeft.peftu.protocol import FIXED
 from minipeft.peftu.tidy import load_tidied
 from minipeft.running import for_base, open_base
 from minipeft.schedule import Job
-from minipeft.stats import bootstrap_mean
+from minipeft.stats import Interval, bootstrap_mean
 from minipeft.tasks.task import Task
 
 
@@ -68,33 +70,48 @@ def main() -> None:
     size = float(np.mean([np.linalg.norm(h) for h in mean.values()]))
     probed = probe_scores(task, audit, lambda example: feature[example.text])
     found = {name: accuracies(task, users, each.scores) for name, each in probed.items()}
-    heads = heads_like_the_probe(task, feature, size)
+    heads = heads_like_the_probe(task, audit, feature, size)
+    chosen = {}
     for name, method in (("head", Head()), ("lora", for_base(LoRA(), base))):
-        starts = {user: started(method, base, user, heads[user]) for user in users}
-        jobs = [Job(user, audit.fitting(name, questions["train"][user]), audit.fitting(name, questions["val"][user]),
-                    FIXED.config(method, rate, 0, args.epochs), f"{rate:g} {user}", starts[user])
-                for rate in args.lrs for user in users]  # fmt: skip
-        adapters = Engine(above_frozen(base, method), asking.prompts.labels, PASSES).train(jobs)
-        loss = {rate: np.mean([best_loss(adapters[f"{rate:g} {user}"].metrics) for user in users]) for rate in args.lrs}
-        best = min(loss, key=loss.get)
-        if name == "head":
-            some = {user: replace(adapters[f"{best:g} {user}"], row=starts[user]) for user in users}
-            found["head as it starts"] = answered(task, base, asking, some, questions["test"])
-        some = {user: adapters[f"{best:g} {user}"] for user in users}
-        found[f"{name} from there, learning rate {best:g}"] = answered(task, base, asking, some, questions["test"])
-    rival = found["probe_pooled_user"]
-    print(f"{task.name}: {len(users)} users, {args.epochs} epochs, LoRA in the top {args.top_layers} layers")
+        own_starts = {user: method.initial_row(base, 0, user) for user in users}
+        at_probe = {user: with_head(method, base, row, heads[user]) for user, row in own_starts.items()}
+        for where, starts in (("from zero", own_starts), ("from the probe", at_probe)):
+            jobs = [Job(user, audit.fitting(name, questions["train"][user]), audit.fitting(name, questions["val"][user]),
+                        FIXED.config(method, rate, 0, args.epochs), f"{rate:g} {user}", starts[user])
+                    for rate in args.lrs for user in users]  # fmt: skip
+            adapters = Engine(above_frozen(base, method), asking.prompts.labels, PASSES).train(jobs)
+            some = {rate: {user: adapters[f"{rate:g} {user}"] for user in users} for rate in args.lrs}
+            loss = {rate: np.mean([best_loss(each.metrics) for each in own.values()]) for rate, own in some.items()}
+            best = chosen[f"{name} {where}"] = min(loss, key=loss.get)
+            if (name, where) == ("head", "from the probe"):
+                as_it_starts = {user: replace(some[best][user], row=starts[user]) for user in users}
+                found["head as it starts"] = answered(task, base, asking, as_it_starts, questions["test"])
+            found[f"{name} {where}"] = answered(task, base, asking, some[best], questions["test"])
+    print(f"{task.name}: {len(users)} users, at most {args.epochs} epochs, LoRA in the top {args.top_layers} layers; "
+          "accuracy, then differences and their paired 95 % intervals:")  # fmt: skip
+    print(f"{'':42}{'against pooled + user':>26}{'against from zero':>26}")
+    told = {}
     for name, own in found.items():
-        gain = bootstrap_mean((own - rival)[:, None])
-        print(f"  {name:40} {own.mean():5.1f}   {gain.mean:+5.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
-    print(json.dumps({"task": task.name, "accuracy": {name: own.mean() for name, own in found.items()}}))
+        zero = found.get(name.replace("from the probe", "from zero"), own)
+        gains = [bootstrap_mean((own - rival)[:, None]) for rival in (found["probe_pooled_user"], zero)]
+        told[name] = {"accuracy": own.mean(), "learning_rate": chosen.get(name),
+                      "against_probe_pooled_user": shown(gains[0]), "against_from_zero": shown(gains[1])}  # fmt: skip
+        print(f"  {name:28}{told[name]['learning_rate'] or '':>6}{own.mean():>6.1f}", *(
+            f"{gain.mean:+9.1f} [{gain.low:+.1f}, {gain.high:+.1f}]".rjust(25) for gain in gains))  # fmt: skip
+    print(json.dumps({"task": task.name, "users": len(users), "epochs": args.epochs, "rates": args.lrs,
+                      "top_layers": args.top_layers, "versions": versions("cpu", ("numpy", "scipy", "scikit-learn")),
+                      "found": told}))  # fmt: skip
+
+
+def shown(gain: Interval) -> list[float]:
+    return [gain.mean, gain.low, gain.high]
 
 
 def heads_like_the_probe(
-    task: Task, feature: dict[str, np.ndarray], size: float
+    task: Task, audit: Audit, feature: dict[str, np.ndarray], size: float
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """User -> (W [C, width], b [C]) of the head that says nearly what pooled + user says. size: mean |h|."""
-    C, everyone = len(task.labels), task.pooled("train")
+    C, everyone = len(task.labels), audit.fitting("probes", task.pooled("train"))
     G, g = logits_of(np.stack([feature[e.text] for e in everyone]), numbers(task, everyone), C)
     found = {}
     for user, own in task.train.items():
@@ -121,9 +138,9 @@ def logits_of(x: np.ndarray, y: np.ndarray, C: int) -> tuple[np.ndarray, np.ndar
     return W, b
 
 
-def started(method: Method, base: Base, user: str, head: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The method's own start, with this head."""
-    tensors = method.tensors(method.initial_row(base, 0, user), base)
+def with_head(method: Method, base: Base, row: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """This row, with this head."""
+    tensors = method.tensors(row, base)
     return method.row(tensors | dict(zip(("head.weight", "head.bias"), head)), base)
 
 
