@@ -76,7 +76,7 @@ def main() -> None:
         own_starts = {user: method.initial_row(base, 0, user) for user in users}
         at_probe = {user: with_head(method, base, row, heads[user]) for user, row in own_starts.items()}
         for where, starts in (("from zero", own_starts), ("from the probe", at_probe)):
-            jobs = [Job(user, audit.fitting(name, questions["train"][user]), audit.fitting(name, questions["val"][user]),
+            jobs = [Job(user, *(audit.fitting(name, questions[split][user]) for split in ("train", "val")),
                         FIXED.config(method, rate, 0, args.epochs), f"{rate:g} {user}", starts[user])
                     for rate in args.lrs for user in users]  # fmt: skip
             adapters = Engine(above_frozen(base, method), asking.prompts.labels, PASSES).train(jobs)
