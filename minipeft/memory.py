@@ -9,7 +9,8 @@ engine takes it in parts (engine.py).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def _kept_bytes(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs
     engine = Engine(base, labels, passes)
     runs = sorted((engine.begin(job) for job in jobs), key=lambda run: (run.bank, run.slot))
     num_rows = sum(run.minibatch(labels).num_rows for run in runs)
+    with kept_bytes(base) as kept:
+        engine.train_step(runs)
+    return sum(kept.values()), num_rows
+
+
+@contextmanager
+def kept_bytes(base: Base) -> Iterator[dict[int, int]]:
+    """Storage -> its bytes, of everything but the base's weights that is kept for a backward pass in here."""
     frozen = {weight.untyped_storage().data_ptr() for weight in base.parameters()}
     kept: dict[int, int] = {}
 
@@ -97,5 +106,4 @@ def _kept_bytes(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.train_step(runs)
-    return sum(kept.values()), num_rows
+        yield kept

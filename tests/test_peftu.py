@@ -101,7 +101,7 @@ def test_every_baseline_and_method_has_its_records(finished, task):
         if name in TRAINED:
             assert record.trainable > 0 and record.bytes_per_user >= 4 * record.trainable
             assert record.train_flops_per_user > (1 if name == "head" else 1000) * record.trainable
-            assert record.train_seconds > 0
+            assert record.train_seconds > 0 and record.kept_bytes_per_row > 4  # at least a number a row
             assert set(record.lr_grid) == ({1e-3, 1e-2} if seed == 0 else {record.chosen_lr})
             assert record.chosen_lr == min(records[name, 0].lr_grid, key=records[name, 0].lr_grid.get)
             assert record.movement["head.weight"]["min"] > 0
@@ -614,7 +614,8 @@ def test_a_head_pays_for_the_states_that_it_starts_from(top, task, bases, tmp_pa
     rows = sum(len(question.prompt) for own in run.questions("head")["train"].values() for question in own)
     mean = rows / sum(map(len, run.task.train.values()))
     head = 2 * 2 * 2 * run.base.config.width  # C = 2 classes, forward and the gradient of W; users fill whole tiles
-    assert head <= run._flops("head") * mean < 16 * head and run._flops("lora") > 100 * run._flops("head")
+    assert head <= run._cost("head").flops * mean < 16 * head
+    assert run._cost("lora").flops > 100 * run._cost("head").flops
 
 
 def test_a_finished_tasks_lower_layers_do_not_run_again(task, bases, tmp_path, monkeypatch):
@@ -697,7 +698,8 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
         current = cells.FlopCounterMode(display=False)
         patch.setattr(cells, "FlopCounterMode", lambda display: current)
         patch.setattr(Engine, "train_step", seen)
-        per_row = cells.flops_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base), questions)
+        per_row = cells.cost_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base),
+                                     questions).flops
     assert len(counted) == 2 and per_row * rows == pytest.approx(counted[1])
 
 
@@ -705,7 +707,8 @@ def test_operations_of_shared_user_hold_those_of_the_adapter_under_it(task, base
     """It acts in every step, beside one of the user's own that is as large as it; the base's are not counted twice."""
     run = TaskRun(Plan(FIXED, {"lora": FIXED.methods()["lora"]}), tidied(task), open_base(bases["gpt2"], 2), tmp_path,
                   print, print)  # fmt: skip
-    assert run._flops("shared") < run._flops("shared_user") < 2 * run._flops("shared")
+    shared, both = run._cost("shared"), run._cost("shared_user")
+    assert shared.flops < both.flops < 2 * shared.flops and shared.kept_bytes < both.kept_bytes < 2 * shared.kept_bytes
 
 
 def test_p_tunings_bytes_are_those_of_its_file(task, bases, tmp_path):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question, Texts
+from minipeft.memory import kept_bytes
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
 from minipeft.models.trunk import above_frozen, start_layer
@@ -201,11 +202,19 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
     return cell.config.method.initial_row(base, cell.config.seed, f"user number {learner.place}")
 
 
-def flops_per_row(
+@dataclass(frozen=True)
+class RowCost:
+    """What a row (`asked_rows`) of a training step costs: floating-point operations, forward and backward, counted; and
+    bytes that are kept for the backward pass, measured."""
+
+    flops: float
+    kept_bytes: float
+
+
+def cost_per_row(
     base: Base, labels: Answerable, method: Method, questions: Sequence[Question], under: Adapter | None = None,
-) -> float:  # fmt: skip
-    """Counted floating-point operations of a training step on these questions, forward and backward, per row
-    (`asked_rows`). Frozen layers that run beforehand, as all under a head, are not in it.
+) -> RowCost:  # fmt: skip
+    """Of a step on these questions. Frozen layers that run beforehand, as all under a head, are not in it.
 
     What is read beside those rows, as a T5's labels, is in the count and not among them. By PyTorch's counter, which
     sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
@@ -217,10 +226,11 @@ def flops_per_row(
     run = engine.begin(Job("counted", questions, questions, config, under=under))
     rows = sum(asked_rows(labels, question) + sum(method.virtual(base)) for question in questions)
     engine.train_step([run])  # after which the states are kept of what fills a user's rows up, too
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, kept_bytes(base) as kept:
         engine.train_step([run])
     unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
-    return counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
+    flops = counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
+    return RowCost(flops, sum(kept.values()) / rows)
 
 
 def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:

@@ -82,11 +82,11 @@ def run_peftu(argv: Sequence[str]) -> None:
         runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name))
                 for each, base in zip(tasks, bases)]  # fmt: skip
         first = runs[0].task.name
-        facts: dict[str, dict] = {"ceilings": ceilings, "audit": {}, "left_out": {}}
+        facts: dict[str, dict] = {"ceilings": ceilings, "audit": {}, "left_out": {}, "seconds_of_this_call": {}}
         names: dict[str, set[str]] = {}
         while runs:
             run = runs.pop(0)  # what it keeps in memory goes with it
-            name = run.task.name
+            name, began = run.task.name, time.perf_counter()
             run.run(later[name])
             if new:
                 cold_start(run, new[name])
@@ -94,6 +94,7 @@ def run_peftu(argv: Sequence[str]) -> None:
                 with profiled(args.out):
                     run.train_a_little()
             run.finish()
+            facts["seconds_of_this_call"][name] = time.perf_counter() - began
             facts["audit"][name], facts["left_out"][name] = run.audit.report(), run.left_out
             names[name] = {*BASELINES, *run.methods, SHARED, SHARED_USER}
             result = result_of(args, argv, plan, names) | facts | {"to_come": [each.task.name for each in runs]}

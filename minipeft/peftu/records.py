@@ -43,6 +43,7 @@ class Record:
     bytes_per_user:  what has to be stored for each user; of the one adapter where kind is "shared". What lies under it
                      (the shared adapter, the pooled probe) is not counted.
     train_flops_per_user:  counted; None where nobody counted.
+    kept_bytes_per_row:  what a row of a training step keeps for the backward pass, measured; None where nobody did.
     train_seconds:   wall time of the training of all users together.
     val_loss:        validation loss after each epoch, per user; None where it was not finite. [] where none was taken.
     movement:        tensor -> {"median", "min"} over users of |w - w0| / |w0|, or of the RMS change where w0 is zero;
@@ -78,6 +79,7 @@ class Record:
     cold_start: dict[int, list[float | None]] | None = None
     answered: list[list[int]] | None = None
     fixed_accuracy: list[float] | None = None
+    kept_bytes_per_row: float | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field: of another type, not one value per user, or not a score."""

@@ -220,7 +220,8 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
 
 def made_by(result: dict) -> Section:
     facts = {"command": result["command"], "mode": result["mode"], "model": result.get("model"),
-             "seeds": ", ".join(map(str, result["seeds"])), **result["options"], **result["versions"]}  # fmt: skip
+             "seeds": ", ".join(map(str, result["seeds"])), **result["options"], **result["versions"],
+             "seconds of this call": {task: round(each) for task, each in result.get("seconds_of_this_call", {}).items()}}  # fmt: skip
     return Section("How this was made", tables=[facts_table("Command, seeds and versions", facts)])
 
 

@@ -35,10 +35,11 @@ from minipeft.peftu.baselines import Answers
 from minipeft.peftu.cells import (
     Cell,
     Learner,
+    RowCost,
     Trained,
     asked_rows,
+    cost_per_row,
     digest_of,
-    flops_per_row,
     movement,
     rows_trained,
     train_cells,
@@ -313,21 +314,21 @@ class TaskRun:
         """Operations of a training pass over a text of mean length, by this method."""
         labels, questions = self.asking.prompts.labels, pooled(self.questions(name)["train"])
         mean = sum(asked_rows(labels, question) for question in questions) / len(questions)
-        return self._flops(name) * (mean + sum(self._method(name).virtual(self.base)))
+        return self._cost(name).flops * (mean + sum(self._method(name).virtual(self.base)))
 
-    def _flops(self, name: str) -> float:
-        """Per row of a training step; the adapter that lies under it acts in it."""
+    def _cost(self, name: str) -> RowCost:
+        """Of a training step; the adapter that lies under it acts in it."""
         if name not in self._counted:
             labels, method = self.asking.prompts.labels, self._method(name)
             by_length = sorted(pooled(self.questions(name)["train"]), key=lambda each: asked_rows(labels, each))
             questions = [by_length[(2 * i + 1) * len(by_length) // (2 * COUNTED)] for i in range(COUNTED)]
             start = method.initial_row(self.base, 0, EVERYONE) if name == SHARED_USER else None
             under = None if start is None else Adapter(EVERYONE, method, start)  # its numbers do not matter
-            self._counted[name] = flops_per_row(self.base, labels, method, questions, under)
+            self._counted[name] = cost_per_row(self.base, labels, method, questions, under)
         return self._counted[name]
 
     @cached_property
-    def _counted(self) -> dict[str, float]:
+    def _counted(self) -> dict[str, RowCost]:
         return {}
 
     def questions(self, name: str, asking: Asking | None = None) -> Questions:
@@ -491,7 +492,7 @@ class TaskRun:
         """The record of trained adapters, at the best learning rate."""
         questions, method = self.questions(name), best.cell.config.method
         own = best.adapters
-        adapters = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own
+        adapters, cost = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own, self._cost(name)
         replies = self.replies(adapters, questions["test"])
         rows = rows_trained(best, self.asking.prompts.labels, sum(method.virtual(self.base)))
         # shared_user stands on shared, whose seconds have the lower layers'
@@ -510,9 +511,9 @@ class TaskRun:
         return self.record(
             name, "shared" if name == SHARED else "personal", seed, digest, **replies,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
-            train_flops_per_user=self._flops(name) * sum(rows.values()) / trained_for, train_seconds=seconds,
-            peak_memory_mb=peak_memory_mb(self.base), val_loss=self._curves(name, best),
-            movement=movement(best, self.base),
+            train_flops_per_user=cost.flops * sum(rows.values()) / trained_for, train_seconds=seconds,
+            kept_bytes_per_row=cost.kept_bytes, peak_memory_mb=peak_memory_mb(self.base),
+            val_loss=self._curves(name, best), movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
             lr_grid={rate: loss for rate, loss in losses.items() if np.isfinite(loss)},
             more_notes=self.asking.notes_of(method, self.protocol.examples)

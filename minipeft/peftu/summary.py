@@ -155,6 +155,7 @@ def figures(outcome: Outcome, names: dict[str, Outcome]) -> dict:
         "flops_in_all": flops_in_all(outcome, under if trained else None),
         "train_seconds": outcome.mean("train_seconds"),
         "seconds_in_all": outcome.mean("train_seconds") + (under.mean("train_seconds") if under and trained else 0),
+        "kept_bytes_per_row": outcome.mean("kept_bytes_per_row"),
         "peak_memory_mb": outcome.mean("peak_memory_mb"),
         "chosen_lr": record.chosen_lr,
         "cold_start": cold_start(outcome),

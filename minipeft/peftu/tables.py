@@ -115,22 +115,25 @@ def cost_table(figures: dict[str, dict]) -> Table:
          number(each["stored_per_user"], ",.0f"), number(giga(each["train_flops_per_user"]), ",.1f"),
          number(giga(each.get("flops_in_all")), ",.1f"),
          number(each["train_seconds"], ",.1f"), number(each["seconds_in_all"], ",.1f"),
+         number(kilo(each.get("kept_bytes_per_row")), ",.1f"),
          number(each["peak_memory_mb"], ",.0f"), number(each["chosen_lr"], "g")]
         for name, each in by_accuracy(figures)
     ]  # fmt: skip
     return Table("Cost", ["method", "numbers trained", "bytes per user", "with shares of what is shared",
                           "training GFLOP per user (counted)", "GFLOP with what lies under it",
-                          "training of all users, s", "s with what lies under it",
+                          "training of all users, s", "s with what lies under it", "a training row keeps, kB",
                           "whole process's peak memory so far, MB", "learning rate"], rows,
-                 note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor "
-                 "evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run once on "
-                 "the training texts: each name's seconds hold that, for alone it would have to pay it (shared_user's "
-                 "where what lies under it is added); the counted operations do not. A head's lower layers are all "
-                 "layers. Memory is of everything that "
-                 "shares the process, earlier methods included: no method's own. A fused pass's seconds are shared out "
-                 "by rows: between methods they differ by rows, not by what a method's own arithmetic costs. Bytes are "
-                 "those of our files, all trained numbers in fp32: P-tuning's with the network that writes its virtual "
-                 "tokens, though to answer the tokens would do.")  # fmt: skip
+                 note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor"
+                 " evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run "
+                 "once on the training texts: each name's seconds hold that, for alone it would have to pay it "
+                 "(shared_user's where what lies under it is added); the counted operations do not. A head's "
+                 "lower layers are all layers. A fused pass's seconds are shared out by rows: between methods "
+                 "they differ by rows, not by what a method's own arithmetic costs. What a row of a training pass"
+                 " keeps for the backward pass is measured, on eight texts; a pass takes that times its rows, and"
+                 " as much again for what lives shorter. The process's memory is of everything that shares it, "
+                 "earlier methods included: no method's own. Bytes are those of our files, all trained numbers in"
+                 " fp32: P-tuning's with the network that writes its virtual tokens, though to answer the tokens "
+                 "would do.")  # fmt: skip
 
 
 def rate_table(names: dict[str, Outcome]) -> Table:
@@ -297,3 +300,7 @@ def p_text(p: float) -> str:
 
 def giga(value: float | None) -> float | None:
     return None if value is None else value / 1e9
+
+
+def kilo(value: float | None) -> float | None:
+    return None if value is None else value / 1e3
