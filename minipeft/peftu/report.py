@@ -219,9 +219,10 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
 
 
 def made_by(result: dict) -> Section:
+    seconds = {task: round(each) for task, each in result.get("seconds_of_this_call", {}).items()}
     facts = {"command": result["command"], "mode": result["mode"], "model": result.get("model"),
              "seeds": ", ".join(map(str, result["seeds"])), **result["options"], **result["versions"],
-             "seconds of this call": {task: round(each) for task, each in result.get("seconds_of_this_call", {}).items()}}  # fmt: skip
+             "seconds of this call": seconds}  # fmt: skip
     return Section("How this was made", tables=[facts_table("Command, seeds and versions", facts)])
 
 
