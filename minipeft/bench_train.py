@@ -198,26 +198,30 @@ def curve_works(work: Work, full: bool, bases: dict[str, bool]) -> Iterator[Work
 
 
 def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] | None:
-    """Seconds of what a pass takes whatever is in it, and of each token, as one by one shows them, fitted to its runs
-    at CURVE_AT's users by least relative squares. Fills in what that says of all the runs:
+    """Seconds that a pass takes whatever is in it, that each user adds, and each token: what fits the runs' times best,
+    fused and one by one, by least relative squares. Fills in what that says of each run:
 
-        s(T) = pass + token T
-        times one by one = U s(T) / (passes pass + token U T)          U users of T tokens in so many passes
+        s(U users of T tokens in P passes) = pass P + user U + token U T
+        times one by one                   = U s(1, T, 1) / s(U, T, P)
 
-    runs: of one base. None where they have one number of tokens only.
+    runs: of one base. None where there are too few to tell the three apart.
     """
-    some = [run for run in runs if run["users"] == CURVE_AT[0]]
-    tokens = np.array([run["tokens_per_user_step"] for run in some])
-    if len(set(tokens)) < 2:
+    def parts(users: int, tokens: float) -> list[float]:
+        rows = TILE * -(-int(tokens) // TILE)
+        together = min(users, passes.slots, max(1, passes.token_budget // rows))
+        return [-(-users // together), users, users * tokens]
+
+    step = [(run["users"], run["tokens_per_user_step"], run["fused_users_per_s"] * run["steps"]) for run in runs]
+    alone = [(1, run["tokens_per_user_step"], run["one_by_one_users_per_s"] * run["steps"]) for run in runs]
+    shares = np.array([np.array(parts(users, tokens)) * per_s / users for users, tokens, per_s in (*step, *alone)])
+    found, _, rank, _ = np.linalg.lstsq(shares, np.ones(len(shares)), rcond=None)
+    if rank < 3:
         return None
-    seconds = 1 / np.array([run["one_by_one_users_per_s"] * run["steps"] for run in some])
-    found, *_ = np.linalg.lstsq(np.stack([1 / seconds, tokens / seconds], 1), np.ones(len(some)), rcond=None)
-    a, b = map(float, found)
     for run in runs:
-        users, T = run["users"], run["tokens_per_user_step"]
-        together = min(users, passes.slots, max(1, passes.token_budget // (TILE * -(-int(T) // TILE))))
-        run["model_times_one_by_one"] = users * (a + b * T) / (a * -(-users // together) + b * users * T)
-    return {"pass_s": a, "token_s": b}
+        users, tokens = run["users"], run["tokens_per_user_step"]
+        one, all_ = (float(found @ parts(number, tokens)) for number in (1, users))
+        run["model_times_one_by_one"] = users * one / all_
+    return dict(zip(("pass_s", "user_s", "token_s"), map(float, found)))
 
 
 # ---- Memory --------------------------------------------------------------------------------------------------------
@@ -466,8 +470,8 @@ def model_lines(result: dict) -> list[str]:
     for name, model in result["model"].items():
         if model is None:
             continue
-        lines.append(f"model of {name}: {1e3 * model['pass_s']:.1f} ms a pass and {1e6 * model['token_s']:.0f} us a "
-                     "token, from one by one; times one by one, by the model and measured:")  # fmt: skip
+        lines.append(f"model of {name}: {1e3 * model['pass_s']:.1f} ms a pass, {1e3 * model['user_s']:.2f} ms a user, "
+                     f"{1e6 * model['token_s']:.0f} us a token; times one by one, by the model and measured:")  # fmt: skip
         lines += [f"{run['users']:>8} users {run['tokens_per_user_step']:>6.0f} tokens"
                   f"{run['model_times_one_by_one']:>8.2f}{faster(run, 'one_by_one'):>8.2f}"
                   for run in result["runs"] if run["base"] == name]  # fmt: skip
