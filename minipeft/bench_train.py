@@ -470,8 +470,9 @@ def model_lines(result: dict) -> list[str]:
     for name, model in result["model"].items():
         if model is None:
             continue
-        lines.append(f"model of {name}: {1e3 * model['pass_s']:.1f} ms a pass, {1e3 * model['user_s']:.2f} ms a user, "
-                     f"{1e6 * model['token_s']:.0f} us a token; times one by one, by the model and measured:")  # fmt: skip
+        costs = (f"{1e3 * model['pass_s']:.1f} ms a pass, {1e3 * model['user_s']:.2f} ms a user, "
+                 f"{1e6 * model['token_s']:.0f} us a token")  # fmt: skip
+        lines.append(f"model of {name}: {costs}; times one by one, by the model and measured:")
         lines += [f"{run['users']:>8} users {run['tokens_per_user_step']:>6.0f} tokens"
                   f"{run['model_times_one_by_one']:>8.2f}{faster(run, 'one_by_one'):>8.2f}"
                   for run in result["runs"] if run["base"] == name]  # fmt: skip
