@@ -35,19 +35,25 @@ class Lanes:
 
     def __init__(self, number: int):
         one_arena()
-        cores = torch.get_num_threads()
-        self._pool, there = ThreadPoolExecutor(number, "lane", self._begin, (max(1, cores // number),)), Barrier(number)
-        wait([self._pool.submit(there.wait) for _ in range(number)])  # until each has begun, and then
-        torch.set_num_threads(cores)  # for what they said holds for every thread that begins after them, too
-
-    @staticmethod
-    def _begin(share: int) -> None:
-        torch.set_num_threads(share)
+        cores, there = torch.get_num_threads(), Barrier(number)
+        self._share = max(1, cores // number)
+        self._pool = ThreadPoolExecutor(number, "lane", torch.set_num_threads, (self._share,))
+        wait([self._pool.submit(there.wait) for _ in range(number)])  # all have begun, and said what they take
+        torch.set_num_threads(cores)
 
     def run(self, parts: Sequence[Callable[[], None]]) -> None:
-        """Run all of these to their ends; then raise what the first that failed has raised."""
-        done = [self._pool.submit(part) for part in parts]
-        wait(done)
+        """Run all of these to their ends; then raise what the first that failed has raised.
+
+        How many threads a product takes is OpenMP's to know, for each thread that calls, and MKL's, for all of them
+        at once: so the share holds for the caller, too, as long as it waits.
+        """
+        cores = torch.get_num_threads()
+        torch.set_num_threads(self._share)
+        try:
+            done = [self._pool.submit(part) for part in parts]
+            wait(done)
+        finally:
+            torch.set_num_threads(cores)
         for each in done:
             each.result()
 
