@@ -14,6 +14,7 @@ says of them (docs/performance.md).
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -163,8 +164,9 @@ def shortened(prompts: Prompts, base: Base) -> Prompts:
 
 
 def base_name(folder: Path | None) -> str:
-    """What result.json calls a base: all-MiniLM-L6-v2 is "minilm", and "." is the folder we are in."""
-    name = "default" if folder is None else folder.resolve().name
+    """What result.json calls a base: all-MiniLM-L6-v2 is "minilm", and "." is the folder we are in. A link has a name of
+    its own."""
+    name = "default" if folder is None else os.path.basename(os.path.abspath(folder))
     return "minilm" if "minilm" in name.lower() else name
 
 

@@ -270,7 +270,9 @@ def test_memory_above_the_limit_is_said(monkeypatch):
 def test_a_base_is_called_by_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert base_name(None) == "default" and base_name(Path("/models/all-MiniLM-L6-v2")) == "minilm"
-    assert base_name(Path(".")) == tmp_path.name
+    assert base_name(Path(".")) == base_name(Path("x/..")) == tmp_path.name
+    (tmp_path / "all-MiniLM-L6-v2").symlink_to(tmp_path, target_is_directory=True)
+    assert base_name(tmp_path / "all-MiniLM-L6-v2") == "minilm"
 
 
 def test_without_peers_ours_is_measured_and_it_is_said(tmp_path, monkeypatch, capsys):
