@@ -29,12 +29,12 @@ import torch
 from torch import nn
 
 from minipeft.console import OneLineParser, add_dtype, check_device
-from minipeft.contenders import FEW, PASSES, Work, compared
+from minipeft.contenders import FEW, PASSES, Apart, Work, compared
 from minipeft.default_base import SHAPE, default_base, initialise
 from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.labels import LabelSet, Question
-from minipeft.lanes import lanes_of
+from minipeft.lanes import lanes_on
 from minipeft.machine import versions
 from minipeft.methods.lora import LoRA
 from minipeft.models.classifier import Base, Classifier
@@ -59,6 +59,7 @@ CURVE_TOKENS = {False: (16, 64, 256, 1024), True: (16, 32, 64, 128, 256, 512, 10
 CURVE_USERS = {False: (1, 8, 64, 512), True: (1, 4, 16, 64, 256, 1024)}
 CURVE_AT = (64, 64)  # users of the curve over tokens, tokens of the curve over users; both of the one over bases
 CURVE_STEPS = 2
+SMALL_BASE = 5120  # rows of a pass on the default base
 MEMORY_LIMIT = 1.5  # times peft's, beside the resident users' rows
 CURVE_LONGEST = 64  # tokens of one text of the curves
 BASES = {"1M": {}, "8M": dict(width=320, num_layers=6, num_heads=10, num_kv_heads=10, mlp_width=1024),
@@ -164,13 +165,13 @@ def shortened(prompts: Prompts, base: Base) -> Prompts:
 
 
 def base_name(folder: Path | None) -> str:
-    """What result.json calls a base: all-MiniLM-L6-v2 is "minilm", and "." is the folder we are in. A link has a name of
-    its own."""
+    """What result.json calls a base: all-MiniLM-L6-v2 is "minilm", "." is the folder we are in, and a link goes by its
+    own name."""
     name = "default" if folder is None else os.path.basename(os.path.abspath(folder))
     return "minilm" if "minilm" in name.lower() else name
 
 
-def curve_work(name: str, base: Decoder | T5, users: int, tokens: int) -> Work:
+def curve_work(name: str, base: Decoder | T5, users: int, tokens: int, passes: PassConfig = PASSES) -> Work:
     """Made-up texts: so many users, so many tokens each in every step."""
     number = max(1, tokens // CURVE_LONGEST)
     config = TrainConfig(for_base(METHOD, base), batch_size=number)
@@ -181,7 +182,7 @@ def curve_work(name: str, base: Decoder | T5, users: int, tokens: int) -> Work:
 
     jobs = [Job(f"user {u}", own := questions(u), own[:1], config) for u in range(users)]
     labels = LabelSet([[1], [2]], base.config.start_token if isinstance(base, T5) else None)
-    return Work(name, base, labels, jobs, CURVE_STEPS)
+    return Work(name, base, labels, jobs, CURVE_STEPS, passes)
 
 
 def curve_works(work: Work, full: bool, bases: dict[str, bool]) -> Iterator[Work]:
@@ -196,7 +197,7 @@ def curve_works(work: Work, full: bool, bases: dict[str, bool]) -> Iterator[Work
             save_model(initialise(Decoder(config), seed=0), tokenizer, folder)
             base = load_model(folder, work.base.dtype, work.base.device)
             for point in points if every else [CURVE_AT]:
-                yield curve_work(f"random {name}", base, *point)
+                yield curve_work(f"random {name}", base, *point, work.passes)
 
 
 def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] | None:
@@ -206,7 +207,7 @@ def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] 
         s(U users of T tokens in P passes) = pass P + user U + token U T
         times one by one                   = U s(1, T, 1) / s(U, T, P)
 
-    runs: of one base. None where there are too few to tell the three apart.
+    runs: of one base. None where there are too few to tell the three apart, or noise makes one negative.
     """
     def parts(users: int, tokens: float) -> list[float]:
         rows = TILE * -(-int(tokens) // TILE)
@@ -217,7 +218,7 @@ def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] 
     alone = [(1, run["tokens_per_user_step"], run["one_by_one_users_per_s"] * run["steps"]) for run in runs]
     shares = np.array([np.array(parts(users, tokens)) * per_s / users for users, tokens, per_s in (*step, *alone)])
     found, _, rank, _ = np.linalg.lstsq(shares, np.ones(len(shares)), rcond=None)
-    if rank < 3:
+    if rank < 3 or found.min() < 0:
         return None
     for run in runs:
         users, tokens = run["users"], run["tokens_per_user_step"]
@@ -311,7 +312,6 @@ def resident_mb(work: Work) -> float:
 def run_train(argv: Sequence[str]) -> dict:
     """The whole suite: prints as it goes, leaves result.json, train.png and with --profile a trace in OUT."""
     args = parse(argv)
-    check_device(args.device)
     if args.memory_of:
         print_memory(args.memory_of, args)
         return {}
@@ -347,14 +347,21 @@ def run_train(argv: Sequence[str]) -> dict:
     print(*details(entry), sep="\n", flush=True)
     if not args.no_curves:
         print(f"curves: {CURVE_STEPS} steps of each user; one by one and peft of {FEW} users at most", flush=True)
+        apart = []
         for each in curve_works(work, args.full, args.bases):
-            note(measured(each, ["fused", "one_by_one", *(name for name in peers if name == "peft")]))
+            try:
+                note(measured(each, ["fused", "one_by_one", *(name for name in peers if name == "peft")]))
+            except Apart as error:  # one point; the others are measured all the same
+                apart.append(str(error))
+                print(f"left out: {error}", flush=True)
         curves = result["runs"][1:]
-        result["model"] = {name: model_of_cost([run for run in curves if run["base"] == name], PASSES)
+        result["model"] = {name: model_of_cost([run for run in curves if run["base"] == name], work.passes)
                            for name in dict.fromkeys(run["base"] for run in curves)}  # fmt: skip
         write_file(args.out / "result.json", json.dumps(result, indent=1).encode() + b"\n")
         print(*model_lines(result), sep="\n", flush=True)
         plot(args.out / "train.png", curves)
+        if apart:
+            raise Apart(apart[0])
     if args.profile:
         with profiled(args.out):
             work.fused()
@@ -384,10 +391,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         help="act in the last N layers only; an encoder's lower ones run once per distinct text")
     parser.add_argument("--token-budget", type=int, metavar="N",
                         help=f"rows of a fused pass at most; fewer take less memory (default: {PASSES.token_budget}, "
-                             "twice as many with --top-layers, where few layers keep something for a row)")
+                             "twice as many with --top-layers, where few layers keep something for a row; "
+                             f"{SMALL_BASE} on the default base, whose operations are short)")
     parser.add_argument("--lanes", type=int, metavar="N",
                         help="parts of a fused pass that run side by side on a CPU (default: one for each core and "
-                             "1,024 rows; with the default base one, for its operations are too short)")
+                             "1,024 rows)")
     parser.add_argument("--published-steps", type=int, default=STEPS, metavar="N",
                         help=f"steps of each user by the published protocol, which is slow; 1 to {STEPS}, the default")
     add_dtype(parser)
@@ -411,10 +419,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--bases: there is no {unknown[0]!r}; choose of {', '.join(BASES)}")
     args.bases = dict.fromkeys(args.bases, True) if args.bases else {name: args.full or name == "1M" for name in BASES}
     args.method = replace(METHOD, sites=args.sites)
+    check_device(args.device)
     budget = args.token_budget
     if budget is None:
-        budget = PASSES.token_budget * (1 if args.top_layers is None else 2)
-    lanes = lanes_of(args, budget) if args.lanes is None else args.lanes
+        budget = SMALL_BASE if args.model is None else PASSES.token_budget * (1 if args.top_layers is None else 2)
+    lanes = lanes_on(args.device, budget) if args.lanes is None else args.lanes
     args.passes = replace(PASSES, token_budget=budget, lanes=lanes)
     args.passes.check()
     return args

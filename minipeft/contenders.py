@@ -26,7 +26,7 @@ SAME_LOSS = 1e-4  # and of a user's loss, against the peers
 # that is all rounding as for any other: so there this share of what training changed, of a row and of a loss. Of an
 # adapter that was not trained all of it differs.
 SAME_CHANGE = 0.5
-SAME_STEPS = 0.05  # of what training changed of a row, against the peers, in fp32
+SAME_STEPS = 0.1  # of what training changed of a row, against the peers, in fp32
 PASSES = PassConfig(slots=64, token_budget=2048)
 
 

@@ -25,7 +25,7 @@ from minipeft.acting import Acting
 from minipeft.batch import Batch, Group, Part, groups_of, pack, shared_tokens
 from minipeft.errors import InputError
 from minipeft.labels import Answerable, Question
-from minipeft.lanes import Lanes
+from minipeft.lanes import LEAST_ROWS, Lanes
 from minipeft.methods.method import Method, Residents, Share
 from minipeft.models.classifier import Base
 from minipeft.models.generate import GREEDY, Sampling, generate, generate_from
@@ -276,7 +276,8 @@ class Engine:
 
     def _lanes_of(self, chosen: Sequence[Run]) -> list[Sequence[Run]]:
         """Of about as many rows each, and sorted as these are. One lane where they would be in each other's way: ranks
-        agree on each pass, parameters are derived for a pass; and under the profiler, which watches one thread."""
+        agree on each pass, parameters are derived for a pass; and under the profiler, which watches one thread. No more
+        than the rows of this pass fill."""
         most = min(self.passes.lanes, len(chosen))
         acting = {table[run.bank] for run in chosen for table in (self._banks, self._under)} - {None}
         derived = any(actor.derived for residents in acting for actor in residents.actors)
@@ -284,6 +285,7 @@ class Engine:
         if most == 1 or together or backend(self.model.device) != "torch":
             return [chosen]
         rows = {run.job.key: run.minibatch(self.labels).num_rows for run in chosen}
+        most = min(most, max(1, round(sum(rows.values()) / LEAST_ROWS)))
         lanes: list[list[Run]] = [[] for _ in range(most)]
         loads = [0] * most
         for run in sorted(chosen, key=lambda run: -rows[run.job.key]):  # the largest first, each to who has least

@@ -6,7 +6,6 @@ MiniLM on two cores (docs/performance.md). A lane's operations are not divided u
 """
 
 import ctypes
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Barrier
@@ -24,12 +23,6 @@ def lanes_on(device: torch.device | str, token_budget: int) -> int:
     return max(1, min(torch.get_num_threads(), token_budget // LEAST_ROWS))
 
 
-def lanes_of(args: Namespace, token_budget: int) -> int:
-    """What a command takes that has --device and --model: the default base's operations are short whatever a lane's
-    rows, so it has one."""
-    return lanes_on(args.device, token_budget) if args.model is not None else 1
-
-
 class Lanes:
     """So many threads, each with its share of the cores that PyTorch uses."""
 
@@ -38,8 +31,11 @@ class Lanes:
         cores, there = torch.get_num_threads(), Barrier(number)
         self._share = max(1, cores // number)
         self._pool = ThreadPoolExecutor(number, "lane", torch.set_num_threads, (self._share,))
-        wait([self._pool.submit(there.wait) for _ in range(number)])  # all have begun, and said what they take
-        torch.set_num_threads(cores)
+        try:
+            wait([self._pool.submit(there.wait) for _ in range(number)])  # all have begun, and said what they take
+        finally:
+            there.abort()  # should one not begin, the others do not wait for it
+            torch.set_num_threads(cores)
 
     def run(self, parts: Sequence[Callable[[], None]]) -> None:
         """Run all of these to their ends; then raise what the first that failed has raised.

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from minipeft.engine import Engine, NoRoom, out_of_memory
 from minipeft.errors import InputError
 from minipeft.labels import Classes, LabelSet
+from minipeft.lanes import LEAST_ROWS
 from minipeft.models.classifier import Base
 from minipeft.schedule import Job, PassConfig
 
@@ -56,7 +57,8 @@ def _meminfo() -> int:
 
 
 def fitted(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Sequence[Job]) -> PassConfig:
-    """`passes` with the slots and the token budget that memory holds, for users like those of these jobs.
+    """`passes` with the slots and the token budget that memory holds, for users like those of these jobs; and no more
+    lanes than such passes fill.
 
     Raises:
         InputError: memory does not even hold one of them.
@@ -80,7 +82,7 @@ def fitted(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Seq
     if min(rows, slots) < 1:
         raise InputError(f"{free / 2**20:.0f} MiB of memory are free on {base.device}: not enough for one user, who "
                          f"takes {(2 * kept / len(jobs) + slot_bytes) / 2**20:.0f}; free some or lower the batch size")
-    return replace(passes, slots=slots, token_budget=rows)
+    return replace(passes, slots=slots, token_budget=rows, lanes=min(passes.lanes, max(1, rows // LEAST_ROWS)))
 
 
 def _kept_bytes(passes: PassConfig, base: Base, labels: LabelSet | Classes, jobs: Sequence[Job]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from minipeft.schedule import PassConfig, TrainConfig
 NAMES = [name for name in METHODS if name != "stack"]  # what people choose from
 SETTINGS = [field for field in fields(TrainConfig) if field.name != "method"]
 AUTO = {"slots": "; auto: this and the token budget from the memory that is free"}
-DEFAULTS = {"lanes": "one for each core, as many as passes of 1,024 rows each fill"}
+DEFAULTS = {"lanes": "one for each core, as many as passes of 1,024 rows each fill; one if deterministic"}
 SHAPES = {int: "N", float: "X", str: "NAME"}
 
 
@@ -54,7 +54,9 @@ def add_pass_options(parser: argparse.ArgumentParser) -> None:
 def passes_of(args: argparse.Namespace) -> PassConfig:
     """What `add_pass_options` read, for a command that has --device."""
     passes = PassConfig(**{field.name: getattr(args, field.name) for field in fields(PassConfig) if field.name in args})
-    return passes if "lanes" in args else replace(passes, lanes=lanes_on(args.device, passes.token_budget))
+    if "lanes" in args or passes.deterministic:  # how many cores divide a product may change its last bits
+        return passes
+    return replace(passes, lanes=lanes_on(args.device, passes.token_budget))
 
 
 def options() -> dict[str, dict[str, Field]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_bases import MAKERS
 
-from minipeft import bench, bench_train, contenders, default_base, peers
+from minipeft import bench, bench_train, contenders, default_base, engine, peers
 from minipeft.bench_train import base_name, main_work, parse
 from minipeft.contenders import SAME, SAME_LOSS, SAME_STEPS, Apart, compared
 from minipeft.errors import InputError
@@ -112,7 +112,8 @@ def test_the_model_of_cost_is_that_of_passes_users_and_tokens():
     assert bench_train.model_of_cost(runs[2:3], passes) is None
 
 
-def test_lanes_train_what_one_lane_trains(folders):
+def test_lanes_train_what_one_lane_trains(folders, monkeypatch):
+    monkeypatch.setattr(engine, "LEAST_ROWS", 1)
     task, model = folders
     argv = ["--task", str(task), "--model", str(model)]
     work, alone = (main_work(parse([*argv, "--lanes", lanes])) for lanes in ("2", "1"))
@@ -223,6 +224,20 @@ def test_adapters_that_differ_are_one_line_and_exit_code_1(tmp_path, monkeypatch
     assert "fused and one by one differ" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_point_of_the_curves_that_differs_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    measured = bench_train.measured
+
+    def apart_at_three(work, contenders):
+        if work.name == "random 1M" and len(work.jobs) == 1:
+            raise Apart("random 1M: somebody differs")
+        return measured(work, contenders)
+
+    monkeypatch.setattr(bench_train, "measured", apart_at_three)
+    assert bench.main(["train", "--users", "2", "--out", str(tmp_path)]) == 1
+    assert "somebody differs" in capsys.readouterr().err.splitlines()[-1]
+    assert len(json.loads((tmp_path / "result.json").read_text())["runs"]) == 5 and (tmp_path / "train.png").exists()
+
+
 def test_padding_to_512_changes_no_gradient(folders):
     task, model = folders
     work = main_work(parse(["--task", str(task), "--model", str(model)]))
@@ -302,6 +317,7 @@ def test_peers_refuse_what_they_cannot_train(folders, method):
     (["--users", "3", "--sites", "nowhere"], "nowhere"),
     (["--users", "3", "--top-layers", "9"], "this base has 2 layers"),
     (["--device", "warp"], "--device warp"),
+    (["--device", "warp", "--model", "."], "--device warp"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys):
     assert bench.main(["train", *argv, "--out", str(tmp_path)]) == 2

@@ -11,6 +11,7 @@ from test_classifier import C, make_jobs
 from test_engine import LABELS, assert_same, make_job, make_model, short_of_memory
 from test_trunk import made
 
+from minipeft import engine as engine_file
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.labels import Classes
@@ -36,6 +37,11 @@ def jobs():
     others = (Houlsby(reduction=4), PromptTuning(tokens=3), IA3())
     some = [make_job(i) for i in range(12)]
     return some[:8] + [replace(job, config=replace(job.config, method=others[i % 3])) for i, job in enumerate(some[8:])]
+
+
+@pytest.fixture(autouse=True)
+def lanes_of_few_rows(monkeypatch):
+    monkeypatch.setattr(engine_file, "LEAST_ROWS", 1)
 
 
 @pytest.fixture
@@ -73,6 +79,17 @@ def test_lanes_have_about_as_many_rows_each(model, jobs, seen):
     assert one | other == rows and not one.keys() & other.keys()
     assert abs(sum(one.values()) - sum(other.values())) <= max(rows.values())
     assert [run.step for run in runs] == [1] * len(runs)
+
+
+def test_a_pass_has_no_more_lanes_than_its_rows_fill(model, jobs, seen, monkeypatch):
+    engine = Engine(model, LABELS, PassConfig(slots=12, token_budget=4096, lanes=3))
+    runs = sorted((engine.begin(job) for job in jobs), key=lambda run: (run.bank, run.slot))
+    rows = sum(run.minibatch(LABELS).num_rows for run in runs)
+    for least, lanes in ((rows, 1), (rows // 2, 2), (rows // 9, 3)):
+        monkeypatch.setattr(engine_file, "LEAST_ROWS", least)
+        seen.clear()
+        engine.train_step(runs)
+        assert len(seen) == lanes
 
 
 def test_a_user_alone_and_parameters_derived_for_a_pass_have_one_lane(model, jobs, seen):
@@ -116,15 +133,29 @@ def test_what_fails_in_a_lane_is_raised_once_all_have_ended():
     assert ended == [1, 1]
 
 
-def test_cores_are_shared_out_and_the_caller_keeps_all():
-    before, threads = torch.get_num_threads(), []
-    Lanes(max(1, before)).run([lambda: threads.append(torch.get_num_threads())] * 3)
-    assert threads == [1] * 3 and torch.get_num_threads() == before
-    later = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cores_are_shared_out_and_the_caller_keeps_all(four_threads):
+    threads, later = [], []
+
+    def multiply(found):
+        torch.ones(300, 300) @ torch.ones(300, 300)  # a thread's first operation settles how many it takes
+        found.append(torch.get_num_threads())
+
+    lanes = Lanes(2)
+    for _ in range(2):
+        lanes.run([lambda: multiply(threads)] * 3)
+        assert set(threads) == {2} and torch.get_num_threads() == 4
+    thread = threading.Thread(target=multiply, args=(later,))
     thread.start()
     thread.join()
-    assert later == [before], "who begins after the lanes"
+    assert later == [4], "who begins after the lanes"
 
 
 def test_as_many_lanes_as_cores_and_as_rows_fill(monkeypatch):
@@ -134,6 +165,7 @@ def test_as_many_lanes_as_cores_and_as_rows_fill(monkeypatch):
     args = Namespace(device="cpu", token_budget=4096)
     assert passes_of(args) == PassConfig(token_budget=4096, lanes=4)
     assert passes_of(Namespace(device="cpu", lanes=1)) == PassConfig() != passes_of(Namespace(device="cpu"))
+    assert passes_of(Namespace(device="cpu", deterministic=True)).lanes == 1
 
 
 @pytest.mark.parametrize("most_bytes", [1 << 30, 4000], ids=["all kept", "few kept"])

@@ -17,7 +17,7 @@ from minipeft.console import MINUTE, OneLineParser, check_device
 from minipeft.default_base import default_base
 from minipeft.errors import InputError
 from minipeft.files import write_file
-from minipeft.lanes import lanes_of
+from minipeft.lanes import lanes_on
 from minipeft.machine import versions
 from minipeft.models.checkpoint import read_json
 from minipeft.models.classifier import Base
@@ -212,8 +212,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
     methods = {name: protocol.methods()[name] for name in args.methods}
     first = 42 if args.mode == "paper" else 0
     carried, origin = carried_from(args.lrs_from) if args.lrs_from else ((), "")
+    passes = replace(PASSES, lanes=lanes_on(args.device, PASSES.token_budget))
     return Plan(protocol, methods, tuple(range(first, first + args.seeds)), args.epochs, args.lrs, carried, origin,
-                args.equal, args.top_layers, replace(PASSES, lanes=lanes_of(args, PASSES.token_budget)))  # fmt: skip
+                args.equal, args.top_layers, passes)  # fmt: skip
 
 
 def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
