@@ -207,7 +207,7 @@ def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] 
         s(U users of T tokens in P passes) = pass P + user U + token U T
         times one by one                   = U s(1, T, 1) / s(U, T, P)
 
-    runs: of one base. None where there are too few to tell the three apart, or noise makes one negative.
+    runs: of one base. None where there are too few to tell the three apart.
     """
     def parts(users: int, tokens: float) -> list[float]:
         rows = TILE * -(-int(tokens) // TILE)
@@ -217,9 +217,12 @@ def model_of_cost(runs: Sequence[dict], passes: PassConfig) -> dict[str, float] 
     step = [(run["users"], run["tokens_per_user_step"], run["fused_users_per_s"] * run["steps"]) for run in runs]
     alone = [(1, run["tokens_per_user_step"], run["one_by_one_users_per_s"] * run["steps"]) for run in runs]
     shares = np.array([np.array(parts(users, tokens)) * per_s / users for users, tokens, per_s in (*step, *alone)])
-    found, _, rank, _ = np.linalg.lstsq(shares, np.ones(len(shares)), rcond=None)
-    if rank < 3 or found.min() < 0:
+    if np.linalg.matrix_rank(shares) < 3:
         return None
+    kept, found = [0, 1, 2], np.zeros(3)
+    while (some := np.linalg.lstsq(shares[:, kept], np.ones(len(shares)), rcond=None)[0]).min() < 0:
+        del kept[int(some.argmin())]  # noise: it is taken as nothing
+    found[kept] = some
     for run in runs:
         users, tokens = run["users"], run["tokens_per_user_step"]
         one, all_ = (float(found @ parts(number, tokens)) for number in (1, users))
