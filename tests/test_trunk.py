@@ -111,6 +111,16 @@ def test_states_come_from_those_that_a_base_keeps_already(monkeypatch):
     torch.testing.assert_close(above.states[0], straight.states[0])
 
 
+def test_states_come_from_a_base_that_has_to_compute_them_first():
+    jobs = make_jobs(2)
+    whole, top = made(jobs)
+    new = [tuple(range(3, 20)), (4, 5)]
+    assert not top.starts.keys() & set(new)
+    above, straight = Trunk(top, new, first=2), Trunk(whole, new, first=2)
+    assert set(new) <= top.starts.keys()
+    torch.testing.assert_close(above.states[0], straight.states[0])
+
+
 def test_texts_are_kept_when_they_are_first_asked_about():
     jobs = make_jobs(3)
     whole, at_once = made(jobs)

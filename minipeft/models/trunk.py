@@ -174,7 +174,8 @@ class Trunk(Classifier):
     def start_of(self, rows: Rows) -> tuple[Tensor, int]:
         """The rows' states [T, width], and the layer that takes them."""
         with self._lock:
-            return self.states[0].index_select(0, self._places(rows)), self.first
+            places = self._places(rows)  # after which `states` may be others
+            return self.states[0].index_select(0, places), self.first
 
     def _places(self, rows: Rows) -> Tensor:
         """Where in `states` each row's state is, [T], once it is there."""
