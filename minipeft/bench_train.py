@@ -494,7 +494,7 @@ def model_lines(result: dict) -> list[str]:
 
 
 def plot(path: Path, runs: Sequence[dict]) -> None:
-    """Who wins where: how many times as fast as peft fused training is, over tokens and over users. 1 is a draw."""
+    """Who wins where: how many times as fast as peft fused training is, over tokens, users and bases. 1 is a draw."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
