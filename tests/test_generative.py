@@ -16,7 +16,7 @@ from minipeft.labels import LabelSet, Question, Texts
 from minipeft.methods.lora import LoRA
 from minipeft.models.generate import generate, generate_from
 from minipeft.models.loading import load_model
-from minipeft.peftu import command, runner
+from minipeft.peftu import command, decoding
 from minipeft.peftu.asking import ANSWERS_CUT, Asking
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import retrieval
@@ -231,7 +231,7 @@ def test_rouge_knows_every_script():
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_answers_do_not_depend_on_how_many_are_written_at_once(task, bases, kind, tmp_path, monkeypatch):
     def answers(at_once):
-        monkeypatch.setattr(runner, "WRITTEN_AT_ONCE", at_once)
+        monkeypatch.setattr(decoding, "WRITTEN_AT_ONCE", at_once)
         plan = Plan(FIXED, {"lora": LoRA()}, passes=PassConfig(slots=3, token_budget=1000))
         run_ = TaskRun(plan, Tidied(task), load_model(bases[kind]), tmp_path, print, print)
         method = run_.methods["lora"]
@@ -240,7 +240,7 @@ def test_answers_do_not_depend_on_how_many_are_written_at_once(task, bases, kind
         adapters = {user: Adapter(user, method, row + torch.randn(len(row), generator=noise))
                     for user, row in rows.items()}  # fmt: skip
         asked = run_.questions("lora")["test"]
-        sizes = [sum(len(own) for _, own in group) for group in run_._batches(asked, 140)]
+        sizes = [sum(len(own) for _, own in group) for group in decoding.groups(asked, 140, plan.passes)]
         return sizes, run_.decoded(adapters, asked)
 
     (many, said), (few, alone) = answers(4), answers(0.3)

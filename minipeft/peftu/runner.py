@@ -12,7 +12,7 @@ again.
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,6 @@ from minipeft.errors import InputError
 from minipeft.labels import Question, Tags
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base, Classifier
-from minipeft.models.generate import NotFinite
 from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.asking import Asking, Questions
@@ -44,6 +43,7 @@ from minipeft.peftu.cells import (
     rows_trained,
     train_cells,
 )
+from minipeft.peftu.decoding import decode
 from minipeft.peftu.metrics import Labels, Scored, label_metrics, rouge, scores, text_metrics, text_scores
 from minipeft.peftu.probes import chosen_labels
 from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
@@ -63,7 +63,6 @@ SHARED_BATCH = 32  # examples per step of the one adapter of all users
 MOST_TIMES = 20  # the epochs of the first method: what an equal-time comparison gives another at most
 COUNTED = 8  # questions, of lengths evenly drawn, of whose training step operations are counted
 FEW = 4  # users who are trained for a profile
-WRITTEN_AT_ONCE = 4  # times a training pass's rows: no activations are kept
 SILENT = "test examples answered by nothing, for logits were not finite"
 
 
@@ -384,58 +383,9 @@ class TaskRun:
     def decoded(
         self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]
     ) -> tuple[dict[str, list[str]], int]:
-        """What a language model says, greedily, through adapters of one method. And to how many questions it says
-        nothing, for its logits are not finite."""
-        method = next(iter(adapters.values())).method
-        most = ANSWER_TOKENS if self.task.generative else answer_tokens(method)
-        beside, silent = sum(method.virtual(self.base)) + most, 0
-        engine = Engine(self.base, self.asking.prompts.labels, self.plan.passes)
-        found = {user: [] for user in adapters}
-        for group in self._batches({user: questions[user] for user in adapters}, beside):
-            for user, said in self._said(engine, adapters, group, most):
-                silent += said is None
-                found[user].append("" if said is None else self._text(said))
-        return found, silent
-
-    def _batches(self, questions: dict[str, list[Question]], beside: int) -> Iterator[list[tuple[str, list[Question]]]]:
-        """Users with some of their questions: what is answered at a time. beside: rows of each question but its
-        prompt's."""
-        group, used = [], 0
-        for user, own in questions.items():
-            for question in own:
-                rows, new = len(question.prompt) + beside, not group or group[-1][0] != user
-                full = new and len(group) == self.plan.passes.slots
-                if group and (full or used + rows > WRITTEN_AT_ONCE * self.plan.passes.token_budget):
-                    yield group
-                    group, used, new = [], 0, True
-                if new:
-                    group.append((user, []))
-                group[-1][1].append(question)
-                used += rows
-        if group:
-            yield group
-
-    def _said(
-        self, engine: Engine, adapters: dict[str, Adapter], group: list[tuple[str, list[Question]]], most: int
-    ) -> list[tuple[str, list[int] | None]]:
-        """User and tokens of each answer, in order; None where the user's logits are not finite."""
-        places = [engine.admit(user, a.method, a.row, under=a.under, name=user)
-                  for user, a in ((user, adapters[user]) for user, _ in group)]  # fmt: skip
-        try:
-            asked = [(*place, [q.prompt for q in own]) for place, (_, own) in zip(places, group)]
-            new = engine.generate(asked, most)
-            return [(user, tokens) for (user, _), own in zip(group, new) for tokens in own]
-        except NotFinite:
-            if len(group) == 1:
-                return [(group[0][0], None) for _ in group[0][1]]
-        finally:
-            for place in places:
-                engine.evict(*place)
-        return [each for one in group for each in self._said(engine, adapters, [one], most)]
-
-    def _text(self, tokens: list[int]) -> str:
-        ended = bool(tokens) and tokens[-1] in self.base.stop_tokens
-        return self.asking.prompts.tokenizer.decode(tokens[: len(tokens) - ended])
+        """See `decode`; of a task with labels, as many tokens as were published."""
+        most = ANSWER_TOKENS if self.task.generative else answer_tokens(next(iter(adapters.values())).method)
+        return decode(self.base, self.asking.prompts, self.plan.passes, adapters, questions, most)
 
     def graded(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
         """A score from 0 to 1 of each answer: right or not, Jaccard's measure, or of a text ROUGE-L."""
