@@ -1,6 +1,7 @@
 """Does `bench peftu` run the whole protocol, continue where it was killed, and meet odd tasks as one would expect?"""
 
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +24,7 @@ from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit, LeakError
 from minipeft.peftu.cells import Cell, Learner
 from minipeft.peftu.cold_start import drawn_users, new_users
-from minipeft.peftu.protocol import FIXED, PAPER
+from minipeft.peftu.protocol import FIXED, MOST_RATES, PAPER, grid_rate
 from minipeft.peftu.records import load_records, save_record
 from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.settings import load_settings
@@ -942,6 +943,36 @@ def test_an_origin_that_gains_a_method_stops_no_run_that_takes_its_rates(finishe
     capsys.readouterr()
     assert run(*argv, "--methods", "head") == 2
     assert "--lrs-from was" in capsys.readouterr().err
+
+
+def test_a_grid_goes_on_and_a_killed_run_takes_it_up(task, bases, tmp_path, monkeypatch):
+    best = grid_rate("head", 2)
+    monkeypatch.setattr(cells.Trained, "validation", lambda self: abs(math.log(self.cell.config.learning_rate / best)))
+    plan, worked, shown = Plan(FIXED, {"head": FIXED.methods()["head"]}, (0, 1), epochs=1), [], []
+
+    def run_it():
+        base, update = open_base(bases["bert"], 2), lambda *counts: worked.append(counts)
+        TaskRun(plan, tidied(task), base, tmp_path, shown.append, update).run()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRun, "_record_of", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_it()
+    found, trained = {*records_of(tmp_path)}, []
+    train = cells.Timed.train
+    monkeypatch.setattr(cells.Timed, "train", lambda self, jobs, *more: trained.append(
+        {(job.config.seed, job.config.method.name, job.under is None) for job in jobs}) or train(self, jobs, *more))
+    run_it()
+    assert ("head", 0) not in found and all((seed, under) != (0, True) for jobs in trained for seed, _, under in jobs)
+    records = records_of(tmp_path)
+    assert list(records["head", 0].lr_grid) == [grid_rate("head", steps) for steps in (-1, 0, 1, 2, 3)]
+    assert records["head", 0].chosen_lr == records["head", 1].chosen_lr == best
+    assert list(records["head", 1].lr_grid) == [best], "one rate in further seeds"
+    assert len(records["shared", 0].lr_grid) == MOST_RATES == len(records["shared_user", 0].lr_grid)
+    assert f"synthetic: head: the best learning rate lies at the grid's end; next {best:g}" in shown
+    assert worked[-1][0] == worked[-1][1]
+    named = Plan(FIXED, {}, rates=(1e-3, 1e-2))
+    assert named.beyond("head", 0, {1e-3: 0.5, 1e-2: 0.4}) is None, "of those that a user names, these"
 
 
 @pytest.mark.parametrize("name", ["..", "../../victim", "a/b"])

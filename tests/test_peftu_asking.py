@@ -1,5 +1,6 @@
 """Does a prompt hold the examples it should, in the published way and in ours, and lose the right part if too long?"""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -14,7 +15,7 @@ from minipeft.methods.ptuning import PTuning
 from minipeft.models.t5 import T5, T5Config
 from minipeft.peftu.asking import Asking, balanced_examples, published_examples
 from minipeft.peftu.audit import Audit
-from minipeft.peftu.protocol import FIXED, PAPER, Protocol, equal_size
+from minipeft.peftu.protocol import FIXED, MOST_RATES, PAPER, Protocol, equal_size, grid_rate
 from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.tidy import tidied
 from minipeft.running import open_base
@@ -103,8 +104,32 @@ def test_paper_differs_from_fixed_in_every_switch():
     assert all(getattr(PAPER, field.name) != getattr(FIXED, field.name) for field in fields(Protocol))
     assert all(f"{field.name}:" in Protocol.__doc__ for field in fields(Protocol))
     assert FIXED.rates("ia3") == [0.0017, 0.005, 0.015] and PAPER.rates("ia3") == [2e-5]
+    assert PAPER.beyond("ia3", {2e-5: 0.5}) is None
     config = PAPER.config(PAPER.methods()["ia3"], 2e-5, 42, 8)
     assert (config.warmup, config.patience, config.batch_size, config.weight_decay) == (0.01, 8, 8, 0.01)
+
+
+@pytest.mark.parametrize(("best", "tried"), [
+    (-1, [-1, 0, 1, -2]), (0, [-1, 0, 1]), (2, [-1, 0, 1, 2, 3]), (9, [-1, 0, 1, 2, 3]), (-9, [-1, 0, 1, -2, -3]),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["lora", "houlsby", "ia3", "prefix", "head", "shared", "adalora"])
+def test_a_grid_goes_on_beyond_the_end_at_which_the_best_lies(best, tried, name):
+    """Losses fall towards the best rate, so many steps from where the grid begins."""
+    rates = {steps: grid_rate(name, steps) for steps in range(-4, 5)}
+    losses = {rates[steps]: abs(steps - best) for steps in (-1, 0, 1)}
+    assert list(losses) == FIXED.rates(name)
+    while (rate := FIXED.beyond(name, losses)) is not None:
+        (steps,) = (number for number, each in rates.items() if each == rate)
+        losses[rate] = abs(steps - best)
+    assert list(losses) == [rates[steps] for steps in tried]
+    assert len(losses) <= MOST_RATES
+
+
+def test_a_grid_goes_down_where_somebody_could_not_be_trained():
+    losses = dict.fromkeys(FIXED.rates("lora"), math.inf)
+    assert FIXED.beyond("lora", losses) == pytest.approx(7e-4 / 9, rel=0.05)
+    up = dict(zip(FIXED.rates("lora"), (0.5, 0.4, 0.3))) | {grid_rate("lora", 2): math.inf}
+    assert FIXED.beyond("lora", up) is None, "past the best one nobody learns"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

@@ -5,6 +5,7 @@ Read in the published code (github.com/ChrisIsKing/Parameter-Efficient-Personali
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from minipeft.errors import InputError
@@ -21,13 +22,14 @@ from minipeft.models.t5 import T5
 from minipeft.prompts import ANSWER_TOKENS
 from minipeft.schedule import TrainConfig
 
-GRID = (1 / 3, 1, 3)  # times a method's own learning rate: what is tried of every method
-RATES = {  # where each method's grid lies; others: OTHER_RATE
-    "lora": 7e-4, "dora": 7e-4, "houlsby": 7e-4, "pfeiffer": 7e-4, "parallel": 7e-4, "ia3": 5e-3, "vera": 1e-2,
+STEP = 3  # between neighbouring learning rates of a grid
+GRID = (-1, 0, 1)  # steps from a method's own rate: what is tried of every method first
+MOST_RATES = 5  # of a method, those beyond the ends included
+RATES = {  # where each method's grid begins; others: OTHER_RATE
+    "shared": 7e-4, "shared_user": 7e-4, "lora": 7e-4, "dora": 7e-4, "houlsby": 7e-4, "pfeiffer": 7e-4, "parallel": 7e-4, "ia3": 5e-3, "vera": 1e-2,
     "bitfit": 3e-3, "layernorm": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "head": 1e-2,
 }  # fmt: skip
 OTHER_RATE = 2e-3
-MOVED = ("lora", "dora", "houlsby", "pfeiffer", "parallel", "ia3")  # whose grids were moved, see docs/protocol.md
 ADAPTER_ANSWER_TOKENS = 16  # at most, of a bottleneck adapter's decoded answer, as published; of others ANSWER_TOKENS
 
 
@@ -36,7 +38,7 @@ class Protocol:
     """Each switch is one thing that the published code does; `fixed` has them all off.
 
     one_rate:             one learning rate for every method, so that prompt, prefix and IA3 hardly train; None: every
-                          method's best of a small grid on validation.
+                          method's best of a small grid on validation, which goes on where the best lies at its end.
     bf16_weights:         adapters are rounded to bf16 after every step, so that small steps are lost.
     decoded:              the answer is decoded text, read by the published scorer (scoring.py), where the base is a T5;
                           else the label of the highest likelihood. Both accuracies are always reported.
@@ -86,10 +88,25 @@ class Protocol:
                            max_grad_norm=self.max_grad_norm, bf16_weights=self.bf16_weights)  # fmt: skip
 
     def rates(self, name: str) -> list[float]:
-        """The learning rates that are tried of a method: as many of each."""
-        if self.one_rate:
-            return [self.one_rate]
-        return [float(f"{RATES.get(name, OTHER_RATE) * factor:.2g}") for factor in GRID]
+        """The learning rates that are tried of a method first: as many of each."""
+        return [self.one_rate] if self.one_rate else [grid_rate(name, steps) for steps in GRID]
+
+    def beyond(self, name: str, losses: Mapping[float, float]) -> float | None:
+        """The rate to try next of a method, given the validation loss at each of `rates(name)` and whatever came of
+        this since: one step past the end at which the best lies, and down where all are infinite. None: enough."""
+        if self.one_rate or len(losses) == MOST_RATES:
+            return None
+        reach = range(GRID[0] - MOST_RATES, GRID[-1] + MOST_RATES + 1)
+        steps = {rate: number for number in reach if (rate := grid_rate(name, number)) in losses}
+        best = steps[min(sorted(losses), key=losses.get)]
+        if best == min(steps.values()):
+            return grid_rate(name, best - 1)
+        return grid_rate(name, best + 1) if best == max(steps.values()) else None
+
+
+def grid_rate(name: str, steps: int) -> float:
+    """A method's learning rate so many steps from where its grid begins."""
+    return float(f"{RATES.get(name, OTHER_RATE) * STEP**steps:.2g}")
 
 
 def answer_tokens(method: Method) -> int:

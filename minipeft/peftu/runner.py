@@ -1,8 +1,9 @@
 """One task through the whole protocol: baselines, methods, learning rates and seeds; a record for each.
 
     baselines               each its record
-    first seed              every method at every learning rate, the shared adapter too: one fused training;
-                            then personal adapters on top of the best shared one
+    first seed              every method at every learning rate, the shared adapter too: one fused training; those
+                            beyond a grid's end where the best lies there, all methods' together, until no grid goes on;
+                            then personal adapters on top of the best shared one, likewise
     further seeds           every method at its best learning rate, all seeds in one fused training; then those on top
 
 A learning rate is chosen by the validation loss, averaged over users, of the first seed. What has a record is not done
@@ -12,7 +13,7 @@ again.
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ from minipeft.peftu.cells import (
 from minipeft.peftu.decoding import decode
 from minipeft.peftu.metrics import Labels, Scored, label_metrics, rouge, scores, text_metrics, text_scores
 from minipeft.peftu.probes import chosen_labels
-from minipeft.peftu.protocol import PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
+from minipeft.peftu.protocol import MOST_RATES, PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
 from minipeft.peftu.records import UNANSWERED, Record, file_name, load_record, record_path, save_record
 from minipeft.peftu.scoring import published_reading, published_right
 from minipeft.peftu.settings import Settings, check_settings, keep_settings
@@ -70,7 +71,7 @@ SILENT = "test examples answered by nothing, for logits were not finite"
 class Plan:
     """What to do, for every task.
 
-    rates:   the learning rates to try of every method, in place of its own grid.
+    rates:   the learning rates to try of every method, in place of its own grid, and none beyond them.
     carried: name -> the one to take; of every method, and of the shared adapters. origin: where those were chosen.
     equal:   "parameters": every method at the size whose trained numbers come nearest to those of a LoRA of rank 1,
              an encoder's head not counted; "time": as many epochs as cost what `epochs` of the first method cost,
@@ -109,6 +110,14 @@ class Plan:
             return [chosen[name]]
         carried = dict(self.carried)
         return [carried[name]] if name in carried else list(self.rates or self.protocol.rates(name))
+
+    def goes_on(self, name: str, seed: int) -> bool:
+        """Whether a grid may go on beyond its ends: the protocol's own, on the first seed."""
+        return seed == self.seeds[0] and not (self.rates or self.protocol.one_rate or name in dict(self.carried))
+
+    def beyond(self, name: str, seed: int, losses: Mapping[float, float]) -> float | None:
+        """The learning rate to try next, given the validation losses so far; None: enough."""
+        return self.protocol.beyond(name, losses) if self.goes_on(name, seed) else None
 
 
 class TaskRun:
@@ -260,10 +269,8 @@ class TaskRun:
                     self._found(sum(cell.examples for cell in cells))
                     if first:
                         self.chosen[name] = record.chosen_lr
-        trained = iter(self.train([cell for _, _, cells in todo for cell in cells]))
-        for name, seed, cells in todo:
-            tried = [next(trained) for _ in cells]
-            losses = {each.cell.config.learning_rate: each.validation() for each in tried}
+        for (name, seed, cells), tried in zip(todo, self._tried([cells for _, _, cells in todo])):
+            losses = losses_of(tried)
             best = min(tried, key=Trained.validation)
             if not np.isfinite(best.validation()):
                 self.show(f"{self.task.name}: {name}, seed {seed}: at every learning rate somebody could not be "
@@ -279,6 +286,27 @@ class TaskRun:
                 if each is not best or name != SHARED:
                     each.forget()
             self.show(f"{self.task.name}: {name}, seed {seed}, learning rate {best.cell.config.learning_rate:g}: done")
+
+    def _tried(self, grids: Sequence[Sequence[Cell]]) -> list[list[Trained]]:
+        """Of each method the cells of its learning rates, trained; and of those beyond, as long as a grid goes on."""
+        found: list[list[Trained]] = [[] for _ in grids]
+        while any(grids):
+            trained = iter(self.train([cell for cells in grids for cell in cells]))
+            for own, cells in zip(found, grids):
+                own += [next(trained) for _ in cells]
+            grids = [self._beyond(own) if cells else [] for own, cells in zip(found, grids)]
+        return found
+
+    def _beyond(self, tried: Sequence[Trained]) -> list[Cell]:
+        """The cell of the next learning rate, now planned; none if that is enough."""
+        first = tried[0].cell
+        rate = self.plan.beyond(first.name, first.config.seed, losses_of(tried))
+        if rate is None:
+            return []
+        cell = replace(first, config=replace(first.config, learning_rate=rate), under=None)
+        self._planned += cell.examples
+        self.show(f"{self.task.name}: {cell.name}: the best learning rate lies at the grid's end; next {rate:g}")
+        return [cell]
 
     def train(self, cells: Sequence[Cell], planned: bool = True) -> list[Trained]:
         """planned: whether the examples of these cells are among the planned ones."""
@@ -489,8 +517,9 @@ class TaskRun:
         }  # fmt: skip
 
     def _digest(self, cells: Sequence[Cell]) -> str:
+        further = [MOST_RATES] if self.plan.goes_on(cells[0].name, cells[0].config.seed) else []
         return digest_of([[cell.digest() for cell in cells], asdict(self.protocol), self.task_digest,
-                          self.base_digest, self.plan.top_layers])  # fmt: skip
+                          self.base_digest, self.plan.top_layers, *further])  # fmt: skip
 
     @cached_property
     def task_digest(self) -> str:
@@ -509,6 +538,11 @@ class TaskRun:
         if record.digest != digest:
             raise InputError(f"{path} was made by other settings, data or another base; name another folder with --out")
         return record
+
+
+def losses_of(tried: Iterable[Trained]) -> dict[float, float]:
+    """Learning rate -> validation loss."""
+    return {each.cell.config.learning_rate: each.validation() for each in tried}
 
 
 def audit_of(task: Task, out: Path) -> Audit:

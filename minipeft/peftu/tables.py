@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minipeft.peftu.charts import covered, label
 from minipeft.peftu.probes import STRENGTH
-from minipeft.peftu.protocol import MOVED
+from minipeft.peftu.protocol import GRID, MOST_RATES
 from minipeft.peftu.summary import Outcome
 
 RIVALS = ("own_majority", "probe_pooled_user", "shared")  # what a personal method has to beat to have earned its cost
@@ -143,10 +143,10 @@ def rate_table(names: dict[str, Outcome]) -> Table:
             for name, outcome in names.items() if outcome.first.lr_grid]  # fmt: skip
     return Table("Learning rates that were tried", ["method", "chosen", "best at the grid's end",
                                                     *(f"loss at {rate:g}" for rate in tried)], rows,
-                 note="Validation loss of each, mean over users; first seed. A rate at which one user cannot be "
-                 f"trained is given up for all. {BEYOND}. As many were tried of each, but not with equal care: of the "
-                 f"protocol's own those of {', '.join(map(label, MOVED))} were moved down once, after the lowest had "
-                 "won on tweeteval's validation; all others stand where they were first put.")
+                 note="Validation loss of each, first seed: of each user's best epoch, mean over users. A rate at which "
+                 "one user cannot be trained is given up for all. Of the protocol's own grids every method tries "
+                 f"{len(GRID)}, and where the best lies at an end those beyond, one at a time, up to {MOST_RATES} in "
+                 f"all. {BEYOND}.")  # fmt: skip
 
 
 def at_edges(names: dict[str, Outcome]) -> str:
