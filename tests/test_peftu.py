@@ -22,6 +22,7 @@ from minipeft.models.trunk import Trunk, above_frozen
 from minipeft.peftu import cells, cold_start, command, runner
 from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit, LeakError
+from minipeft.peftu.calls import load_calls
 from minipeft.peftu.cells import Cell, Learner
 from minipeft.peftu.cold_start import drawn_users, new_users
 from minipeft.peftu.protocol import FIXED, MOST_RATES, PAPER, grid_rate
@@ -943,6 +944,25 @@ def test_an_origin_that_gains_a_method_stops_no_run_that_takes_its_rates(finishe
     capsys.readouterr()
     assert run(*argv, "--methods", "head") == 2
     assert "--lrs-from was" in capsys.readouterr().err
+
+
+def test_calls_say_which_of_them_made_what(folder, bases, tmp_path, monkeypatch, capsys):
+    argv = ("--tasks", folder, "--model", bases["bert"], "--out", tmp_path, *few("--methods", "head"))
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRun, "_record_of", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(*argv)
+    assert run(*argv) == 0
+    first, second = load_calls(tmp_path)
+    assert "own_majority-s0" in first["records"]["synthetic"] and "head-s0" not in first["records"]["synthetic"]
+    assert second["records"] == {"synthetic": ["head-s0", "shared-s0", "shared_user-s0"]}
+    assert 0 < first["seconds"]["synthetic"] and "--methods head" in second["command"] and "torch" in second["versions"]
+    assert run(*argv) == 0
+    assert load_calls(tmp_path) == [first, second] == json.loads((tmp_path / "result.json").read_text())["calls"]
+    (tmp_path / "calls.json").write_text('{"calls": [{}]}')
+    capsys.readouterr()
+    assert run(*argv) == 2
+    assert "calls.json is damaged: needed calls with began, command" in capsys.readouterr().err
 
 
 def test_a_grid_goes_on_and_a_killed_run_takes_it_up(task, bases, tmp_path, monkeypatch):

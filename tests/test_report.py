@@ -42,6 +42,8 @@ def write_run(out: Path, records: list) -> dict:
         "versions": {"torch": "9.8.7"}, "ceilings": {"synthetic": {"shared": 70.0, "personal": 90.0}},
         "audit": {"synthetic": {"test_examples_fitted": 0, "examples_fitted": {"adapters": 345}}},
         "left_out": {"synthetic": {"ptuning": "no place for virtual tokens"}}, "options": {"top layers": 3},
+        "calls": [{"began": "1999-12-31 23:59:59 UTC", "command": "", "versions": {"minipeft": "0.0, commit abc"},
+                   "seconds": {"synthetic": 4321.0}, "records": {"synthetic": ["lora-s0", "prompt-s1"]}}],
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(result))
     return result
@@ -68,7 +70,8 @@ def test_both_reports_hold_the_figures_of_the_result(run):
                      "users without a label of anybody else", "adapters", "345", "All comparisons", "top layers",
                      "Cold start: new users", "picked of 2 after the fact",
                      "seconds are shared out by rows", "C is 1, fixed", "with the network that writes",
-                     "on these alone", "Tasks are families"):
+                     "on these alone", "Tasks are families", "1999-12-31 23:59:59", "0.0, commit abc", "4,321",
+                     "lora-s0, prompt-s1"):
             assert said in text, said
 
 

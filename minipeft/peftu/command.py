@@ -23,6 +23,7 @@ from minipeft.models.checkpoint import read_json
 from minipeft.models.classifier import Base
 from minipeft.models.loading import load_model
 from minipeft.options import NAMES
+from minipeft.peftu.calls import Calls
 from minipeft.peftu.cold_start import cold_start, new_users
 from minipeft.peftu.cold_start import planned_examples as cold_examples
 from minipeft.peftu.protocol import PROTOCOLS
@@ -77,16 +78,19 @@ def run_peftu(argv: Sequence[str]) -> None:
     check_out(args.out)
     bases = bases_of(args, [each.task for each in tasks], new)
     planned = {each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}
+    there = {name: what for name, what in versions(args.device, LIBRARIES).items() if what is not None}
+    calls = Calls(args.out, shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]), there)
     with progress(planned, {each.task.name: mean_length(each.task) for each in tasks}) as bar:
         show, update = bar
-        runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name))
+        runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name), calls.made)
                 for each, base in zip(tasks, bases)]  # fmt: skip
         first = runs[0].task.name
-        facts: dict[str, dict] = {"ceilings": ceilings, "audit": {}, "left_out": {}, "seconds_of_this_call": {}}
+        facts: dict[str, dict] = {"ceilings": ceilings, "audit": {}, "left_out": {}}
         names: dict[str, set[str]] = {}
         while runs:
             run = runs.pop(0)  # what it keeps in memory goes with it
-            name, began = run.task.name, time.perf_counter()
+            name = run.task.name
+            calls.begin(name)
             run.run(later[name])
             if new:
                 cold_start(run, new[name])
@@ -94,10 +98,9 @@ def run_peftu(argv: Sequence[str]) -> None:
                 with profiled(args.out):
                     run.train_a_little()
             run.finish()
-            facts["seconds_of_this_call"][name] = time.perf_counter() - began
             facts["audit"][name], facts["left_out"][name] = run.audit.report(), run.left_out
             names[name] = {*BASELINES, *run.methods, SHARED, SHARED_USER}
-            result = result_of(args, argv, plan, names) | facts | {"to_come": [each.task.name for each in runs]}
+            result = result_of(args, plan, names, calls) | facts | {"to_come": [each.task.name for each in runs]}
             write_file(args.out / RESULT, json.dumps(result, indent=1).encode() + b"\n")
             report = write_report(args.out)
     print(f"written: {report} and {RESULT}")
@@ -124,16 +127,15 @@ def bases_of(args: argparse.Namespace, tasks: Sequence[Task], new: dict[str, lis
     return bases
 
 
-def result_of(args: argparse.Namespace, argv: Sequence[str], plan: Plan, names: dict[str, set[str]]) -> dict:
+def result_of(args: argparse.Namespace, plan: Plan, names: dict[str, set[str]], calls: Calls) -> dict:
     """What the records say and what made them. names: of each task that is done, what was asked for."""
     records = [record for record in load_records(args.out)
                if record.name in names.get(record.task, ()) and record.seed in plan.seeds]  # fmt: skip
     return summarise(records) | {
         "suite": "peftu", "mode": args.mode, "model": str(args.model or "default"), "seeds": list(plan.seeds),
-        "command": shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]),
+        "command": calls.own["command"], "versions": calls.own["versions"], "calls": calls.of({*names}),
         "options": {"epochs at most": args.epochs, "equal": args.equal or "neither parameters nor time",
                     "top layers": args.top_layers or "all", "split": args.split, "users": args.users or "all"},
-        "versions": {name: what for name, what in versions(args.device, LIBRARIES).items() if what is not None},
     }  # fmt: skip
 
 

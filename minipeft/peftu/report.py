@@ -27,6 +27,7 @@ from minipeft.peftu.tables import (
     accuracy_table,
     at_edges,
     best_baseline,
+    calls_table,
     cold_start_table,
     comparison_table,
     cost_table,
@@ -219,11 +220,10 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
 
 
 def made_by(result: dict) -> Section:
-    seconds = {task: round(each) for task, each in result.get("seconds_of_this_call", {}).items()}
     facts = {"command": result["command"], "mode": result["mode"], "model": result.get("model"),
-             "seeds": ", ".join(map(str, result["seeds"])), **result["options"], **result["versions"],
-             "seconds of this call": seconds}  # fmt: skip
-    return Section("How this was made", tables=[facts_table("Command, seeds and versions", facts)])
+             "seeds": ", ".join(map(str, result["seeds"])), **result["options"], **result["versions"]}  # fmt: skip
+    tables = [facts_table("Command, seeds and versions", facts), calls_table(result.get("calls", []))]
+    return Section("How this was made", tables=[table for table in tables if table.rows])
 
 
 def headline(figures: dict[str, dict], pairs: list[dict], personal: Iterable[str]) -> list[str]:

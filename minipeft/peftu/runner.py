@@ -126,7 +126,8 @@ class TaskRun:
     Args:
         tidied: the task as it is trained, and what was done to it.
         base:   its sites are cut down to the top layers where the plan says so.
-        show:   called with a line at a time; update: with (done, planned) training examples.
+        show:   called with a line at a time; update: with (done, planned) training examples; made: with each record
+                that has been written.
     Raises:
         InputError: what can be known before anything is trained: labels that cannot be told apart, no method that
             applies, no learning rate carried over, records by other settings in OUT.
@@ -134,10 +135,10 @@ class TaskRun:
 
     def __init__(
         self, plan: Plan, tidied: Tidied, base: Base, out: Path, show: Callable[[str], None],
-        update: Callable[[int, int], None],
+        update: Callable[[int, int], None], made: Callable[[Record], None] = lambda record: None,
     ):  # fmt: skip
         self.plan, self.task, self.tidied, self.out = plan, tidied.task, tidied, out
-        self.protocol, self.show, self.update = plan.protocol, show, update
+        self.protocol, self.show, self.update, self.made = plan.protocol, show, update, made
         self.audit = audit_of(self.task, out)
         self.asking = Asking(base, self.task, self.protocol, self.audit)
         self.users = [user for user in self.task.users if self.task.test[user]]  # who can be scored
@@ -242,6 +243,7 @@ class TaskRun:
         """Beside what had to be fitted for it."""
         self.audit.keep()
         save_record(self.out, record)
+        self.made(record)
 
     def _count(self, examples: int) -> None:
         self._done += examples

@@ -252,6 +252,16 @@ def facts_table(title: str, facts: dict) -> Table:
     return Table(title, ["what", "value"], rows)
 
 
+def calls_table(calls: Iterable[dict]) -> Table:
+    """Which call made which records."""
+    rows = [[words(call["began"]), words(task), number(call["seconds"][task], ",.0f"),
+             words(str(call["versions"].get("minipeft", ""))), number(len(made), "d"), words(", ".join(made))]
+            for call in calls for task, made in call["records"].items()]  # fmt: skip
+    return Table("Calls", ["began", "task", "s until its last record", "minipeft", "records", "which, with their seed"],
+                 rows, folded=True, note="A run that was stopped goes on in another call. Seconds are of everything the "
+                 "call did for the task: search, evaluation and baselines too.")  # fmt: skip
+
+
 def users_table(names: dict[str, Outcome], personal: dict[str, Outcome]) -> Table:
     shown = {name: outcome.accuracy for name, outcome in names.items() if name in personal or name in RIVALS}
     some = next(iter(names.values())).first
