@@ -228,9 +228,10 @@ def test_a_killed_run_continues_with_the_same_result(finished, folder, bases, tm
 def test_cold_start_is_of_new_users_after_k_of_their_own_examples(finished, task):
     new = set(drawn_users(task))
     assert 0 < len(new) < len(task.users)
-    for name in (*TRAINED, "own_majority"):
+    untrained = ("own_majority", "retrieval", "probe_user")
+    for name in (*TRAINED, *untrained):
         chosen_with = records_of(finished)[name, 0].notes.get(cold_start.CHOSEN_WITH)
-        assert chosen_with == (None if name == "own_majority" else len(new))
+        assert chosen_with == (None if name in untrained else len(new))
         curve = records_of(finished)[name, 0].cold_start
         users = records_of(finished)[name, 0].users
         assert all(user in new or value is None for values in curve.values() for user, value in zip(users, values))
@@ -238,6 +239,17 @@ def test_cold_start_is_of_new_users_after_k_of_their_own_examples(finished, task
         for k in curve:
             enough = {user for user in new if len(task.train[user]) >= k}
             assert {u for u, value in zip(users, curve[k]) if value is not None} == (new if k == 0 else enough)
+
+
+@pytest.mark.parametrize("name", ["own_majority", "retrieval", "probe_user"])
+def test_who_knows_all_of_a_new_users_examples_answers_as_ever(name, finished, task, bases, tmp_path):
+    run = TaskRun(Plan(FIXED, {"head": FIXED.methods()["head"]}), tidied(task), open_base(bases["bert"], 2), tmp_path,
+                  print, print)  # fmt: skip
+    user = task.users[0]
+    few, feature = task.subset([user]), Untrained(run).features
+    record = records_of(finished)[name, 0]
+    assert cold_start._untrained(run, name, few, feature) == {
+        user: pytest.approx(record.accuracy[record.users.index(user)])}  # fmt: skip
 
 
 def test_a_killed_cold_start_continues(finished, folder, bases, tmp_path, monkeypatch):
@@ -274,9 +286,15 @@ def test_new_users_prompts_hold_no_more_than_is_known_of_them(task, bases, tmp_p
         asked.append(questions)
         return {user: np.zeros((len(own), 2)) for user, own in questions.items()}
 
+    heard = task.labels[1]  # while the scores are for the first
     run.train, run.score = train, score
-    cold_start._curves(run, ("lora", "shared"), new)
+    run.decoded = lambda adapters, questions: ({user: [f"{heard}."] * len(own) for user, own in questions.items()}, 0)
+    found = cold_start._curves(run, ("lora", "shared"), new)
     (user,) = new
+    right = np.mean([example.label == (heard,) for example in task.test[user]])
+    assert right != 0.5 and all(curve == {user: right} for name in found for curve in found[name].values())
+    assert [learner.place for cell in cells_seen[1:] for learner in cell.learners] == [
+        run.users.index(user)] * (len(cells_seen) - 1), "starts by place, as published"  # fmt: skip
     own = cold_start.in_turn(run.tidied, new)[user]
     said = lambda question: run.asking.prompts.tokenizer.decode(question.prompt)  # noqa: E731
     assert [said(question).count("Text:") for question in asked[0][user]] == [1] * len(task.test[user])
@@ -950,8 +968,7 @@ def test_calls_say_which_of_them_made_what(folder, bases, tmp_path, monkeypatch,
     argv = ("--tasks", folder, "--model", bases["bert"], "--out", tmp_path, *few("--methods", "head"))
     with monkeypatch.context() as patch:
         patch.setattr(TaskRun, "_record_of", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(*argv)
+        assert run(*argv) == 130
     assert run(*argv) == 0
     first, second = load_calls(tmp_path)
     assert "own_majority-s0" in first["records"]["synthetic"] and "head-s0" not in first["records"]["synthetic"]

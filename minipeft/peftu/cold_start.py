@@ -1,7 +1,8 @@
 """Cold start: accuracy on users whom nothing shared has seen, against the number of their own examples.
 
     k = 0        `shared` and `shared_user`: a shared adapter trained on the other users; `own_majority`: the others'
-    k = 1, 2, 4...   every method trains on the user's first k training examples, all methods and k in one fused pass
+    k = 1, 2, 4...   every method trains on the user's first k training examples, all methods and k in one fused pass;
+                     beside them what needs no training: `own_majority`, `retrieval` and `probe_user` of these k
 
 New users are those whom the task's split `new_users` names, or a fifth of the users, drawn. Which examples come first
 that split says too; else it is drawn, for most files have a user's examples label by label. The k examples are all that
@@ -15,13 +16,15 @@ from dataclasses import replace
 import numpy as np
 
 from minipeft.errors import InputError
+from minipeft.models.t5 import T5
 from minipeft.peftu.asking import Asking
-from minipeft.peftu.baselines import own_majority
+from minipeft.peftu.baselines import Answers, own_majority, retrieval
 from minipeft.peftu.cells import Cell, Learner
-from minipeft.peftu.metrics import Labels, any_hit
+from minipeft.peftu.probes import chosen_labels, probe
 from minipeft.peftu.records import load_record, record_path
 from minipeft.peftu.runner import SHARED, SHARED_USER, Plan, TaskRun
 from minipeft.peftu.tidy import Tidied
+from minipeft.peftu.untrained import Untrained
 from minipeft.randomness import generator
 from minipeft.running import pooled
 from minipeft.schedule import Adapter
@@ -29,7 +32,7 @@ from minipeft.tasks.task import Example, Task
 from minipeft.training import EVERYONE
 
 NEW_USERS_SHARE = 0.2  # drawn where the task does not say who is new
-MAJORITY = "own_majority"
+MAJORITY, RETRIEVAL, PROBE = "own_majority", "retrieval", "probe_user"
 CHOSEN_WITH = "cold start: new users whose validation examples were among those that chose the learning rate"
 
 Curve = dict[int, dict[str, float]]  # number of own examples -> user -> accuracy, 0 .. 1
@@ -56,7 +59,7 @@ def planned_examples(plan: Plan, task: Task, new: Sequence[str]) -> int:
 def cold_start(run: TaskRun, new: Sequence[str]) -> None:
     """Into the first seed's records of a run that is done: `cold_start`, what has it already left as it is."""
     task, seed = run.task, run.plan.seeds[0]
-    every = (*run.methods, SHARED, SHARED_USER, *(() if task.generative else (MAJORITY,)))
+    every = (*run.methods, SHARED, SHARED_USER, RETRIEVAL, *(() if task.generative else (MAJORITY, PROBE)))
     paths = {name: record_path(run.out, task.name, name, seed) for name in every}
     names = [name for name, path in paths.items() if load_record(path).cold_start is None]
     if not names:
@@ -88,7 +91,8 @@ def _curves(run: TaskRun, names: Sequence[str], new: Sequence[str]) -> dict[str,
     sizes, own = _sizes(run.task, new), in_turn(run.tidied, new)
     known = {k: _knowing(run, own, k) for k in (0, *sizes)}
     shared = _shared_by_others(run, new)
-    tried = [(name, k) for name in names if name not in (SHARED, MAJORITY) for k in sizes]
+    untrained = [name for name in (MAJORITY, RETRIEVAL, PROBE) if name in names]
+    tried = [(name, k) for name in names if name not in (SHARED, *untrained) for k in sizes]
     found: dict[str, Curve] = {name: {} for name in names}
     if {SHARED, SHARED_USER} & {*names}:
         nothing = _accuracy(run, SHARED, dict.fromkeys(new, run.shared_adapter(shared, planned=True)), known[0])
@@ -96,8 +100,11 @@ def _curves(run: TaskRun, names: Sequence[str], new: Sequence[str]) -> dict[str,
     trained = run.train([_cell(run, name, known[k], shared) for name, k in tried])
     for (name, k), each in zip(tried, trained):
         found[name][k] = _accuracy(run, name, each.adapters, known[k])
-    if MAJORITY in names:
-        found[MAJORITY] = {k: _majority(run, own, k) for k in (0, *sizes)}
+    feature = Untrained(run).features if PROBE in untrained else {}
+    for name in untrained:
+        found[name] = {k: _untrained(run, name, known[k].task, feature) for k in sizes}
+    if MAJORITY in untrained:
+        found[MAJORITY] |= {0: _others_majority(run, new)}
     return found
 
 
@@ -121,26 +128,45 @@ def _shared_by_others(run: TaskRun, new: Sequence[str]) -> Cell:
 
 def _cell(run: TaskRun, name: str, known: Asking, shared: Cell) -> Cell:
     cell = run.cell(name, run.chosen[name], run.plan.seeds[0])
-    learners = tuple(Learner(user, own, own) for user, own in run.questions(name, known)["train"].items())
+    place = {learner.user: learner.place for learner in cell.learners}
+    learners = tuple(Learner(user, own, own, place[user])
+                     for user, own in run.questions(name, known)["train"].items())  # fmt: skip
     config = replace(cell.config, patience=cell.config.epochs)
     return Cell(name, config, learners, shared if name == SHARED_USER else None)
 
 
 def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter], known: Asking) -> dict[str, float]:
-    asked = run.questions(name, known)["test"]
-    answers = run.written(adapters, asked)[0] if run.task.generative else run.answers(run.score(adapters, asked))
-    return {user: _mean_score(run, user, own) for user, own in answers.items()}
+    asked, decoded = run.questions(name, known)["test"], {}
+    if run.task.generative:
+        answers = run.written(adapters, asked)[0]
+    else:
+        answers = run.answers(run.score(adapters, asked))
+        if run.protocol.decoded and isinstance(run.base, T5):
+            decoded = run.decoded(adapters, asked)[0]
+    return _judged(run, answers, decoded)
 
 
-def _mean_score(run: TaskRun, user: str, answers: Sequence[Labels]) -> float:
-    truths = [example.label for example in run.task.test[user]]
-    return any_hit(answers, truths) if run.protocol.any_hit else float(np.mean(run.graded(answers, truths)))
+def _judged(run: TaskRun, answers: Answers, decoded: dict[str, list[str]] | None = None) -> dict[str, float]:
+    """User -> mean score of the answers to the test examples."""
+    truths = {user: [example.label for example in run.task.test[user]] for user in answers}
+    return {user: float(np.mean(run.judged([*own], truths[user], (decoded or {}).get(user))[1]))
+            for user, own in answers.items()}  # fmt: skip
 
 
-def _majority(run: TaskRun, own: Own, k: int) -> dict[str, float]:
-    """Of a user's first k examples; for k = 0 of everybody who is not new."""
+def _untrained(run: TaskRun, name: str, few: Task, feature: dict[str, np.ndarray]) -> dict[str, float]:
+    """few: users with those of their training examples that are known. feature: of each text, for the probe."""
+    if name != PROBE:
+        return _judged(run, (own_majority if name == MAJORITY else retrieval)(few, run.audit))
+    answers = {}
+    for user, known in few.train.items():
+        x, asked = (np.stack([feature[example.text] for example in some]) for some in (known, few.test[user]))
+        scores = probe(few, run.audit.fitting(PROBE, known), x).scores(asked)
+        answers[user] = chosen_labels(few.labels, scores, few.multi_label)
+    return _judged(run, answers)
+
+
+def _others_majority(run: TaskRun, new: Sequence[str]) -> dict[str, float]:
+    """Of everybody who is not new, for who is."""
     task = run.task
-    others = [example for user in task.users if user not in own for example in task.train[user]]
-    known = {user: own[user][:k] if k else others for user in own if len(own[user]) >= k}
-    few = replace(task.subset(known), train=known)
-    return {user: _mean_score(run, user, answers) for user, answers in own_majority(few, run.audit).items()}
+    others = [example for user in task.users if user not in new for example in task.train[user]]
+    return _judged(run, own_majority(replace(task.subset(new), train=dict.fromkeys(new, others)), run.audit))

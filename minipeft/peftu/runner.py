@@ -421,6 +421,22 @@ class TaskRun:
         """A score from 0 to 1 of each answer: right or not, Jaccard's measure, or of a text ROUGE-L."""
         return text_scores(answers, truths) if self.task.generative else scores(answers, truths)
 
+    def judged(
+        self, said: list[Labels], truths: Sequence[Labels], decoded: list[str] | None = None
+    ) -> tuple[list[Labels], list[float], list[float]]:
+        """The answers as the mode reads them, their scores by the scoring that it ranks by, and by the published one.
+
+        decoded: what a T5 said in so many words; None: the answers' labels stand for it. The last is [] where users
+        write: the published scoring is of labels.
+        """
+        if self.task.generative:
+            return said, self.graded(said, truths), []
+        texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded
+        right = [float(published_right(text, truth, self.task.labels)) for text, truth in zip(texts, truths)]
+        if self.protocol.decoded and decoded is not None:
+            said = [published_reading(text, self.task.labels) for text in texts]
+        return said, right if self.protocol.any_hit else self.graded(said, truths), right
+
     def _metrics(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[str, float]:
         if self.task.generative:
             return text_metrics(answers, truths)
@@ -443,15 +459,10 @@ class TaskRun:
         for user in users:
             truths = [task.test[user][i].label for i in known[user]]
             said = [answers[user][i] for i in known[user]]
-            graded = self.graded(said, truths)
-            fixed.append(float(np.mean(graded)))
-            if not task.generative:
-                texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded[user]
-                right = [float(published_right(text, truth, task.labels)) for text, truth in zip(texts, truths)]
+            fixed.append(float(np.mean(self.graded(said, truths))))
+            said, graded, right = self.judged(said, truths, None if decoded is None else decoded[user])
+            if right:
                 paper.append(float(np.mean(right)))
-                if self.protocol.decoded and decoded is not None:
-                    said = [published_reading(text, task.labels) for text in texts]
-                graded = right if self.protocol.any_hit else self.graded(said, truths)
             correct.append(graded)
             for metric, value in self._metrics(said, truths).items():
                 metrics.setdefault(metric, []).append(value)

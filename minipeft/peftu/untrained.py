@@ -98,8 +98,13 @@ class Untrained:
 
     @cached_property
     def _probes(self) -> dict[str, Probed]:
-        feature, _ = self._features
+        feature = self.features
         return probe_scores(self.task, self.audit, lambda example: feature[example.text])
+
+    @property
+    def features(self) -> dict[str, np.ndarray]:
+        """Each distinct text's [width]."""
+        return self._features[0]
 
     @cached_property
     def _features(self) -> tuple[dict[str, np.ndarray], float]:
