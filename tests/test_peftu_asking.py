@@ -13,7 +13,7 @@ from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning
 from minipeft.methods.ptuning import PTuning
 from minipeft.models.t5 import T5, T5Config
-from minipeft.peftu.asking import Asking, balanced_examples, published_examples
+from minipeft.peftu.asking import PUBLISHED_LENGTH, Asking, balanced_examples, published_examples
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.protocol import FIXED, MOST_RATES, PAPER, Protocol, equal_size, grid_rate
 from minipeft.peftu.runner import Plan, TaskRun
@@ -91,6 +91,18 @@ def test_as_published_a_long_prompt_loses_its_query(asked):
     asking = Asking(bases["gpt2"], long, replace(PAPER, examples=0), Audit(long))
     (question,) = asking.questions(shots=3)["test"][user]
     assert not said(asking, question).endswith("Label:") and asking.notes_of(shots=3)["queries cut"] >= 1
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(tokens=20), PrefixTuning(tokens=20, hf_compat=True),
+                                    PromptTuning(tokens=20)])  # fmt: skip
+def test_virtual_tokens_take_nothing_from_a_t5s_prompt(method, asked, tmp_path):
+    """It has no positions: 512 tokens of the prompt are read with any method, as published."""
+    task, _ = asked
+    user = task.users[0]
+    long = replace(task, test=task.test | {user: [replace(task.test[user][0], text="word " * 600)]})
+    asking = Asking(open_base(MAKERS["t5"](task, tmp_path), 2), long, PAPER, Audit(long))
+    (alone,), (question,) = (asking.questions(way, shots=3)["test"][user] for way in (None, method))
+    assert question.prompt == alone.prompt and len(alone.prompt) == PUBLISHED_LENGTH
 
 
 def test_an_encoder_reads_the_text_alone(asked):

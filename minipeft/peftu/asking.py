@@ -80,7 +80,9 @@ class Asking:
         return self.notes[self._way(method, shots)] | ({ANSWERS_CUT: cut} if cut else {})
 
     def _way(self, method: Method | None, shots: int) -> tuple[int, int]:
-        return method.virtual(self.base)[0] if method else 0, shots if self.prompts.instructed else 0
+        """Virtual tokens that take positions from the prompt, where the base has only so many; and examples."""
+        virtual = method.virtual(self.base)[0] if method and self.prompts.max_tokens else 0
+        return virtual, shots if self.prompts.instructed else 0
 
     def _split(self, name: str, virtual: int, shots: int) -> dict[str, list[Question]]:
         found = {}
