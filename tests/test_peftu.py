@@ -102,7 +102,7 @@ def test_every_baseline_and_method_has_its_records(finished, task):
         assert record.paper_accuracy == pytest.approx(record.accuracy)  # labels that none contains
         if name in TRAINED:
             assert record.trainable > 0 and record.bytes_per_user >= 4 * record.trainable
-            assert record.train_flops_per_user > (1 if name == "head" else 1000) * record.trainable
+            assert record.train_flops_per_user > 1000 * record.trainable
             assert record.train_seconds > 0 and record.kept_bytes_per_row > 4  # at least a number a row
             assert set(record.lr_grid) == ({1e-3, 1e-2} if seed == 0 else {record.chosen_lr})
             assert record.chosen_lr == min(records[name, 0].lr_grid, key=records[name, 0].lr_grid.get)
@@ -729,6 +729,19 @@ def test_operations_of_shared_user_hold_those_of_the_adapter_under_it(task, base
                   print, print)  # fmt: skip
     shared, both = run._cost("shared"), run._cost("shared_user")
     assert shared.flops < both.flops < 2 * shared.flops and shared.kept_bytes < both.kept_bytes < 2 * shared.kept_bytes
+
+
+def test_operations_of_frozen_layers_are_counted_once_for_each_text(finished, task, bases, tmp_path):
+    base = open_base(bases["bert"], 2)
+    run = TaskRun(Plan(FIXED, {"head": FIXED.methods()["head"]}), tidied(task), base, tmp_path, print, print)
+    cost, asked = run._cost("head"), run.questions("head")["train"].values()
+    products = 2 * sum(p.numel() for p in base.encoder.layers.parameters() if p.dim() == 2)
+    assert products < cost.frozen_flops < 1.5 * products, "attention besides"
+    rows = sum(len(question.prompt) for own in asked for question in own)  # of one epoch
+    texts = sum(map(len, (text for own in asked for text in {question.prompt for question in own})))
+    record = records_of(finished)["head", 0]
+    assert record.train_flops_per_user == pytest.approx(
+        (cost.flops * rows + cost.frozen_flops * texts) / len(task.users))  # fmt: skip
 
 
 def test_p_tunings_bytes_are_those_of_its_file(task, bases, tmp_path):

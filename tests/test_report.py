@@ -26,6 +26,7 @@ from minipeft.peftu.tables import (
     configuration,
     movement_table,
     notes_table,
+    shown,
 )
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -179,6 +180,11 @@ def test_the_report_says_whose_rate_is_at_the_end_and_how_far_grids_go(tmp_path)
     assert f"up to {MOST_RATES} in all" in text and "whole process's peak memory" in text
     inside = [replace(record, lr_grid=grids["shared"]) for record in records]
     assert at_edges(outcomes(inside)["one"]) == ""
+
+
+def test_a_half_is_rounded_away_from_zero():
+    figures = [shown(value, ".1f") for value in (70.25, 70.249, 67.35, -2.25, 0.05, 1e6)]
+    assert figures == ["70.3", "70.2", "67.4", "\N{MINUS SIGN}2.3", "0.1", "1000000.0"]
 
 
 def test_a_method_is_told_as_it_was_configured():

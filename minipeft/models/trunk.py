@@ -109,7 +109,7 @@ class Trunk(Classifier):
         most_bytes: int = MOST_BYTES,
     ):  # fmt: skip
         super().__init__(whole.encoder, whole.head_size[1], whole.pooling)
-        self._under = whole if isinstance(whole, Trunk) else None
+        self.under = whole if isinstance(whole, Trunk) else None  # whose states these are computed from
         for table in (*TABLES, "shared_inputs"):
             setattr(self, table, getattr(whole, table))
         self.first = first_acting_layer(whole.sites, len(whole.encoder.layers)) if first is None else first
@@ -148,17 +148,20 @@ class Trunk(Classifier):
         ends = self.num_rows + np.cumsum([len(text) for text in texts])
         return texts[: int(np.searchsorted(ends, self.most_rows, side="right"))]
 
-    @torch.no_grad()
     def _compute(self, texts: list[Tokens]) -> None:
-        rows = Rows.pack(texts, self.device, causal=False)
-        x, first = (self.encoder.embedded(rows), 0) if self._under is None else self._under.start_of(rows)
-        for layer in self.encoder.layers[first : self.first]:
-            x = layer(x, rows, BASE)
-        for kept, own in zip(self.states, (x, *(linear(x, BASE) for linear in self._products))):
-            kept[self.num_rows :][: len(x)] = own
+        for kept, own in zip(self.states, self.frozen(Rows.pack(texts, self.device, causal=False))):
+            kept[self.num_rows :][: len(own)] = own
         for text in texts:
             self.starts[text] = self.num_rows
             self.num_rows += len(text)
+
+    @torch.no_grad()
+    def frozen(self, rows: Rows) -> list[Tensor]:
+        """What is kept of these rows, computed: their states [T, width] before layer `first`, and its products."""
+        x, start = (self.encoder.embedded(rows), 0) if self.under is None else self.under.start_of(rows)
+        for layer in self.encoder.layers[start : self.first]:
+            x = layer(x, rows, BASE)
+        return [x, *(linear(x, BASE) for linear in self._products)]
 
     def last_hidden(self, rows: Rows, hooks: Hooks = BASE) -> Tensor:
         """As Classifier's. Raises ValueError for rows with virtual tokens."""

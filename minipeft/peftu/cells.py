@@ -21,7 +21,8 @@ from minipeft.labels import Answerable, Question, Texts
 from minipeft.memory import kept_bytes
 from minipeft.methods.method import Method
 from minipeft.models.classifier import Base
-from minipeft.models.trunk import above_frozen, start_layer
+from minipeft.models.rows import Rows
+from minipeft.models.trunk import Trunk, above_frozen, start_layer
 from minipeft.peftu.asking import Asked
 from minipeft.peftu.audit import Audit
 from minipeft.schedule import Adapter, Fault, Job, PassConfig, Run, TrainConfig
@@ -204,17 +205,22 @@ def start_of(cell: Cell, learner: Learner, base: Base) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class RowCost:
-    """What a row (`asked_rows`) of a training step costs: floating-point operations, forward and backward, counted; and
-    bytes that are kept for the backward pass, measured."""
+    """What a row (`asked_rows`) costs.
+
+    flops:        of a training step, forward and backward; floating-point operations, counted.
+    kept_bytes:   of that step, kept for the backward pass; measured.
+    frozen_flops: of the lower layers that run beforehand, forward, once for each text.
+    """
 
     flops: float
     kept_bytes: float
+    frozen_flops: float
 
 
 def cost_per_row(
     base: Base, labels: Answerable, method: Method, questions: Sequence[Question], under: Adapter | None = None,
 ) -> RowCost:  # fmt: skip
-    """Of a step on these questions. Frozen layers that run beforehand, as all under a head, are not in it.
+    """Of a step on these questions, and of frozen layers that run beforehand, as all under a head.
 
     What is read beside those rows, as a T5's labels, is in the count and not among them. By PyTorch's counter, which
     sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
@@ -228,9 +234,20 @@ def cost_per_row(
     engine.train_step([run])  # after which the states are kept of what fills a user's rows up, too
     with FlopCounterMode(display=False) as counter, kept_bytes(base) as kept:
         engine.train_step([run])
+    frozen = frozen_flops(own, questions) / sum(len(question.prompt) for question in questions)
     unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
     flops = counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
-    return RowCost(flops, sum(kept.values()) / rows)
+    return RowCost(flops, sum(kept.values()) / rows, frozen)
+
+
+def frozen_flops(base: Base, questions: Sequence[Question]) -> int:
+    """Counted operations of the layers below where passes on this base start, on these questions; 0 if none are."""
+    if not isinstance(base, Trunk):
+        return 0
+    rows = Rows.pack([question.prompt for question in questions], base.device, causal=False)
+    with FlopCounterMode(display=False) as counter:
+        base.frozen(rows)
+    return counter.get_total_flops() + (frozen_flops(base.under, questions) if base.under else 0)
 
 
 def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:
@@ -271,3 +288,9 @@ def rows_trained(trained: Trained, labels: Answerable, virtual: int) -> Mapping[
     return {learner.user: trained.adapters[learner.user].metrics["epochs"]
             * sum(asked_rows(labels, question) + virtual for question in learner.train)
             for learner in trained.cell.learners}  # fmt: skip
+
+
+def text_rows(trained: Trained, labels: Answerable) -> int:
+    """Rows of the training texts, each counted once for each learner."""
+    return sum(sum({question.prompt: asked_rows(labels, question) for question in learner.train}.values())
+               for learner in trained.cell.learners)  # fmt: skip

@@ -42,6 +42,7 @@ from minipeft.peftu.cells import (
     digest_of,
     movement,
     rows_trained,
+    text_rows,
     train_cells,
 )
 from minipeft.peftu.decoding import decode
@@ -486,8 +487,10 @@ class TaskRun:
         adapters, cost = dict.fromkeys(self.users, own[EVERYONE]) if name == SHARED else own, self._cost(name)
         replies = self.replies(adapters, questions["test"])
         rows = rows_trained(best, self.asking.prompts.labels, sum(method.virtual(self.base)))
-        # shared_user stands on shared, whose seconds have the lower layers'
-        seconds = best.seconds + (self.lower_seconds if name != SHARED_USER else 0.0)
+        flops, seconds = cost.flops * sum(rows.values()), best.seconds
+        if name != SHARED_USER:  # it stands on shared, whose cost has the lower layers'
+            flops += cost.frozen_flops * text_rows(best, self.asking.prompts.labels)
+            seconds += self.lower_seconds
         trained_for = len(self.task.users) if name == SHARED else len(own)
         given_up = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
@@ -502,7 +505,7 @@ class TaskRun:
         return self.record(
             name, "shared" if name == SHARED else "personal", seed, digest, **replies,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
-            train_flops_per_user=cost.flops * sum(rows.values()) / trained_for, train_seconds=seconds,
+            train_flops_per_user=flops / trained_for, train_seconds=seconds,
             kept_bytes_per_row=cost.kept_bytes, peak_memory_mb=peak_memory_mb(self.base),
             val_loss=self._curves(name, best), movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
