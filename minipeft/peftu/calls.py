@@ -1,6 +1,6 @@
 """Which call of the command made which records, on what, and how long it worked.
 
-    OUT/calls.json   {"calls": [{"began", "command", "versions", "seconds": {task: s}, "records": {task: [name-seed]}}]}
+    OUT/calls.json   {"calls": [{began, command, versions, seconds: {task: s}, records: {task: [name-seed]}}, ...]}
 
 A run that was killed goes on in another call, perhaps of other code: what all of them say is the truth about a report. A
 call is written down with its first record and after each one more; one that only reads what is there leaves nothing.

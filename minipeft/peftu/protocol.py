@@ -26,8 +26,9 @@ STEP = 3  # between neighbouring learning rates of a grid
 GRID = (-1, 0, 1)  # steps from a method's own rate: what is tried of every method first
 MOST_RATES = 5  # of a method, those beyond the ends included
 RATES = {  # where each method's grid begins; others: OTHER_RATE
-    "shared": 7e-4, "shared_user": 7e-4, "lora": 7e-4, "dora": 7e-4, "houlsby": 7e-4, "pfeiffer": 7e-4, "parallel": 7e-4, "ia3": 5e-3, "vera": 1e-2,
-    "bitfit": 3e-3, "layernorm": 3e-3, "prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "head": 1e-2,
+    "shared": 7e-4, "shared_user": 7e-4, "lora": 7e-4, "dora": 7e-4, "houlsby": 7e-4, "pfeiffer": 7e-4,
+    "parallel": 7e-4, "ia3": 5e-3, "vera": 1e-2, "bitfit": 3e-3, "layernorm": 3e-3, "prompt": 1e-2, "prefix": 1e-2,
+    "ptuning": 1e-3, "head": 1e-2,
 }  # fmt: skip
 OTHER_RATE = 2e-3
 ADAPTER_ANSWER_TOKENS = 16  # at most, of a bottleneck adapter's decoded answer, as published; of others ANSWER_TOKENS

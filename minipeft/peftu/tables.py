@@ -131,8 +131,8 @@ def cost_table(figures: dict[str, dict]) -> Table:
                  " evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run "
                  "once on the training texts: each name's seconds and operations hold that, for alone it would have to "
                  "pay it (shared_user's where what lies under it is added). A head's lower layers are all layers. "
-                 "Virtual tokens are rows that run through every layer. A fused pass's seconds are shared out by rows: between methods "
-                 "they differ by rows, not by what a method's own arithmetic costs. What a row of a training pass"
+                 "Virtual tokens are rows that run through every layer. A fused pass's seconds are shared out by "
+                 "rows: between methods they differ by rows, not by what a method's own arithmetic costs. What a row of a training pass"
                  " keeps for the backward pass is measured, on eight texts; a pass takes that times its rows, and"
                  " as much again for what lives shorter. The process's memory is of everything that shares it, "
                  "earlier methods included: no method's own. Bytes are those of our files, all trained numbers in"
@@ -147,8 +147,8 @@ def rate_table(names: dict[str, Outcome]) -> Table:
             for name, outcome in names.items() if outcome.first.lr_grid]  # fmt: skip
     return Table("Learning rates that were tried", ["method", "chosen", "best at the grid's end",
                                                     *(f"loss at {rate:g}" for rate in tried)], rows,
-                 note="Validation loss of each, first seed: of each user's best epoch, mean over users. A rate at which "
-                 "one user cannot be trained is given up for all. Of the protocol's own grids every method tries "
+                 note="Validation loss of each, first seed: of each user's best epoch, mean over users. A rate at "
+                 "which one user cannot be trained is given up for all. Of the protocol's own grids every method tries "
                  f"{len(GRID)}, and where the best lies at an end those beyond, one at a time, up to {MOST_RATES} in "
                  f"all. {BEYOND}.")  # fmt: skip
 
@@ -262,8 +262,8 @@ def calls_table(calls: Iterable[dict]) -> Table:
              words(str(call["versions"].get("minipeft", ""))), number(len(made), "d"), words(", ".join(made))]
             for call in calls for task, made in call["records"].items()]  # fmt: skip
     return Table("Calls", ["began", "task", "s until its last record", "minipeft", "records", "which, with their seed"],
-                 rows, folded=True, note="A run that was stopped goes on in another call. Seconds are of everything the "
-                 "call did for the task: search, evaluation and baselines too.")  # fmt: skip
+                 rows, folded=True, note="A run that was stopped goes on in another call. Seconds are of everything "
+                 "the call did for the task: search, evaluation and baselines too.")  # fmt: skip
 
 
 def users_table(names: dict[str, Outcome], personal: dict[str, Outcome]) -> Table:
