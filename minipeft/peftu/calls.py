@@ -2,8 +2,8 @@
 
     OUT/calls.json   {"calls": [{began, command, versions, seconds: {task: s}, records: {task: [name-seed]}}, ...]}
 
-A run that was killed goes on in another call, perhaps of other code: what all of them say is the truth about a report. A
-call is written down with its first record and after each one more; one that only reads what is there leaves nothing.
+A run that was killed goes on in another call, perhaps of other code: a report is of all of them. A call is written down
+with its first record and after each one more; one that only reads what is there leaves nothing.
 """
 
 import json
