@@ -127,26 +127,24 @@ def cost_table(figures: dict[str, dict]) -> Table:
                           "training GFLOP per user (counted)", "GFLOP with what lies under it",
                           "training of all users, s", "s with what lies under it", "a training row keeps, kB",
                           "whole process's peak memory so far, MB", "learning rate"], rows,
-                 note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor"
-                 " evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run "
-                 "once on the training texts: each name's seconds and operations hold that, for alone it would have to "
-                 "pay it (shared_user's where what lies under it is added). A head's lower layers are all layers. "
-                 "Virtual tokens are rows that run through every layer. A fused pass's seconds are shared out by "
-                 "rows: between methods they differ by rows, not by what a method's own arithmetic costs. What a row of a "
-                 "training pass keeps for the backward pass is measured, on eight texts; a pass takes that times its rows, and"
-                 " as much again for what lives shorter. The process's memory is of everything that shares it, "
-                 "earlier methods included: no method's own. Bytes are those of our files, all trained numbers in"
-                 " fp32: P-tuning's with the network that writes its virtual tokens, though to answer the tokens "
-                 "would do.")  # fmt: skip
+                 note="Seconds are of training steps alone, at the chosen learning rate: neither the search for it nor "
+                 "evaluation is in them. Where methods act in an encoder's top layers only, the lower ones run "
+                 "once on the training texts: each name's seconds and operations hold that, for alone it would "
+                 "have to pay it (shared_user's where what lies under it is added). A head's lower layers are all "
+                 "layers. Virtual tokens are rows that run through every layer. A fused pass's seconds are shared "
+                 "out by rows: between methods they differ by rows, not by what a method's own arithmetic costs. "
+                 "What a row of a training pass keeps for the backward pass is measured, on eight texts; a pass "
+                 "takes that times its rows, and as much again for what lives shorter. The process's memory is of "
+                 "everything that shares it, earlier methods included: no method's own. Bytes are those of our "
+                 "files, all trained numbers in fp32: P-tuning's with the network that writes its virtual tokens, "
+                 "though to answer the tokens would do.")  # fmt: skip
 
 
 def rate_table(names: dict[str, Outcome]) -> Table:
-    tried = sorted({rate for outcome in names.values() for rate in outcome.first.lr_grid})
-    rows = [[words(label(name)), number(outcome.first.chosen_lr, "g"), words(at_edge(outcome.first.lr_grid)),
-             *(number(outcome.first.lr_grid.get(rate), ".4f") for rate in tried)]
-            for name, outcome in names.items() if outcome.first.lr_grid]  # fmt: skip
-    return Table("Learning rates that were tried", ["method", "chosen", "best at the grid's end",
-                                                    *(f"loss at {rate:g}" for rate in tried)], rows,
+    rows = [[words(label(name)), number(outcome.first.chosen_lr, "g"), words(at_edge(grid)),
+             words(", ".join(f"{rate:g}: {grid[rate]:.4f}" for rate in sorted(grid)))]
+            for name, outcome in names.items() if (grid := outcome.first.lr_grid)]  # fmt: skip
+    return Table("Learning rates that were tried", ["method", "chosen", "best at the grid's end", "loss at each"], rows,
                  note="Validation loss of each, first seed: of each user's best epoch, mean over users. A rate at "
                  "which one user cannot be trained is given up for all. Of the protocol's own grids every method tries "
                  f"{len(GRID)}, and where the best lies at an end those beyond, one at a time, up to {MOST_RATES} in "
