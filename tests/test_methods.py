@@ -10,8 +10,8 @@ import torch
 from plain_methods import plain_log_probs
 from stores import through_a_store
 from test_recompute import fill
-from torch.utils.flop_counter import FlopCounterMode
 
+from minipeft import flops
 from minipeft.acting import Acting
 from minipeft.batch import Read
 from minipeft.engine import Engine, label_scores
@@ -259,9 +259,7 @@ def test_flops_are_those_of_the_products_that_run(method):
 
     def counted(shares):
         hooks = Acting(shares, [], torch.zeros(()), None)
-        in_place = {torch.ops.aten.baddbmm_:  # which it does not know; called with shapes
-                    lambda y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}  # fmt: skip
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
+        with flops.counter() as counter, torch.no_grad():
             base.head(base.hidden(rows, hooks), hooks)
         return counter.get_total_flops()
 
@@ -277,9 +275,8 @@ def test_flops_of_a_t5s_embedding_are_those_of_an_input_and_a_target():
     residents = Residents(method, base, 1, "cpu", torch.float32)
     residents.admit("ann", method, method.row(drawn(method, base), base), 0)
     share = Share(residents, 0, Segments.build([0], [32]), None, residents.keys, None, None, torch.zeros(()))
-    hooks, in_place = Acting([share], [], torch.zeros(()), None), {
-        torch.ops.aten.baddbmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}  # fmt: skip
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
+    hooks = Acting([share], [], torch.zeros(()), None)
+    with flops.counter() as counter, torch.no_grad():
         hooks.embed(base.embed(tokens), tokens)
         hooks.embed_targets(base.embed(tokens), tokens)
     assert counter.get_total_flops() / 32 == method.flops(base)

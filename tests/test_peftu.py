@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_bases import MAKERS
 
-from minipeft import bench, default_base
+from minipeft import bench, default_base, flops
 from minipeft.engine import Engine
 from minipeft.errors import InputError
 from minipeft.methods.lora import LoRA
@@ -715,8 +715,8 @@ def test_operations_are_those_of_a_step_whatever_else_is_read(kind, task, bases)
         counted.append(current.get_total_flops())
 
     with pytest.MonkeyPatch.context() as patch:
-        current = cells.FlopCounterMode(display=False)
-        patch.setattr(cells, "FlopCounterMode", lambda display: current)
+        current = flops.counter()
+        patch.setattr(flops, "counter", lambda: current)
         patch.setattr(Engine, "train_step", seen)
         per_row = cells.cost_per_row(base, asking.prompts.labels, for_base(FIXED.methods()["lora"], base),
                                      questions).flops

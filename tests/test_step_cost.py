@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from minipeft import flops
 from minipeft.default_base import initialise
 from minipeft.engine import Engine
 from minipeft.labels import Classes, LabelSet, Question
@@ -89,7 +89,7 @@ def multiplied(base, labels, prompts: list[list[tuple[int, ...]]]) -> int:
     for u, own in enumerate(prompts):
         questions = [Question(prompt, i % 2) for i, prompt in enumerate(own)]
         runs.append(engine.begin(Job(f"user {u}", questions, questions, TrainConfig(method))))
-    with FlopCounterMode(display=False) as counter:
+    with flops.counter() as counter:
         engine.train_step(runs)
     return counter.get_total_flops()
 

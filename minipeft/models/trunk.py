@@ -109,7 +109,7 @@ class Trunk(Classifier):
         most_bytes: int = MOST_BYTES,
     ):  # fmt: skip
         super().__init__(whole.encoder, whole.head_size[1], whole.pooling)
-        self.under = whole if isinstance(whole, Trunk) else None  # whose states these are computed from
+        self._under = whole if isinstance(whole, Trunk) else None
         for table in (*TABLES, "shared_inputs"):
             setattr(self, table, getattr(whole, table))
         self.first = first_acting_layer(whole.sites, len(whole.encoder.layers)) if first is None else first
@@ -156,9 +156,14 @@ class Trunk(Classifier):
             self.num_rows += len(text)
 
     @torch.no_grad()
-    def frozen(self, rows: Rows) -> list[Tensor]:
-        """What is kept of these rows, computed: their states [T, width] before layer `first`, and its products."""
-        x, start = (self.encoder.embedded(rows), 0) if self.under is None else self.under.start_of(rows)
+    def frozen(self, rows: Rows, anew: bool = False) -> list[Tensor]:
+        """What is kept of these rows, computed: their states [T, width] before layer `first`, and its products.
+
+        anew: from the tokens, whatever a Trunk below keeps.
+        """
+        x, start = self.encoder.embedded(rows), 0
+        if self._under is not None and not anew:
+            x, start = self._under.start_of(rows)
         for layer in self.encoder.layers[start : self.first]:
             x = layer(x, rows, BASE)
         return [x, *(linear(x, BASE) for linear in self._products)]

@@ -3,7 +3,8 @@
     OUT/calls.json   {"calls": [{began, command, versions, seconds: {task: s}, records: {task: [name-seed]}}, ...]}
 
 A run that was killed goes on in another call, perhaps of other code: a report is of all of them. A call is written down
-with its first record and after each one more; one that only reads what is there leaves nothing.
+with its first record and after each one more; one that only reads what is there leaves nothing. What a call that was
+killed did after its last record is not known: its adapters are there, and the next call makes the record of them.
 """
 
 import json
@@ -38,7 +39,7 @@ class Calls:
 
     def made(self, record: Record) -> None:
         """This record is written, and what was spent on its task so far."""
-        name = f"{record.name}-s{record.seed}"
+        name = f"{record.name}-s{record.seed}" + (" cold start" if record.cold_start else "")
         records = self.own["records"].setdefault(record.task, [])
         self.own["records"][record.task] = [*(each for each in records if each != name), name]
         self.own["seconds"][record.task] = time.perf_counter() - self._began[record.task]
@@ -64,4 +65,5 @@ def load_calls(out: Path) -> list[Call]:
 
 
 def _is_call(call: Any) -> bool:
-    return isinstance(call, dict) and all(isinstance(call.get(name), kind) for name, kind in FIELDS.items())
+    return (isinstance(call, dict) and all(isinstance(call.get(name), kind) for name, kind in FIELDS.items())
+            and all(isinstance(call["seconds"].get(task), float) for task in call["records"]))  # fmt: skip

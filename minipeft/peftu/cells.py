@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from minipeft import flops
 from minipeft.engine import Engine
 from minipeft.labels import Answerable, Question, Texts
 from minipeft.memory import kept_bytes
@@ -222,8 +222,8 @@ def cost_per_row(
 ) -> RowCost:  # fmt: skip
     """Of a step on these questions, and of frozen layers that run beforehand, as all under a head.
 
-    What is read beside those rows, as a T5's labels, is in the count and not among them. By PyTorch's counter, which
-    sees matrix products and attention. On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
+    What is read beside those rows, as a T5's labels, is in the count and not among them. Matrix products and attention
+    are counted (flops.py). On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
     are taken as 6 per trained number and row, and as 4 of an adapter under them, whose weights have no gradient.
     """
     own = base if under is not None else above_frozen(base, method, [question.prompt for question in questions])
@@ -232,12 +232,12 @@ def cost_per_row(
     run = engine.begin(Job("counted", questions, questions, config, under=under))
     rows = sum(asked_rows(labels, question) + sum(method.virtual(base)) for question in questions)
     engine.train_step([run])  # after which the states are kept of what fills a user's rows up, too
-    with FlopCounterMode(display=False) as counter, kept_bytes(base) as kept:
+    with flops.counter() as counter, kept_bytes(base) as kept:
         engine.train_step([run])
     frozen = frozen_flops(own, questions) / sum(len(question.prompt) for question in questions)
     unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
-    flops = counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
-    return RowCost(flops, sum(kept.values()) / rows, frozen)
+    counted = counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
+    return RowCost(counted, sum(kept.values()) / rows, frozen)
 
 
 def frozen_flops(base: Base, questions: Sequence[Question]) -> int:
@@ -245,9 +245,9 @@ def frozen_flops(base: Base, questions: Sequence[Question]) -> int:
     if not isinstance(base, Trunk):
         return 0
     rows = Rows.pack([question.prompt for question in questions], base.device, causal=False)
-    with FlopCounterMode(display=False) as counter:
-        base.frozen(rows)
-    return counter.get_total_flops() + (frozen_flops(base.under, questions) if base.under else 0)
+    with flops.counter() as counter:
+        base.frozen(rows, anew=True)
+    return counter.get_total_flops()
 
 
 def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:

@@ -76,10 +76,10 @@ def run_peftu(argv: Sequence[str]) -> None:
         name, kind = next(iter(other.items()))
         raise InputError(f"task {name!r} is {kind}; the default base says one label, name another with --model")
     check_out(args.out)
-    bases = bases_of(args, [each.task for each in tasks], new)
-    planned = {each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}
     there = {name: what for name, what in versions(args.device, LIBRARIES).items() if what is not None}
     calls = Calls(args.out, shlex.join(["python", "-m", "minipeft.bench", "peftu", *map(str, argv)]), there)
+    bases = bases_of(args, [each.task for each in tasks], new)
+    planned = {each.task.name: later[each.task.name] + plan.all_examples(each.task) for each in tasks}
     with progress(planned, {each.task.name: mean_length(each.task) for each in tasks}) as bar:
         show, update = bar
         runs = [TaskRun(plan, each, base, args.out, show, partial(update, each.task.name), calls.made)
@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--users", type=positive, metavar="N", help="the first N of every task (default: all)")
     parser.add_argument("--epochs", type=positive, default=8, metavar="N", help="at most (default: 8)")
     parser.add_argument("--lrs", type=rates, metavar="X,...",
-                        help="learning rates to try of every method (default: each method's own three)")
+                        help="learning rates to try of every method (default: each method's own grid)")
     parser.add_argument("--lrs-from", type=Path, metavar="OUT",
                         help="take the learning rates that another run has chosen, on its only task")
     parser.add_argument("--top-layers", type=positive, metavar="N", help="act in the last N layers only")

@@ -42,6 +42,7 @@ from minipeft.peftu.tables import (
     p_text,
     rate_table,
     rivals,
+    shown,
     span,
     users_table,
     words,
@@ -253,7 +254,7 @@ def headline(figures: dict[str, dict], pairs: list[dict], personal: Iterable[str
 def ceiling_lines(ceilings: dict[str, float]) -> list[str]:
     if not ceilings:
         return []
-    known = ", ".join(f"{label(name)} {value:.1f} %" for name, value in sorted(ceilings.items()))
+    known = ", ".join(f"{label(name)} {shown(value, '.1f')} %" for name, value in sorted(ceilings.items()))
     return [f"The best possible in expectation, for the truth of these users is known: {known}."]
 
 

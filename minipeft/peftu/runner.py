@@ -97,7 +97,7 @@ class Plan:
         return next((name for name, each in PROTOCOLS.items() if each == self.protocol), "neither")
 
     def examples(self, task: Task, name: str, epochs: int) -> int:
-        """Planned training examples of a method over all its cells: an upper bound, people may stop early."""
+        """Planned training examples of a method over all its cells. People may stop early; grids may go on."""
         own = sum(len(task.train[user]) for user in task.users if name == SHARED or task.test[user])
         return epochs * own * (len(self.grid(name, True, {})) + len(self.seeds) - 1)
 
@@ -525,10 +525,13 @@ class TaskRun:
         """What a user chooses, by the options, of what determines the records. Digests speak for the rest."""
         plan, names = self.plan, (*self.methods, SHARED, SHARED_USER)
         carried = {name: rate for name, rate in plan.carried if name in names}  # an origin may gain others later
+        grids = {name: [*plan.grid(name, True, {}), f"up to {MOST_RATES}"] for name in names
+                 if plan.goes_on(name, plan.seeds[0])}  # fmt: skip
         return {
             "--mode": plan.mode, "--epochs": plan.epochs, "--top-layers": plan.top_layers,
             "--equal": f"time of {next(iter(self.methods))}" if plan.equal == "time" else plan.equal,
-            "--lrs": plan.rates, "--lrs-from": carried, "the base (--model)": self.base_digest[:12],
+            "--lrs": plan.rates, "the grids of learning rates": grids, "--lrs-from": carried,
+            "the base (--model)": self.base_digest[:12],
             "the data (--tasks, --split, --users, --instructions)": self.task_digest,
         }  # fmt: skip
 

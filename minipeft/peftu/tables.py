@@ -14,7 +14,7 @@ MOST_USERS = 300  # rows of the table of users
 STILL = 0.0  # a change of a weight: none at all
 HALF = 1e-9  # more than what two ways to add up differ by
 HARDLY, HARDLY_FROM_ZERO = 0.01, 1e-4  # too little to have learnt from: of its size, or in itself where it was zero
-BEYOND = "A learning rate that is best at the grid's end: a better one may lie beyond"
+BEYOND = "A learning rate that is best at the grid's end: a better one may lie beyond, or the next was given up"
 NAMES = {  # what answers; methods by name are each user's own adapter
     "global_majority": "the commonest label of everybody's training examples",
     "own_majority": "the commonest label of the user's training examples",
@@ -261,17 +261,18 @@ def calls_table(calls: Iterable[dict]) -> Table:
             for call in calls for task, made in call["records"].items()]  # fmt: skip
     return Table("Calls", ["began", "task", "s until its last record", "minipeft", "records", "which, with their seed"],
                  rows, folded=True, note="A run that was stopped goes on in another call. Seconds are of everything "
-                 "the call did for the task: search, evaluation and baselines too.")  # fmt: skip
+                 "the call did for the task up to then: search, evaluation and baselines too. A call that was stopped "
+                 "may have trained adapters of which the next made the record.")  # fmt: skip
 
 
 def users_table(names: dict[str, Outcome], personal: dict[str, Outcome]) -> Table:
-    shown = {name: outcome.accuracy for name, outcome in names.items() if name in personal or name in RIVALS}
+    of_users = {name: outcome.accuracy for name, outcome in names.items() if name in personal or name in RIVALS}
     some = next(iter(names.values())).first
     rows = [[words(user), number(num_train, "d"), number(len(scores), "d"),
-             *(number(accuracy.get(user), ".1f") for accuracy in shown.values())]
+             *(number(accuracy.get(user), ".1f") for accuracy in of_users.values())]
             for user, num_train, scores in zip(some.users, some.num_train, some.correct)]  # fmt: skip
     note = f"Accuracy, %; the first {MOST_USERS} of {len(rows)} users." if len(rows) > MOST_USERS else "Accuracy, %."
-    return Table("Users", ["user", "training examples", "test examples", *map(label, shown)], rows[:MOST_USERS],
+    return Table("Users", ["user", "training examples", "test examples", *map(label, of_users)], rows[:MOST_USERS],
                  folded=True, note=note)
 
 
