@@ -14,7 +14,7 @@ declare -A tasks=(
     [others]=$(echo tasks/{subjectivediscourse_{response,question_sentiment,response_sentiment},epic,hatexplain,studemo,cockamamie})
 )
 declare -A options=(
-    [tweeteval]="--methods lora,houlsby,ia3,prefix,head --seeds 3 --epochs 3"
+    [tweeteval]="--methods lora,houlsby,ia3,prefix,head --seeds 3 --epochs 3 --cold-start"
     [others]="--methods lora,head --epochs 3 --top-layers 2 --lrs-from tweeteval"
 )
 mkdir -p "$root/runs/reports/tasks"

@@ -175,7 +175,7 @@ def test_the_report_says_whose_rate_is_at_the_end_and_how_far_grids_go(tmp_path)
     write_run(tmp_path, records)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text().replace("\\", "")
-    assert "best at the grid's end: a better one may lie beyond: lora (lowest), prompt (highest)." in text
+    assert "a better one may lie beyond, or the next was given up: lora (lowest), prompt (highest)." in text
     assert f"every method tries {len(GRID)}, and where the best lies at an end those beyond" in text
     assert f"up to {MOST_RATES} in all" in text and "whole process's peak memory" in text
     inside = [replace(record, lr_grid=grids["shared"]) for record in records]

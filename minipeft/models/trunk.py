@@ -161,9 +161,8 @@ class Trunk(Classifier):
 
         anew: from the tokens, whatever a Trunk below keeps.
         """
-        x, start = self.encoder.embedded(rows), 0
-        if self._under is not None and not anew:
-            x, start = self._under.start_of(rows)
+        kept = None if anew else self._under
+        x, start = (self.encoder.embedded(rows), 0) if kept is None else kept.start_of(rows)
         for layer in self.encoder.layers[start : self.first]:
             x = layer(x, rows, BASE)
         return [x, *(linear(x, BASE) for linear in self._products)]
