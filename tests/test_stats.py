@@ -111,6 +111,18 @@ def test_of_one_seed_luck_cannot_be_known():
     assert held[:, lucky[0]].mean() < 0.8 and held[:, ~lucky[0]].mean() > 0.92
 
 
+def test_intervals_are_as_narrow_as_the_report_says_where_they_are_too_narrow():
+    """Of two seeds, whose luck two values cannot tell; and where one user in seven gains and all others tie."""
+    rng, held = np.random.default_rng(12), lambda bounds, truth: np.mean(
+        (bounds[:, 0] <= truth) & (truth <= bounds[:, 1]))  # fmt: skip
+    pairs = np.stack([simulated_users(rng, 2, 68, 2, 0.06) for _ in range(1000)])
+    seldom = (rng.random((1000, 20, 1)) < 1 / 7) * rng.uniform(0.05, 0.15, (1000, 20, 1))
+    two, few = (np.array([each.interval() for each in estimates(values, draws=1500)])
+                for values in (pairs[:, 0] - pairs[:, 1], seldom))  # fmt: skip
+    assert 0.87 <= held(two, 0) <= 0.93, "90 %"
+    assert 0.86 <= held(few, 0.1 / 7) <= 0.92, "89 %"
+
+
 @pytest.mark.parametrize("users", [6, 20, 68])
 def test_the_interval_leaves_out_zero_exactly_when_p_is_below_5_percent(users):
     rng = np.random.default_rng(3)
