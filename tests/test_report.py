@@ -13,7 +13,7 @@ from simulated_records import NAMES, simulate
 
 from minipeft.errors import InputError
 from minipeft.peftu import charts
-from minipeft.peftu.charts import pareto
+from minipeft.peftu.charts import pareto, shown
 from minipeft.peftu.protocol import GRID, MOST_RATES
 from minipeft.peftu.records import save_record
 from minipeft.peftu.report import luck, plain, ranked_by, single_user_lines, write_report
@@ -26,7 +26,6 @@ from minipeft.peftu.tables import (
     configuration,
     movement_table,
     notes_table,
-    shown,
 )
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -269,11 +268,29 @@ def test_ceilings_are_drawn_where_they_lie():
     axes = charts.accuracies(answering(5), {"shared": 71.25, "personal": 91.5}).axes[0]
     upright = {line.get_label(): line for line in axes.lines if len({*line.get_xdata()}) == 1 < len(line.get_xdata())}
     assert {name: line.get_xdata()[0] for name, line in upright.items()} == {
-        "shared ceiling 71.2": 71.25, "personal ceiling 91.5": 91.5}  # fmt: skip
+        "shared ceiling 71.3": 71.25, "personal ceiling 91.5": 91.5}  # fmt: skip
     assert len({line.get_linestyle() for line in upright.values()}) == 2
     for line in upright.values():  # from the bottom to the top of the axes
         assert list(line.get_ydata()) == [0, 1] and line.get_transform() == axes.get_xaxis_transform(which="grid")
     assert not [line for line in charts.accuracies(answering(5), {}).axes[0].lines if "ceiling" in line.get_label()]
+
+
+def test_new_users_have_a_panel_a_name_and_the_others_behind():
+    figures = answering(None)
+    panels = charts.cold_start(figures).axes
+    names = [name for name, entry in figures.items() if entry["cold_start"]]
+    assert [panel.get_title() for panel in panels] == [charts.label(name) for name in names] and len(names) > 2
+    for name, panel in zip(names, panels):
+        *behind, own = panel.lines
+        curve = figures[name]["cold_start"]
+        assert [*own.get_ydata()] == [point["accuracy"] for point in curve.values()] and len(behind) == len(names)
+        assert panel.get_ylim()[0] < min(point["ci"][0] for point in curve.values())
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == [f"{k}\n20" for k in curve]
+    figures["shared"]["cold_start"] = {"0": figures["shared"]["cold_start"]["0"]}  # it knows no more examples
+    fewer = charts.cold_start(figures).axes
+    assert len(fewer) == len(panels) - 1 and len(fewer[0].lines) == len(panels[0].lines)
+    alone = {name: entry | {"cold_start": None} for name, entry in figures.items() if name != "shared"}
+    assert charts.cold_start(alone) is None and charts.cold_start(alone | {"shared": figures["shared"]}) is None
 
 
 def test_what_is_true_of_several_stands_once():

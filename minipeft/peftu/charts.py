@@ -5,6 +5,7 @@ Every function returns a figure, or None where there is nothing to draw.
 """
 
 import io
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -21,6 +22,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
 LINES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 KINDS = {"personal": (BLUE, "o"), "shared": (GREEN, "s"), "baseline": (GREY, "D")}  # colour, marker
 WIDTH = 4.8  # inches
+HALF = 1e-9  # more than what two ways to add up differ by
 NO_COST = "others_vote"  # needs other people's labels of the very text: no cost of ours buys them
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
@@ -48,6 +50,12 @@ def label(name: str) -> str:
     return name.replace("_", " ")
 
 
+def shown(value: float, form: str) -> str:
+    """As format() does, but 70.25 is 70.3: a half goes away from zero."""
+    nudged = value + math.copysign(HALF, value) if form.endswith("f") else value
+    return format(nudged, form).replace("-", "\N{MINUS SIGN}")
+
+
 def covered(figures: dict[str, dict]) -> dict[str, str]:
     """Name -> what part of the test examples it answers, where that is not all of them."""
     whole = max(each["num_answered"] for each in figures.values())
@@ -65,7 +73,8 @@ def accuracies(figures: dict[str, dict], ceilings: dict[str, float]) -> Figure:
         axes.plot(figures[name]["ci"], [place, place], color=colour, linewidth=1.5)
         axes.plot(figures[name]["accuracy"], place, marker, color=colour, markersize=5)
     for (name, value), dashes in zip(sorted(ceilings.items()), ("--", ":")):
-        axes.axvline(value, color="black", linewidth=1, linestyle=dashes, label=f"{label(name)} ceiling {value:.1f}")
+        text = f"{label(name)} ceiling {shown(value, '.1f')}"
+        axes.axvline(value, color="black", linewidth=1, linestyle=dashes, label=text)
     for kind, (colour, marker) in KINDS.items():
         axes.plot([], [], marker, color=colour, label=kind, markersize=5)
     axes.set_yticks(range(len(names)), [label(name) + (f"\n{parts[name]}" if name in parts else "") for name in names])
@@ -150,24 +159,35 @@ def pareto(points: dict[str, tuple[float, float]]) -> list[str]:
 
 
 def cold_start(figures: dict[str, dict]) -> Figure | None:
-    """Accuracy of new users against the number of their examples; below each number, how many users have as many."""
-    curves = {name: each["cold_start"] for name, each in figures.items() if each["cold_start"]}
-    if not curves:
+    """Accuracy of new users against the number of their examples: a panel a name, the others' curves behind its own.
+
+    Below each number, how many users have as many. What is known without a user's examples alone, `shared`, has no
+    panel: it is where `shared_user` starts.
+    """
+    curves = {name: {int(k): point for k, point in each["cold_start"].items()} for name, each in figures.items()
+              if each["cold_start"]}  # fmt: skip
+    names = [name for name, curve in curves.items() if [*curve] != [0]]
+    if not names:
         return None
-    figure, axes = _axes(height=3.4)
-    for name, colour, marker in _lines(curves):
-        sizes, points = [int(k) for k in curves[name]], list(curves[name].values())
-        axes.plot(sizes, [each["accuracy"] for each in points], marker=marker, color=colour, markersize=4,
-                  label=label(name))
-        axes.fill_between(sizes, [each["ci"][0] for each in points], [each["ci"][1] for each in points], color=colour,
-                          alpha=0.1, linewidth=0)
-    users = {int(k): max(curve[k]["users"] for curve in curves.values() if k in curve)
-             for k in dict.fromkeys(k for curve in curves.values() for k in curve)}  # fmt: skip
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xticks(list(users), [f"{k}\nof {n}" for k, n in users.items()], fontsize=7)
-    axes.minorticks_off()
-    axes.set(xlabel="examples of the new user, of how many users", ylabel="accuracy, %; 95 % interval")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure, panels = _panels(names, height=1.7)
+    users: dict[int, int] = {}
+    for curve in curves.values():
+        users |= {k: max(point["users"], users.get(k, 0)) for k, point in curve.items()}
+    ends = [end for curve in curves.values() for point in curve.values() for end in point["ci"]]
+    for axes, name in zip(panels, names):
+        colour, marker = KINDS[figures[name]["kind"]]
+        for other in curves.values():
+            axes.plot([*other], [point["accuracy"] for point in other.values()], color=GREY, linewidth=0.6, alpha=0.5)
+        sizes, points = [*curves[name]], curves[name].values()
+        axes.fill_between(sizes, *zip(*(point["ci"] for point in points)), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(sizes, [point["accuracy"] for point in points], marker=marker, color=colour, markersize=3)
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(list(users), [f"{k}\n{n}" for k, n in users.items()], fontsize=6)
+        axes.minorticks_off()
+        axes.set_title(label(name), fontsize=9)
+        axes.set_ylim(min(ends) - 2, max(ends) + 2)
+    figure.supxlabel("examples of the new user; below, of how many users", fontsize=9)
+    figure.supylabel("accuracy, %; 95 % interval", fontsize=9)
     return figure
 
 

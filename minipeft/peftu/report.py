@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from minipeft.errors import InputError
 from minipeft.files import write_file
 from minipeft.peftu import charts
-from minipeft.peftu.charts import label
+from minipeft.peftu.charts import label, shown
 from minipeft.peftu.records import Record, load_records
 from minipeft.peftu.summary import Outcome, outcomes
 from minipeft.peftu.tables import (
@@ -42,7 +42,6 @@ from minipeft.peftu.tables import (
     p_text,
     rate_table,
     rivals,
-    shown,
     span,
     users_table,
     words,
@@ -187,8 +186,8 @@ def task_section(task: str, names: dict[str, Outcome], result: dict) -> Section:
               charts.accuracies(figures, ceilings)),
              ("cost", "Accuracy against cost. The line joins the methods that nothing cheaper beats; where intervals "
                       "overlap, neighbours on it may change places.", charts.costs(figures)),
-             ("cold-start", "New users: accuracy against the number of their own examples, of those who have as many.",
-              charts.cold_start(figures)),
+             ("cold-start", "New users: accuracy against the number of their own examples, of those who have as many; "
+                            "thin lines are the others.", charts.cold_start(figures)),
              ("loss", "Validation loss, mean over users; who stopped early keeps the last value.",
               charts.losses(names))]  # fmt: skip
     if personal and "shared" in names:

@@ -1,10 +1,9 @@
 """The report's tables: from figures and records to rows of cells, whatever they are written as afterwards."""
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from minipeft.peftu.charts import covered, label
+from minipeft.peftu.charts import covered, label, shown
 from minipeft.peftu.probes import STRENGTH
 from minipeft.peftu.protocol import GRID, MOST_RATES
 from minipeft.peftu.summary import Outcome
@@ -12,7 +11,6 @@ from minipeft.peftu.summary import Outcome
 RIVALS = ("own_majority", "probe_pooled_user", "shared")  # what a personal method has to beat to have earned its cost
 MOST_USERS = 300  # rows of the table of users
 STILL = 0.0  # a change of a weight: none at all
-HALF = 1e-9  # more than what two ways to add up differ by
 HARDLY, HARDLY_FROM_ZERO = 0.01, 1e-4  # too little to have learnt from: of its size, or in itself where it was zero
 BEYOND = "A learning rate that is best at the grid's end: a better one may lie beyond, or the next was given up"
 NAMES = {  # what answers; methods by name are each user's own adapter
@@ -289,12 +287,6 @@ def words(text: str) -> Cell:
 
 def number(value: float | None, form: str) -> Cell:
     return Cell("\N{EN DASH}" if value is None else shown(value, form), value)
-
-
-def shown(value: float, form: str) -> str:
-    """As format() does, but 70.25 is 70.3: a half goes away from zero."""
-    nudged = value + math.copysign(HALF, value) if form.endswith("f") else value
-    return format(nudged, form).replace("-", "\N{MINUS SIGN}")
 
 
 def span(entry: dict) -> Cell:
