@@ -20,10 +20,11 @@ from minipeft.peftu import command, decoding
 from minipeft.peftu.asking import ANSWERS_CUT, Asking
 from minipeft.peftu.audit import Audit
 from minipeft.peftu.baselines import retrieval
+from minipeft.peftu.grading import SILENT, Grading
 from minipeft.peftu.metrics import rouge_l
 from minipeft.peftu.protocol import FIXED
 from minipeft.peftu.records import load_records
-from minipeft.peftu.runner import SILENT, Plan, TaskRun
+from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.tidy import Tidied, load_tidied, tidied
 from minipeft.prompts import ANSWER_TOKENS, Prompts
 from minipeft.running import prompts_of
@@ -257,7 +258,7 @@ def test_whose_logits_are_not_finite_says_nothing_and_is_counted(task, bases, tm
     said, silent = run_.decoded({user: Adapter(user, method, row) for user, row in rows.items()},
                                 run_.questions("lora")["test"])  # fmt: skip
     assert silent == 4 and said["bob"] == [""] * 4 and all(said["ann"])
-    record = run_.record("lora", "personal", 0, "d", run_.written(
+    record = run_.grading.record("lora", "personal", 0, "d", run_.written(
         {user: Adapter(user, method, row) for user, row in rows.items()}, run_.questions("lora")["test"])[0],
         silent=silent)  # fmt: skip
     assert record.notes[SILENT] == 4 and record.accuracy[record.users.index("bob")] == 0
@@ -271,21 +272,22 @@ def test_what_is_measured_is_what_the_base_says(task, bases, kind, tmp_path, mon
     save_task(task, tmp_path / "task")
     asked = ("--tasks", tmp_path / "task", "--model", bases[kind], "--methods", "lora", "--epochs", 1, "--lrs", "1e-3")
     said = {}
-    record = TaskRun.record
+    record = Grading.record
 
     def seen(self, name, *args, answers, **kwargs):
-        said[name] = self, answers
+        said[name] = answers
         return record(self, name, *args, answers=answers, **kwargs)
 
-    monkeypatch.setattr(TaskRun, "record", seen)
+    monkeypatch.setattr(Grading, "record", seen)
     assert run(*asked, "--out", tmp_path / "out") == 0
-    run_, answers = said["zero_shot"]
-    base, questions = load_model(bases[kind]), run_.questions("lora")["test"]
-    assert [len(own) for own in answers.values()] == [4] * 4
-    for user, own in answers.items():
+    base = load_model(bases[kind])
+    asking = Asking(base, task, FIXED, Audit(task))
+    questions = asking.questions()["test"]
+    assert [len(own) for own in said["zero_shot"].values()] == [4] * 4
+    for user, own in said["zero_shot"].items():
         for question, (text,) in zip(questions[user], own):
             alone = (generate_from if kind == "t5" else generate)(base, [question.prompt], ANSWER_TOKENS)[0]
-            assert text == run_.asking.prompts.tokenizer.decode(alone).strip()
+            assert text == asking.prompts.tokenizer.decode(alone).strip()
 
 
 # ---- What cannot be done -------------------------------------------------------------------------------------------

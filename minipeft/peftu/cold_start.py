@@ -149,7 +149,7 @@ def _accuracy(run: TaskRun, name: str, adapters: dict[str, Adapter], known: Aski
 def _judged(run: TaskRun, answers: Answers, decoded: dict[str, list[str]] | None = None) -> dict[str, float]:
     """User -> mean score of the answers to the test examples."""
     truths = {user: [example.label for example in run.task.test[user]] for user in answers}
-    return {user: float(np.mean(run.judged([*own], truths[user], (decoded or {}).get(user))[1]))
+    return {user: float(np.mean(run.grading.judged([*own], truths[user], (decoded or {}).get(user))[1]))
             for user, own in answers.items()}  # fmt: skip
 
 

@@ -31,7 +31,6 @@ from minipeft.models.t5 import T5
 from minipeft.models.trunk import Trunk, keep_top
 from minipeft.peftu.asking import Asking, Questions
 from minipeft.peftu.audit import Audit
-from minipeft.peftu.baselines import Answers
 from minipeft.peftu.cells import (
     Cell,
     Learner,
@@ -46,15 +45,15 @@ from minipeft.peftu.cells import (
     train_cells,
 )
 from minipeft.peftu.decoding import decode
-from minipeft.peftu.metrics import Labels, Scored, label_metrics, rouge, scores, text_metrics, text_scores
+from minipeft.peftu.grading import Grading
+from minipeft.peftu.metrics import Labels, Scored, rouge
 from minipeft.peftu.probes import chosen_labels
 from minipeft.peftu.protocol import MOST_RATES, PROTOCOLS, SIZES, Protocol, answer_tokens, equal_size
-from minipeft.peftu.records import UNANSWERED, Record, file_name, load_record, record_path, save_record
-from minipeft.peftu.scoring import published_reading, published_right
+from minipeft.peftu.records import Record, file_name, load_record, record_path, save_record
 from minipeft.peftu.settings import Settings, check_settings, keep_settings
 from minipeft.peftu.tidy import Tidied
 from minipeft.peftu.untrained import Untrained
-from minipeft.prompts import ANSWER_TOKENS, JOINED_BY
+from minipeft.prompts import ANSWER_TOKENS
 from minipeft.running import for_base, pooled
 from minipeft.schedule import Adapter, Job, PassConfig
 from minipeft.tasks.task import SPLITS, Task
@@ -65,7 +64,6 @@ SHARED_BATCH = 32  # examples per step of the one adapter of all users
 MOST_TIMES = 20  # the epochs of the first method: what an equal-time comparison gives another at most
 COUNTED = 8  # questions, of lengths evenly drawn, of whose training step operations are counted
 FEW = 4  # users who are trained for a profile
-SILENT = "test examples answered by nothing, for logits were not finite"
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,8 @@ class TaskRun:
         self.protocol, self.show, self.update, self.made = plan.protocol, show, update, made
         self.audit = audit_of(self.task, out)
         self.asking = Asking(base, self.task, self.protocol, self.audit)
-        self.users = [user for user in self.task.users if self.task.test[user]]  # who can be scored
+        self.grading = Grading(tidied, self.protocol)
+        self.users = self.grading.users  # who can be scored
         if plan.top_layers is not None:
             keep_top(base, plan.top_layers)
         self.base = base
@@ -396,7 +395,7 @@ class TaskRun:
         return {user: [prompts.sets[i] for i in own.argmax(1)] for user, own in scored.items()}
 
     def replies(self, adapters: dict[str, Adapter], questions: dict[str, list[Question]]) -> dict[str, Any]:
-        """`answers`, and what `record` wants beside them: `scored` where labels are, `decoded` where a T5 says them."""
+        """`answers`, and what `Grading.record` wants beside them: `scored` where labels are, `decoded` of a T5."""
         if self.task.generative:
             return dict(zip(("answers", "silent"), self.written(adapters, questions)))
         scored = self.score(adapters, questions)
@@ -417,68 +416,6 @@ class TaskRun:
         """See `decode`; of a task with labels, as many tokens as were published."""
         most = ANSWER_TOKENS if self.task.generative else answer_tokens(next(iter(adapters.values())).method)
         return decode(self.base, self.asking.prompts, self.plan.passes, adapters, questions, most)
-
-    def graded(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> list[float]:
-        """A score from 0 to 1 of each answer: right or not, Jaccard's measure, or of a text ROUGE-L."""
-        return text_scores(answers, truths) if self.task.generative else scores(answers, truths)
-
-    def judged(
-        self, said: list[Labels], truths: Sequence[Labels], decoded: list[str] | None = None
-    ) -> tuple[list[Labels], list[float], list[float]]:
-        """The answers as the mode reads them, their scores by the scoring that it ranks by, and by the published one.
-
-        decoded: what a T5 said in so many words; None: the answers' labels stand for it. The last is [] where users
-        write: the published scoring is of labels.
-        """
-        if self.task.generative:
-            return said, self.graded(said, truths), []
-        texts = [JOINED_BY.join(answer) for answer in said] if decoded is None else decoded
-        right = [float(published_right(text, truth, self.task.labels)) for text, truth in zip(texts, truths)]
-        if self.protocol.decoded and decoded is not None:
-            said = [published_reading(text, self.task.labels) for text in texts]
-        return said, right if self.protocol.any_hit else self.graded(said, truths), right
-
-    def _metrics(self, answers: Sequence[Labels], truths: Sequence[Labels]) -> dict[str, float]:
-        if self.task.generative:
-            return text_metrics(answers, truths)
-        return label_metrics(answers, truths, self.task.multi_label)
-
-    def record(
-        self, name: str, kind: str, seed: int, digest: str, answers: Answers, *,
-        scored: Scored | None = None, decoded: dict[str, list[str]] | None = None, silent: int = 0, **facts,
-    ) -> Record:  # fmt: skip
-        """The record of these answers to the test examples; those that are None are left out and counted.
-
-        silent: test examples to which the base said nothing, for its logits were not finite.
-        """
-        task, notes = self.task, self.tidied.notes | facts.pop("more_notes", {})
-        known = {user: [i for i, answer in enumerate(answers[user]) if answer is not None] for user in self.users}
-        users = [user for user in self.users if known[user]]
-        unknown = sum(len(answers[user]) - len(known[user]) for user in self.users)
-        notes |= {what: number for what, number in ((UNANSWERED, unknown), (SILENT, silent)) if number}
-        correct, fixed, metrics, paper, all_said, all_truths = [], [], {}, [], [], []
-        for user in users:
-            truths = [task.test[user][i].label for i in known[user]]
-            said = [answers[user][i] for i in known[user]]
-            fixed.append(float(np.mean(self.graded(said, truths))))
-            said, graded, right = self.judged(said, truths, None if decoded is None else decoded[user])
-            if right:
-                paper.append(float(np.mean(right)))
-            correct.append(graded)
-            for metric, value in self._metrics(said, truths).items():
-                metrics.setdefault(metric, []).append(value)
-            all_said += said
-            all_truths += truths
-        if not users:
-            raise InputError(f"task {task.name!r}: {name} has an answer to no test example")
-        pooled = self._metrics(all_said, all_truths)
-        if scored is not None:
-            pooled["ece"] = scored.calibration_error({user: known[user] for user in users}, all_truths)
-        facts = {"method": {}, "trainable": 0, "bytes_per_user": 0, "train_flops_per_user": None, "train_seconds": 0.0,
-                 "peak_memory_mb": None, "val_loss": [], "movement": {}, "chosen_lr": None, "lr_grid": {}, **facts}
-        return Record(task.name, name, kind, seed, digest, users, correct, [len(task.train[user]) for user in users],
-                      metrics, pooled, paper or None, notes=notes, fixed_accuracy=fixed,
-                      answered=[known[user] for user in users] if unknown else None, **facts)  # fmt: skip
 
     def _record_of(self, name: str, seed: int, digest: str, best: Trained, losses: dict[float, float]) -> Record:
         """The record of trained adapters, at the best learning rate."""
@@ -502,7 +439,7 @@ class TaskRun:
                 "training texts whose lower layers ran in every pass, for there was no room for their states":
                     self.num_unkept,
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
-        return self.record(
+        return self.grading.record(
             name, "shared" if name == SHARED else "personal", seed, digest, **replies,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
             train_flops_per_user=flops / trained_for, train_seconds=seconds,

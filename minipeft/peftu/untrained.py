@@ -61,7 +61,7 @@ class Untrained:
         if record is None or (UNANSWERED in record.notes and record.answered is None):  # of before that was recorded
             made = make()
             if any(answer is not None for user in self.users for answer in made["answers"][user]):
-                self.run.save(self.run.record(name, "baseline", self.run.plan.seeds[0], digest, **made))
+                self.run.save(self.run.grading.record(name, "baseline", self.run.plan.seeds[0], digest, **made))
             self.run.show(f"{self.task.name}: {name}: done")
 
     def _bytes_kept(self, name: str) -> int:
