@@ -1,6 +1,7 @@
 """Do personal adapters get past the pooled + user probe if they start where it ends? On an encoder, single labels.
 
-    python benchmarks/from_probe.py --task DIR --model FOLDER [--top-layers 2] [--epochs 3] [--lrs 1e-3,3e-3,1e-2]
+    python benchmarks/from_probe.py --task DIR --model FOLDER [--methods head,lora]
+        [--top-layers 2] [--epochs 3] [--lrs 1e-3,3e-3,1e-2]
 
 The probe is two logistic regressions, a user's on top of everybody's (peftu/probes.py). Nearly all of it is a head:
 
@@ -47,10 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--methods", default="head,lora", help="head (seconds each), lora (minutes), or both")
     parser.add_argument("--top-layers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lrs", type=rates, default=(1e-3, 3e-3, 1e-2))
     args = parser.parse_args()
+    known = {"head": Head(), "lora": LoRA()}
+    if unknown := {*args.methods.split(",")} - {*known}:
+        parser.error(f"--methods {args.methods}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     task = load_tidied(args.task).task
     if task.multi_label:
         parser.error(f"{args.task}: a multi-label task; the heads here have one class each")
@@ -72,7 +77,8 @@ def main() -> None:
     found = {name: accuracies(task, users, each.scores) for name, each in probed.items()}
     heads = heads_like_the_probe(task, audit, feature, size)
     chosen = {}
-    for name, method in (("head", Head()), ("lora", for_base(LoRA(), base))):
+    for name in args.methods.split(","):
+        method = for_base(known[name], base)
         own_starts = {user: method.initial_row(base, 0, user) for user in users}
         at_probe = {user: with_head(method, base, row, heads[user]) for user, row in own_starts.items()}
         for where, starts in (("from zero", own_starts), ("from the probe", at_probe)):
