@@ -72,7 +72,8 @@ def main() -> None:
     base = Trunk(base, prompt_of.values())
     mean = {prompt: h.numpy() for prompt, h in means(base, prompt_of.values()).items()}
     feature = {text: mean[prompt] / np.linalg.norm(mean[prompt]) for text, prompt in prompt_of.items()}
-    size = float(np.mean([np.linalg.norm(h) for h in mean.values()]))
+    trained_on = dict.fromkeys(question.prompt for own in questions["train"].values() for question in own)
+    size = float(np.mean([np.linalg.norm(mean[prompt]) for prompt in trained_on]))
     probed = probe_scores(task, audit, lambda example: feature[example.text])
     found = {name: accuracies(task, users, each.scores) for name, each in probed.items()}
     heads = heads_like_the_probe(task, audit, feature, size)

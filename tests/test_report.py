@@ -25,6 +25,7 @@ from minipeft.peftu.tables import (
     best_baseline,
     configuration,
     movement_table,
+    names_table,
     notes_table,
 )
 
@@ -42,7 +43,8 @@ def write_run(out: Path, records: list) -> dict:
         "versions": {"torch": "9.8.7"}, "ceilings": {"synthetic": {"shared": 70.0, "personal": 90.0}},
         "audit": {"synthetic": {"test_examples_fitted": 0, "examples_fitted": {"adapters": 345}}},
         "left_out": {"synthetic": {"ptuning": "no place for virtual tokens"}}, "options": {"top layers": 3},
-        "calls": [{"began": "1999-12-31 23:59:59 UTC", "command": "", "versions": {"minipeft": "0.0, commit abc"},
+        "calls": [{"began": "1999-12-31 23:59:59 UTC", "command": "",
+                   "versions": {"minipeft": "0.0, commit abc", "cpu": "CPU 9000"},
                    "seconds": {"synthetic": 4321.0}, "records": {"synthetic": ["lora-s0", "prompt-s1"]}}],
     }  # fmt: skip
     (out / "result.json").write_text(json.dumps(result))
@@ -70,8 +72,8 @@ def test_both_reports_hold_the_figures_of_the_result(run):
                      "users without a label of anybody else", "adapters", "345", "All comparisons", "top layers",
                      "Cold start: new users", "picked of 2 after the fact",
                      "seconds are shared out by rows", "C is 1, fixed", "with the network that writes",
-                     "on these alone", "Tasks are families", "1999-12-31 23:59:59", "0.0, commit abc", "4,321",
-                     "lora-s0, prompt-s1"):
+                     "on these alone", "Tasks are families", "1999-12-31 23:59:59", "0.0, commit abc", "CPU 9000",
+                     "4,321", "lora-s0, prompt-s1"):
             assert said in text, said
 
 
@@ -205,6 +207,19 @@ def test_the_report_says_which_scoring_the_mode_ranks_by_and_shows_both(run):
         assert "Mode fixed ranks by the fixed scoring" in text
         assert "fixed scoring, %" in text and "published scoring, %" in text
     assert "ranks by the published scoring" in ranked_by("paper")
+
+
+def test_in_mode_paper_the_report_says_what_is_published(tmp_path):
+    """Several labels: one right one is enough. Zero-shot: with the user's own examples."""
+    result = write_run(tmp_path, simulate("one", names=FEW, seeds=1))
+    first = {}
+    for mode in ("fixed", "paper"):
+        (tmp_path / "result.json").write_text(json.dumps(result | {"mode": mode}))
+        write_report(tmp_path)
+        first[mode] = (tmp_path / "report.md").read_text().split("\n")[2]
+    assert "Jaccard" in first["fixed"] and "Jaccard" not in first["paper"] and "one right one" in first["paper"]
+    fixed, paper = (names_table(["zero_shot"], mode).rows[0][1].text for mode in ("fixed", "paper"))
+    assert "own examples" in paper and "own examples" not in fixed
 
 
 def test_who_answers_a_part_only_is_not_on_the_line_of_costs(monkeypatch):

@@ -223,8 +223,7 @@ def cost_per_row(
     """Of a step on these questions, and of frozen layers that run beforehand, as all under a head.
 
     What is read beside those rows, as a T5's labels, is in the count and not among them. Matrix products and attention
-    are counted (flops.py). On a GPU the adapters' own kernels are Triton's, which it does not see: theirs
-    are taken as 6 per trained number and row, and as 4 of an adapter under them, whose weights have no gradient.
+    are counted (flops.py). On a GPU the adapters' own kernels are Triton's, which it does not see: see `unseen_flops`.
     """
     own = base if under is not None else above_frozen(base, method, [question.prompt for question in questions])
     engine = Engine(own, labels, PassConfig(slots=1))
@@ -235,9 +234,19 @@ def cost_per_row(
     with flops.counter() as counter, kept_bytes(base) as kept:
         engine.train_step([run])
     frozen = frozen_flops(own, questions) / sum(len(question.prompt) for question in questions)
-    unseen = 6 * method.count(base) + (4 * under.method.count(base) if under else 0)
-    counted = counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
+    unseen = unseen_flops(base, method, under) if base.device.type == "cuda" else 0
+    counted = counter.get_total_flops() / rows + unseen
     return RowCost(counted, sum(kept.values()) / rows, frozen)
+
+
+def unseen_flops(base: Base, method: Method, under: Adapter | None) -> int:
+    """What adapters' own kernels compute for a row of a training step: 6 for each number that the row is multiplied by,
+    4 of an adapter under them, whose weights have no gradient. Of heads and virtual tokens PyTorch's products are
+    counted: a text's one row meets the former, and the latter are rows themselves."""
+    def met(own: Method) -> int:
+        return sum(part.count(base) for part in own.parts if part.name != "head" and not any(part.virtual(base)))
+
+    return 6 * met(method) + (4 * met(under.method) if under else 0)
 
 
 def frozen_flops(base: Base, questions: Sequence[Question]) -> int:
@@ -261,6 +270,7 @@ def movement(trained: Trained, base: Base) -> dict[str, dict[str, float]]:
     for learner in cell.learners:
         start = start_of(cell, learner, base)
         row = method.initial_row(base, cell.config.seed, learner.user) if start is None else start
+        row = row.bfloat16().float() if cell.config.bf16_weights else row  # to be rounded is not to learn
         before, after = method.tensors(row, base), method.tensors(trained.adapters[learner.user].row.cpu(), base)
         joined: dict[str, list[str]] = {}
         for name in before:

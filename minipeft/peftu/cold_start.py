@@ -67,7 +67,8 @@ def cold_start(run: TaskRun, new: Sequence[str]) -> None:
     for name, curve in _curves(run, names, new).items():
         record = load_record(paths[name])
         by_user = {k: [values.get(user) for user in record.users] for k, values in curve.items()}
-        notes = record.notes if record.chosen_lr is None else record.notes | {CHOSEN_WITH: len(new)}
+        chosen = name in run.chosen and len(run.plan.grid(name, True, {})) > 1
+        notes = record.notes | ({CHOSEN_WITH: len(new)} if chosen else {})
         run.save(replace(record, cold_start=by_user, notes=notes))
         run.show(f"{task.name}: {name}: cold start done")
 

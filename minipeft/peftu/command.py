@@ -220,12 +220,13 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
-    """Name -> the learning rate that was chosen there; and where that was, in words.
+    """Name -> the learning rate that was chosen there, if there was one at which all could be trained; and where that
+    was, in words.
 
     Another base, other layers or sizes are for the user to choose, and are told; so is a run that is not finished.
 
     Raises:
-        InputError: that run had several tasks, or one learning rate for all, as published.
+        InputError: that run had several tasks, one learning rate for all, as published, or none that would do.
     """
     records = load_records(out)
     if len(tasks := {record.task for record in records}) != 1:
@@ -234,7 +235,9 @@ def carried_from(out: Path) -> tuple[tuple[tuple[str, float], ...], str]:
     settings = load_settings(out).get(task, {})
     if settings.get("--mode") == "paper":
         raise InputError(f"--lrs-from {out}: it was run in --mode paper, which chooses no learning rates")
-    rates = {record.name: record.chosen_lr for record in records if record.chosen_lr is not None}
+    rates = {record.name: record.chosen_lr for record in records if record.lr_grid}
+    if not rates:
+        raise InputError(f"--lrs-from {out}: that run has chosen no learning rate")
     finished = "" if (out / RESULT).exists() else ", not finished then"
     return tuple(rates.items()), f"{out}: task {task}, {told(settings)}{finished}"
 

@@ -146,9 +146,10 @@ def overview(result: dict) -> Section:
         f"Protocol report: {count}, mode {result['mode']}",
         lines=[
             "Accuracy is each user's share of right answers, averaged over users (and seeds), in percent; of several "
-            "labels Jaccard's measure, and where users write the mean ROUGE-L. Brackets "
-            "hold the 95 % interval: users redrawn with replacement, percentiles widened as Student's t asks "
-            "(Hesterberg 2015); " + luck(result),
+            + ("labels one right one is enough. " if result["mode"] == "paper" else
+               "labels Jaccard's measure, and where users write the mean ROUGE-L. ")
+            + "Brackets hold the 95 % interval: users redrawn with replacement, percentiles widened as Student's t "
+            "asks (Hesterberg 2015); " + luck(result),
             "Two names whose intervals overlap may still differ, and the other way round: what was compared user by "
             "user stands under each task, with p-values adjusted (Holm 1979) over all pairs of the task."
             + (" Tasks are families of their own: over several the chance of a wrong \"different\" adds up."
@@ -156,7 +157,7 @@ def overview(result: dict) -> Section:
             ranked_by(result["mode"]),
             *([f"Not finished; still to come: {', '.join(to_come)}."] if to_come else []),
         ],
-        tables=[Table("Accuracy, %", ["method", *tasks], rows), names_table(names)],
+        tables=[Table("Accuracy, %", ["method", *tasks], rows), names_table(names, result["mode"])],
     )
 
 
@@ -171,7 +172,7 @@ def luck(result: dict) -> str:
     """What the intervals know of the luck of training."""
     if len(result["seeds"]) == 1:
         return "of one seed: the luck of training is not included."
-    known = "what the seeds' means vary by is added, with as few degrees of freedom as there are seeds"
+    known = "what the seeds' means vary by is added, with the few degrees of freedom that so many seeds leave"
     if len(result["seeds"]) == 2:
         return known + "; two are too few to know it well: such intervals hold the truth in 90 % of trials, not in 95."
     return known + "."

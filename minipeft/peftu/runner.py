@@ -62,7 +62,7 @@ from minipeft.training import EVERYONE
 SHARED, SHARED_USER = "shared", "shared_user"
 SHARED_BATCH = 32  # examples per step of the one adapter of all users
 MOST_TIMES = 20  # the epochs of the first method: what an equal-time comparison gives another at most
-COUNTED = 8  # questions, of lengths evenly drawn, of whose training step operations are counted
+COUNTED = 8  # questions, of lengths evenly drawn, of whose training step operations are counted; a shared one's batch
 FEW = 4  # users who are trained for a profile
 
 
@@ -350,7 +350,8 @@ class TaskRun:
         if name not in self._counted:
             labels, method = self.asking.prompts.labels, self._method(name)
             by_length = sorted(pooled(self.questions(name)["train"]), key=lambda each: asked_rows(labels, each))
-            questions = [by_length[(2 * i + 1) * len(by_length) // (2 * COUNTED)] for i in range(COUNTED)]
+            number = SHARED_BATCH if name == SHARED else COUNTED
+            questions = [by_length[(2 * i + 1) * len(by_length) // (2 * number)] for i in range(number)]
             start = method.initial_row(self.base, 0, EVERYONE) if name == SHARED_USER else None
             under = None if start is None else Adapter(EVERYONE, method, start)  # its numbers do not matter
             self._counted[name] = cost_per_row(self.base, labels, method, questions, under)
@@ -428,14 +429,14 @@ class TaskRun:
         if name != SHARED_USER:  # it stands on shared, whose cost has the lower layers'
             flops += cost.frozen_flops * text_rows(best, self.asking.prompts.labels)
             seconds += self.lower_seconds
-        trained_for = len(self.task.users) if name == SHARED else len(own)
+        trained_for, failed = len(self.users), len(self.users) if name == SHARED and best.failed else len(best.failed)
         given_up = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
         unmatched = self.plan.equal == "parameters" and method.parts[0].name not in SIZES
         more = {"no size to set, so not matched: numbers it trains": unmatched * method.parts[0].count(self.base),
                 "learning rates given up, for somebody could not be trained at them": given_up,
                 "steps skipped, gradient not finite": skipped,
-                "users who could not be trained, answered by the start value": len(best.failed),
+                "users who could not be trained, answered by the start value": failed,
                 "training texts whose lower layers ran in every pass, for there was no room for their states":
                     self.num_unkept,
                 f"learning rate carried over from {self.plan.origin}": int(bool(self.plan.carried))}  # fmt: skip
@@ -468,7 +469,7 @@ class TaskRun:
             "--mode": plan.mode, "--epochs": plan.epochs, "--top-layers": plan.top_layers,
             "--equal": f"time of {next(iter(self.methods))}" if plan.equal == "time" else plan.equal,
             "--lrs": plan.rates, "the grids of learning rates": grids, "--lrs-from": carried,
-            "the base (--model)": self.base_digest[:12],
+            "--device": self.base.device.type, "the base (--model)": self.base_digest[:12],
             "the data (--tasks, --split, --users, --instructions)": self.task_digest,
         }  # fmt: skip
 

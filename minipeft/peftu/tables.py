@@ -20,11 +20,15 @@ NAMES = {  # what answers; methods by name are each user's own adapter
                    "training, so it is compared with each other name on these alone, and not on the line of costs",
     "zero_shot": "the language model alone; the default base has been trained on the task's training examples: there "
                  "it is one model for all",
-    "few_shot": "the same with some of the user's own examples in the prompt",
+    "few_shot": "the language model with some of the user's own examples in the prompt",
     "retrieval": "the labels of the user's nearest training texts (BM25)",
     "probe_pooled": "one logistic regression on frozen features for all users", "probe_user": "one per user",
     "probe_pooled_user": "one per user that also sees what the pooled one says",
     "shared": "one adapter for all users", "shared_user": "each user's own adapter on top of the shared one",
+}  # fmt: skip
+PUBLISHED_NAMES = {  # in mode paper
+    "zero_shot": "the language model alone, but with up to three of the user's own examples and their labels in the "
+                 "prompt: so it is published under this name",
 }  # fmt: skip
 
 
@@ -131,7 +135,9 @@ def cost_table(figures: dict[str, dict]) -> Table:
                  "have to pay it (shared_user's where what lies under it is added). A head's lower layers are all "
                  "layers. Virtual tokens are rows that run through every layer. A fused pass's seconds are shared "
                  "out by rows: between methods they differ by rows, not by what a method's own arithmetic costs. "
-                 "What a row of a training pass keeps for the backward pass is measured, on eight texts; a pass "
+                 "On a GPU what adapters themselves compute is not counted but taken as 6 operations for each of their "
+                 "numbers that a row meets. "
+                 "What a row of a training pass keeps for the backward pass is measured, on a few texts; a pass "
                  "takes that times its rows, and as much again for what lives shorter. The process's memory is of "
                  "everything that shares it, earlier methods included: no method's own. Bytes are those of our "
                  "files, all trained numbers in fp32: P-tuning's with the network that writes its virtual tokens, "
@@ -143,8 +149,9 @@ def rate_table(names: dict[str, Outcome]) -> Table:
              words(", ".join(f"{rate:g}: {grid[rate]:.4f}" for rate in sorted(grid)))]
             for name, outcome in names.items() if (grid := outcome.first.lr_grid)]  # fmt: skip
     return Table("Learning rates that were tried", ["method", "chosen", "best at the grid's end", "loss at each"], rows,
-                 note="Validation loss of each, first seed: of each user's best epoch, mean over users. A rate at "
-                 "which one user cannot be trained is given up for all. Of the protocol's own grids every method tries "
+                 note="Validation loss of each, first seed: of each user's best epoch, mean over users (of the shared "
+                 "adapter's best epoch, mean over everybody's examples). A rate at which "
+                 "one user cannot be trained is given up for all. Of the protocol's own grids every method tries "
                  f"{len(GRID)}, and where the best lies at an end those beyond, one at a time, up to {MOST_RATES} in "
                  f"all. {BEYOND}.")  # fmt: skip
 
@@ -161,9 +168,10 @@ def at_edge(grid: dict[float, float]) -> str:
     return "" if len(grid) < 2 else "lowest" if best == min(grid) else "highest" if best == max(grid) else ""
 
 
-def names_table(names: Iterable[str]) -> Table:
+def names_table(names: Iterable[str], mode: str) -> Table:
+    known = NAMES | (PUBLISHED_NAMES if mode == "paper" else {})
     return Table("Names", ["name", "what answers"],
-                 [[words(label(name)), words(NAMES.get(name, "each user's own adapter, by this method"))]
+                 [[words(label(name)), words(known.get(name, "each user's own adapter, by this method"))]
                   for name in names],
                  note=f"The probes' C is {STRENGTH:g}, fixed: it was not searched for, as learning rates were.")
 
@@ -255,12 +263,19 @@ def facts_table(title: str, facts: dict) -> Table:
 def calls_table(calls: Iterable[dict]) -> Table:
     """Which call made which records."""
     rows = [[words(call["began"]), words(task), number(call["seconds"][task], ",.0f"),
-             words(str(call["versions"].get("minipeft", ""))), number(len(made), "d"), words(", ".join(made))]
+             words(str(call["versions"].get("minipeft", ""))), words(machine(call["versions"])),
+             number(len(made), "d"), words(", ".join(made))]
             for call in calls for task, made in call["records"].items()]  # fmt: skip
-    return Table("Calls", ["began", "task", "s until its last record", "minipeft", "records", "which, with their seed"],
+    return Table("Calls", ["began", "task", "s until its last record", "minipeft", "on", "records",
+                           "which, with their seed"],
                  rows, folded=True, note="A run that was stopped goes on in another call. Seconds are of everything "
                  "the call did for the task up to then: search, evaluation and baselines too. A call that was stopped "
                  "may have trained adapters of which the next made the record.")  # fmt: skip
+
+
+def machine(versions: dict) -> str:
+    """What a call ran on. Seconds of calls on different machines do not compare."""
+    return ", ".join(str(versions[name]) for name in ("gpu", "cpu") if versions.get(name))
 
 
 def users_table(names: dict[str, Outcome], personal: dict[str, Outcome]) -> Table:

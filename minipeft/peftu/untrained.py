@@ -69,7 +69,10 @@ class Untrained:
         return self._bytes_of_texts() if name == "retrieval" else int(name == "own_majority")
 
     def _bytes_of_texts(self, most: float = math.inf) -> int:
-        """Of a user's labelled texts, or of so many of them of mean length; mean over users. A label is a number."""
+        """Of a user's labelled texts, or of so many of them of mean length; mean over users. A label is a number.
+
+        The published examples are drawn anew for every question, of all that the user has labelled.
+        """
         kept = 0.0
         for user in self.users:
             own = self.task.train[user]
@@ -84,7 +87,7 @@ class Untrained:
         questions = asking.questions(shots=shots)["test"]
         made_from = self.audit.report().get(f"fitted_{BASE_MADE}", 0)
         return self.run.replies(adapters, questions) | {
-            "bytes_per_user": self._bytes_of_texts(shots),
+            "bytes_per_user": self._bytes_of_texts(math.inf if shots and asking.protocol.first_labels_only else shots),
             "more_notes": asking.notes_of(shots=shots) | ({MADE_FROM: made_from} if made_from else {})}  # fmt: skip
 
     def _probed(self, name: str) -> dict:
