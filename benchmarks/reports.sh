@@ -11,7 +11,7 @@ root=$(realpath "$(dirname "$0")/..") raw=$(realpath "$1") model=$(realpath "$2"
 python=$root/.venv/bin/python
 declare -A tasks=(
     [tweeteval]=tasks/tweeteval
-    [others]=$(echo tasks/{subjectivediscourse_{response,question_sentiment,response_sentiment},epic,hatexplain,studemo,cockamamie})
+    [others]=$(echo tasks/{hatexplain,epic,cockamamie,subjectivediscourse_{response,question_sentiment,response_sentiment},studemo})
 )
 declare -A options=(
     [tweeteval]="--methods lora,houlsby,ia3,prefix,head --seeds 3 --epochs 3 --cold-start"
