@@ -223,7 +223,8 @@ def cost_per_row(
     """Of a step on these questions, and of frozen layers that run beforehand, as all under a head.
 
     What is read beside those rows, as a T5's labels, is in the count and not among them. Matrix products and attention
-    are counted (flops.py). On a GPU the adapters' own kernels are Triton's, which it does not see: see `unseen_flops`.
+    are counted (flops.py). On a GPU the adapters' own kernels are Triton's, which it does not see: theirs are taken as
+    three forward passes', and as two of an adapter under them, whose weights have no gradient.
     """
     own = base if under is not None else above_frozen(base, method, [question.prompt for question in questions])
     engine = Engine(own, labels, PassConfig(slots=1))
@@ -234,19 +235,15 @@ def cost_per_row(
     with flops.counter() as counter, kept_bytes(base) as kept:
         engine.train_step([run])
     frozen = frozen_flops(own, questions) / sum(len(question.prompt) for question in questions)
-    unseen = unseen_flops(base, method, under) if base.device.type == "cuda" else 0
-    counted = counter.get_total_flops() / rows + unseen
+    unseen = 3 * row_flops(base, method) + (2 * row_flops(base, under.method) if under else 0)
+    counted = counter.get_total_flops() / rows + (unseen if base.device.type == "cuda" else 0)
     return RowCost(counted, sum(kept.values()) / rows, frozen)
 
 
-def unseen_flops(base: Base, method: Method, under: Adapter | None) -> int:
-    """What adapters' own kernels compute for a row of a training step: 6 for each number that the row is multiplied by,
-    4 of an adapter under them, whose weights have no gradient. Of heads and virtual tokens PyTorch's products are
-    counted: a text's one row meets the former, and the latter are rows themselves."""
-    def met(own: Method) -> int:
-        return sum(part.count(base) for part in own.parts if part.name != "head" and not any(part.virtual(base)))
-
-    return 6 * met(method) + (4 * met(under.method) if under else 0)
+def row_flops(base: Base, method: Method) -> int:
+    """What a method's own kernels compute for a row in a forward pass; on a T5 as if the row were one of each side. An
+    encoder's head is none of them: one product of PyTorch's for a text."""
+    return sum(part.flops(base) for part in method.parts if part.name != "head" or base.head_size is None)
 
 
 def frozen_flops(base: Base, questions: Sequence[Question]) -> int:

@@ -429,7 +429,7 @@ class TaskRun:
         if name != SHARED_USER:  # it stands on shared, whose cost has the lower layers'
             flops += cost.frozen_flops * text_rows(best, self.asking.prompts.labels)
             seconds += self.lower_seconds
-        trained_for, failed = len(self.users), len(self.users) if name == SHARED and best.failed else len(best.failed)
+        failed = len(self.users) if name == SHARED and best.failed else len(best.failed)
         given_up = sum(not np.isfinite(loss) for loss in losses.values())
         skipped = sum(adapter.metrics["skipped_steps"] for adapter in own.values())
         unmatched = self.plan.equal == "parameters" and method.parts[0].name not in SIZES
@@ -443,7 +443,7 @@ class TaskRun:
         return self.grading.record(
             name, "shared" if name == SHARED else "personal", seed, digest, **replies,
             method=method.described(), trainable=method.count(self.base), bytes_per_user=4 * method.count(self.base),
-            train_flops_per_user=flops / trained_for, train_seconds=seconds,
+            train_flops_per_user=flops / len(self.users), train_seconds=seconds,
             kept_bytes_per_row=cost.kept_bytes, peak_memory_mb=peak_memory_mb(self.base),
             val_loss=self._curves(name, best), movement=movement(best, self.base),
             chosen_lr=best.cell.config.learning_rate,
