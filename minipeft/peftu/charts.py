@@ -91,7 +91,8 @@ def gains(personal: dict[str, Outcome], shared: Outcome) -> Figure:
         differences = paired(outcome, shared)[1]                                            # [users, seeds]
         differences = differences[np.argsort(-differences.mean(1), kind="stable")]
         mean, places = differences.mean(1), np.arange(1, len(differences) + 1)
-        axes.bar(places, mean, width=1.0, color=np.where(mean >= 0, BLUE, ORANGE))
+        for side, colour in ((np.maximum(mean, 0), BLUE), (np.minimum(mean, 0), ORANGE)):
+            axes.stairs(side, np.arange(len(mean) + 1) + 0.5, fill=True, color=colour)  # one path, however many users
         if differences.shape[1] > 1:
             axes.vlines(places, differences.min(1), differences.max(1), color=GREY, linewidth=0.5)
         axes.axhline(0, color="black", linewidth=0.8)
