@@ -29,13 +29,13 @@ from minipeft.peftu.protocol import FIXED, MOST_RATES, PAPER, grid_rate
 from minipeft.peftu.records import load_records, save_record
 from minipeft.peftu.runner import Plan, TaskRun
 from minipeft.peftu.settings import load_settings
-from minipeft.peftu.tidy import load_tidied, tidied
+from minipeft.peftu.tidy import PART, load_tidied, tidied
 from minipeft.peftu.untrained import MADE_FROM, Untrained
 from minipeft.running import for_base, open_base
 from minipeft.schedule import Adapter, TrainConfig
 from minipeft.store import Store
 from minipeft.tasks.synthetic import SyntheticConfig, make_synthetic
-from minipeft.tasks.task import Example, Task, save_task
+from minipeft.tasks.task import Example, Task, load_task, save_task
 from minipeft.training import EVERYONE
 
 CONFIG = SyntheticConfig(users=5, max_examples=24, test_examples=5, texts=60, max_words=14)
@@ -923,6 +923,20 @@ def test_users_that_were_drawn_are_told(folder, tmp_path):
         (tmp_path / "task.json").write_text(json.dumps(header | {"sample": wrong}))
         with pytest.raises(InputError, match=said):
             load_tidied(tmp_path)
+
+
+def test_a_part_of_a_data_set_is_told(folder, tmp_path):
+    """task.json says so where the preparing script found a subset of the raw files."""
+    task = load_task(folder)
+    texts = len({example.text for name in ("train", "val", "test") for example in task.pooled(name)})
+    for subset, notes in ((False, {}), (True, {PART: texts})):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        header = json.loads((tmp_path / "task.json").read_text())
+        (tmp_path / "task.json").write_text(json.dumps(header | {"subset": subset}))
+        assert load_tidied(tmp_path).notes == notes
+    (tmp_path / "task.json").write_text(json.dumps(header | {"subset": "yes"}))
+    with pytest.raises(InputError, match="of type str; needed true or false"):
+        load_tidied(tmp_path)
 
 
 def test_own_texts_under_another_id_are_counted(task):

@@ -186,6 +186,7 @@ def test_the_report_says_whose_rate_is_at_the_end_and_how_far_grids_go(tmp_path)
 def test_a_half_is_rounded_away_from_zero():
     figures = [shown(value, ".1f") for value in (70.25, 70.249, 67.35, -2.25, 0.05, 1e6)]
     assert figures == ["70.3", "70.2", "67.4", "\N{MINUS SIGN}2.3", "0.1", "1000000.0"]
+    assert shown(-0.02, "+.1f") == shown(0.02, "+.1f") == "+0.0" and shown(0, ",d") == "0"
 
 
 def test_a_method_is_told_as_it_was_configured():
@@ -194,7 +195,7 @@ def test_a_method_is_told_as_it_was_configured():
 
 
 def test_of_one_or_two_seeds_the_report_says_how_little_is_known_of_luck():
-    assert "not included" in luck({"seeds": [0]}) and "not included" not in luck({"seeds": [0, 1]})
+    assert "no p-value" in luck({"seeds": [0]}) and "no p-value" not in luck({"seeds": [0, 1]})
     assert "too few" in luck({"seeds": [0, 1]}) and "too few" not in luck({"seeds": [0, 1, 2]})
 
 

@@ -123,6 +123,15 @@ def test_intervals_are_as_narrow_as_the_report_says_where_they_are_too_narrow():
     assert 0.86 <= held(few, 0.1 / 7) <= 0.92, "89 %"
 
 
+def test_of_two_seeds_false_differences_are_as_many_as_the_report_says():
+    rng, trials, wrong = np.random.default_rng(12), 300, 0
+    for _ in range(trials):
+        family, _ = uneven_family(rng, 68, 2, 0.06)
+        wrong += holm([each.p_value() for each in family]).min() < 0.05
+    slack = 2 * (0.08 * 0.92 / trials) ** 0.5
+    assert 0.05 < wrong / trials <= 0.08 + slack
+
+
 @pytest.mark.parametrize("users", [6, 20, 68])
 def test_the_interval_leaves_out_zero_exactly_when_p_is_below_5_percent(users):
     rng = np.random.default_rng(3)

@@ -51,9 +51,11 @@ def label(name: str) -> str:
 
 
 def shown(value: float, form: str) -> str:
-    """As format() does, but 70.25 is 70.3: a half goes away from zero."""
+    """As format() does, but 70.25 is 70.3: a half goes away from zero. Of zero there is no negative."""
     nudged = value + math.copysign(HALF, value) if form.endswith("f") else value
-    return format(nudged, form).replace("-", "\N{MINUS SIGN}")
+    text = format(nudged, form)
+    text = text if text.strip("-0.") else format(0 * abs(value), form)
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def covered(figures: dict[str, dict]) -> dict[str, str]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from minipeft.errors import InputError
 from minipeft.randomness import generator
 from minipeft.running import first_users
-from minipeft.tasks.task import Example, Task, load_new_users, load_sample, load_task
+from minipeft.tasks.task import Example, Task, load_is_subset, load_new_users, load_sample, load_task
 
 VALIDATION_SHARE = 0.1
+PART = "texts, of raw files that hold only a part of the data set"
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ def load_tidied(folder: Path, kind: str = "leaked", num_users: int | None = None
     new = load_new_users(folder) if kind == "new_users" else ()
     task = task if num_users is None else first_users(task, num_users)
     found = tidied(task, [user for user in new if user in task.train])
-    if (sample := load_sample(folder)) is None:
-        return found
-    users, seed = sample
-    return replace(found, notes=found.notes | {f"users drawn with seed {seed} when the task was prepared": users})
+    more = {}
+    if load_is_subset(folder):
+        more[PART] = len({e.text for name in ("train", "val", "test") for e in task.pooled(name)})
+    if sample := load_sample(folder):
+        users, seed = sample
+        more[f"users drawn with seed {seed} when the task was prepared"] = users
+    return replace(found, notes=found.notes | more)
 
 
 def tidied(task: Task, new_users: Sequence[str] = ()) -> Tidied:

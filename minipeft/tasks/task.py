@@ -227,6 +227,15 @@ def load_sample(folder: str | Path) -> tuple[int, int] | None:
     return _field(sample, "users", int, str(path)), _field(sample, "seed", int, str(path))
 
 
+def load_is_subset(folder: str | Path) -> bool:
+    """Whether the raw files that the task was prepared from hold only a part of the data set."""
+    path = Path(folder) / "task.json"
+    subset = _parse_object(_read(path), str(path)).get("subset", False)
+    if not isinstance(subset, bool):
+        raise InputError(f"load_task: {path}: \"subset\" is of type {type(subset).__name__}; needed true or false")
+    return subset
+
+
 def _split_folder(folder: Path, kind: str) -> Path:
     return folder if kind == "leaked" else folder / "splits" / kind
 
