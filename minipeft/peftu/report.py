@@ -174,8 +174,8 @@ def luck(result: dict) -> str:
         return "of one seed: the luck of training is in no interval and no p-value."
     known = "what the seeds' means vary by is added, with the few degrees of freedom that so many seeds leave"
     if len(result["seeds"]) == 2:
-        return (known + "; two are too few to know it well: such intervals hold the truth in 90 % of trials, not "
-                "in 95, and up to 8 % of tasks whose names do not differ at all show an adjusted p below 0.05.")  # fmt: skip
+        known += ("; two are too few to know it well: such intervals hold the truth in 90 % of trials, not in 95, and "
+                  "up to 8 % of tasks whose names do not differ at all show an adjusted p below 0.05")  # fmt: skip
     return known + "."
 
 

@@ -201,8 +201,8 @@ def cold_start_table(figures: dict[str, dict]) -> Table:
              number(point["users"], "d")]
             for name, each in figures.items() for k, point in (each["cold_start"] or {}).items()]  # fmt: skip
     return Table("Cold start: new users", ["method", "own examples", "accuracy, %", "95 % interval", "users"], rows,
-                 folded=True, note="Of the first seed, whose luck is in no interval. Users with fewer examples drop out "
-                 "as the number grows: points of different numbers of users are not of the same users.")  # fmt: skip
+                 folded=True, note="First seed, whose luck is in no interval. Users with fewer examples drop out as "
+                 "the number grows: points of different numbers of users are not of the same users.")  # fmt: skip
 
 
 def movement_table(names: dict[str, Outcome]) -> Table:
